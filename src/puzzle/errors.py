@@ -1,0 +1,16 @@
+"""The errors people see. Everything else that escapes is our bug and keeps its traceback.
+
+Exit codes: 0 done, 1 our bug, 2 `UserError`, 3 `Infeasible`.
+"""
+
+
+class UserError(ValueError):
+    """The user's input is wrong. The message is one line: what, got, expected, how to mend."""
+
+    exit_code = 2
+
+
+class Infeasible(UserError):
+    """No architecture meets the constraints. The message names what binds and the best attainable value."""
+
+    exit_code = 3

@@ -1,0 +1,87 @@
+"""Progress for people: bars with an ETA on a terminal, a line every few seconds elsewhere, nothing when quiet.
+
+Everything goes to standard error; standard output carries results only.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """2.5 s, 47 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Task:
+    """One measured piece of work. `advance` may be called often; what is drawn is rate-limited."""
+
+    def __init__(self, owner: "Progress", name: str, total: float, unit: str) -> None:
+        self.owner, self.name, self.total, self.unit = owner, name, total, unit
+        self.done = 0.0
+        self.resumed = 0.0  # work found finished on disk: counts as done, not as speed
+        self.started = self.last_line = time.perf_counter()
+        self.bar: TaskID | None = None
+
+    def skip(self, amount: float) -> None:
+        """Count work that an earlier, interrupted run has finished."""
+        self.resumed += amount
+        self.advance(amount)
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        if self.owner.bars is not None and self.bar is not None:
+            self.owner.bars.update(self.bar, completed=self.done, note=note)
+        now = time.perf_counter()
+        if self.owner.plain and now - self.last_line >= LINE_EVERY_S and self.done > self.resumed:
+            self.last_line = now
+            rate = (self.done - self.resumed) / (now - self.started)
+            left = duration((self.total - self.done) / rate)
+            share = self.done / self.total if self.total else 1.0
+            self.owner.say(f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{note and ', ' + note}")
+
+
+class Progress:
+    """Where stages report. `say` prints a line; `task` opens a bar."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.plain = not quiet and not self.console.is_terminal
+        self.bars: Bars | None = None
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: float, unit: str = "steps") -> Iterator[Task]:
+        task = Task(self, name, total, unit)
+        if self.quiet or self.plain:
+            yield task
+            return
+        columns = (
+            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Bars(*columns, console=self.console, transient=True) as self.bars:
+            task.bar = self.bars.add_task(name, total=total, note="")
+            try:
+                yield task
+            finally:
+                self.bars = None
+
+
+def say_to_stderr(line: str) -> None:
+    """For lines that must be seen even when quiet: warnings and errors."""
+    print(line, file=sys.stderr, flush=True)
