@@ -57,3 +57,192 @@ class CorpusConfig(Section):
     validation_fraction: Fraction = 0.04
     validation_tokens: Positive = 65_536
     seed: int = 0
+
+
+class LayerOverride(Section):
+    """The variants one layer may use besides the parent's; the word `parent` stands for none."""
+
+    attention: list[str] = []
+    ffn: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {} if value == "parent" else value
+
+
+class LibraryConfig(Section):
+    """The search space and its training by blockwise local distillation."""
+
+    kv_heads: Literal["divisors"] | list[Positive] = "divisors"
+    attention_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
+    ffn_percent: list[Annotated[float, Field(gt=0, le=100)]] = [75, 50, 25, 10]
+    ffn_multiple: Positive = 32
+    ffn_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
+    layers: dict[int, LayerOverride] = {}
+    tokens: Positive = 600_000
+    batch_sequences: Positive = 16
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    calibration_sequences: Positive = 32
+    validation_sequences: Positive = 32
+    checkpoint_steps: Positive = 20
+
+
+class ScoreConfig(Section):
+    """Replace-1-block scores. `metric` is what the search adds up; the others are recorded beside it."""
+
+    metric: Literal["kl", "lm_loss"] = "kl"
+    sequences: Positive = 32
+    shard_sequences: Positive = 8
+    tokens_per_pass: Positive = 16_384
+
+
+class ScenarioConfig(Section):
+    """How the model will be served. Lengths in tokens."""
+
+    batch_size: Positive = 64
+    input_length: Positive = 64
+    output_length: Positive = 64
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch_size}_i{self.input_length}_o{self.output_length}"
+
+
+class CostConfig(Section):
+    """Where costs are measured. `auto` is vllm where it is installed, otherwise the built-in torch engine."""
+
+    engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
+    device_sheet: str = "this-cpu"
+    scenario: ScenarioConfig = ScenarioConfig()
+    repeats: Positive = 5
+    table: str | None = None
+
+
+class SearchConfig(Section):
+    """Constraints, absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent ("2x", "50%")."""
+
+    throughput: str | None = None
+    latency: str | None = None
+    time_to_first_token: str | None = None
+    memory: str | None = None
+    parameters: str | None = None
+    kv_cache: str | None = None
+    gap: float = Field(default=1e-4, ge=0)
+    solutions: Positive = 1
+    diversity: Annotated[float, Field(gt=0, le=1)] = 0.2
+    margin: float = Field(default=0.03, ge=0, lt=0.5)
+    attempts: Positive = 3
+    time_limit_s: float = Field(default=60.0, gt=0)
+
+
+class UptrainConfig(Section):
+    """Global knowledge distillation of the child. Weights of 0 leave a term out."""
+
+    tokens: Positive = 1_500_000
+    batch_sequences: Positive = 16
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    cosine_weight: float = Field(default=1.0, ge=0)
+    kl_weight: float = Field(default=1.0, ge=0)
+    lm_weight: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    chunk_tokens: Positive = 2048
+    validate_steps: Positive = 50
+    checkpoint_steps: Positive = 25
+
+
+class EvaluateConfig(Section):
+    sequences: Positive = 128
+    batch_sequences: Positive = 8
+    pairs: Positive = 5
+
+
+class Recipe(Section):
+    """Everything a run needs. Field order is stage order."""
+
+    parent: str = "pocket"
+    out: str = "runs/pocket"
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    deploy: list[Literal["vllm", "llama.cpp", "transformers", "tensorrt-llm"]] = ["vllm", "transformers"]
+    trust_remote_code: bool = False
+    corpus: CorpusConfig = CorpusConfig()
+    library: LibraryConfig = LibraryConfig()
+    score: ScoreConfig = ScoreConfig()
+    cost: CostConfig = CostConfig()
+    search: SearchConfig = SearchConfig()
+    uptrain: UptrainConfig = UptrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _expected_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed beside an unknown one, found by walking the recipe's sections."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return list(section.model_fields)
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = _expected_keys(first["loc"])
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(allowed)}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    return f"{where}: {key or 'recipe'}: got {first['input']!r}; {first['msg']}"
+
+
+def parse(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe. Raises `UserError` with one line for the first thing that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error, where)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"recipe {path}: no such file; `puzzle run` without a recipe runs the embedded parent")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: got {type(values).__name__}, expected a mapping of settings")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments; the value is read as YAML."""
+    values = {key: value.copy() if isinstance(value, dict) else value for key, value in values.items()}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment!r}: expected KEY=VALUE, for example --set search.throughput=2x")
+        section = values
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            inner = section.get(parent)
+            section[parent] = dict(inner) if isinstance(inner, dict) else {}
+            section = section[parent]
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment!r}: the value is not YAML") from None
+    return values

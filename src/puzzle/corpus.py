@@ -17,6 +17,7 @@ Shape legend: N sequences, S sequence length, B batch.
 import hashlib
 import itertools
 import json
+import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -156,10 +157,7 @@ def documents(source: SourceConfig, tokenizer: Any, seed: int) -> Iterator[Docum
     if source.stdlib:
         files = stdlib_files()
     else:
-        root = Path(source.path or "").expanduser()
-        if not root.exists():
-            raise UserError(f"corpus source {root}: no such file or folder")
-        files = _local_files(root)
+        files = _local_files(Path(source.path or "").expanduser())
     order = np.random.default_rng(seed).permutation(len(files))
     for name, path in (files[i] for i in order):
         if path.suffix in (".jsonl", ".parquet"):
@@ -167,6 +165,24 @@ def documents(source: SourceConfig, tokenizer: Any, seed: int) -> Iterator[Docum
                 yield Document("", _row_text(row, source, tokenizer))
         else:
             yield from _file_documents([(name, path)])
+
+
+def source_marks(config: CorpusConfig) -> dict[str, str]:
+    """What tells, per source, whether its content may have changed: interpreter version, or names, sizes and times.
+
+    Raises `UserError` for a source that does not exist.
+    """
+    marks = {}
+    for source in config.sources:
+        if source.stdlib:
+            marks[source.label] = platform.python_version()
+        elif source.path:
+            root = Path(source.path).expanduser()
+            if not root.exists():
+                raise UserError(f"corpus source {root}: no such file or folder")
+            stats = [(name, path.stat()) for name, path in _local_files(root)]
+            marks[source.label] = artifacts.fingerprint([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+    return marks
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -239,6 +255,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     inputs = {
         "config": config.model_dump(mode="json"),
+        "sources": source_marks(config),
         "tokenizer": tokenizer_fingerprint,
         "train_tokens": train_tokens,
         "validation_tokens": validation_tokens,

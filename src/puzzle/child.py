@@ -1,0 +1,97 @@
+"""Build, save and load a child: one Hugging Face folder, whatever happens inside its layers.
+
+Written by `assemble` and `uptrain`, read by every engine. See docs/architecture.md for the format.
+"""
+
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+
+from puzzle import artifacts
+from puzzle.architecture import Architecture
+from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+
+MODELING_FILE = "modeling_puzzle.py"
+CARRIED_OVER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+
+
+def build(
+    config: PuzzleConfig,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+) -> PuzzleForCausalLM:
+    """A model of `config` with tensors from `state`, moved one at a time: never two copies of the weights."""
+    with torch.device("meta"):
+        config._attn_implementation = attention
+        model = PuzzleForCausalLM(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = [name for name in model.state_dict() if name not in tied]
+    # clone: a float32 tensor on the CPU would otherwise stay a view of the checkpoint's memory map
+    tensors = {name: state[name].to(device=device, dtype=dtype).clone() for name in names}
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.eval()
+
+
+def architectures_name(architecture: Architecture) -> str:
+    """`DeciLMForCausalLM` where stock engines can load the child, otherwise `PuzzleForCausalLM`."""
+    linear = any("linear" in (block.attention.kind, block.ffn.kind) for block in architecture)
+    return "PuzzleForCausalLM" if linear or architecture.blocks[0].attention.kind == "no_op" else "DeciLMForCausalLM"
+
+
+def save(
+    folder: Path,
+    config: PuzzleConfig,
+    architecture: Architecture,
+    state: Mapping[str, torch.Tensor],
+    parent_folder: Path,
+    card: str,
+) -> None:
+    """Write the checkpoint. The weights come first and `config.json` last: a folder with a config is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(config.dtype).contiguous() for name, tensor in state.items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
+    for name in CARRIED_OVER:
+        if (parent_folder / name).exists():
+            shutil.copyfile(parent_folder / name, folder / name)
+    artifacts.write_text(folder / MODELING_FILE, (files("puzzle") / MODELING_FILE).read_text(encoding="utf-8"))
+    artifacts.write_text(folder / "README.md", card)
+    artifacts.write_json(folder / "architecture.json", architecture.names)
+    model_class = architectures_name(architecture)
+    settings = config.to_dict() | {
+        "architectures": [model_class],
+        "auto_map": {
+            "AutoConfig": "modeling_puzzle.PuzzleConfig",
+            "AutoModelForCausalLM": f"modeling_puzzle.{model_class}",
+        },
+    }
+    settings.pop("_attn_implementation", None)
+    artifacts.write_json(folder / "config.json", settings)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    return Architecture.from_names(artifacts.read_json(folder / "architecture.json"))
+
+
+def load(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, attention: str = "sdpa"
+) -> PuzzleForCausalLM:
+    """Load a child written by `save`; `dtype` None keeps the checkpoint's."""
+    config = PuzzleConfig.from_pretrained(folder)
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    return build(config, state, dtype or config.dtype, device, attention)

@@ -1,0 +1,71 @@
+"""Engines: ways to serve a checkpoint and measure it. One module per engine, one small interface.
+
+An engine opens a *session* on a checkpoint folder; a session runs one batch of a scenario and says how long the
+prefill and the decode took, as a whole and per layer. Everything else (probe models, medians, constants) is
+`cost.py`'s and the same for all engines.
+
+An engine module has: `NAME`, `MEASURED` (False where figures are modelled), `available() -> str | None` (None, or
+why not), `describe(device_sheet) -> dict` (what a cost table must name to be reusable) and
+`open_session(folder, scenario, log, device_sheet) -> Session`.
+"""
+
+import os
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from puzzle.config import CostConfig, ScenarioConfig
+from puzzle.errors import UserError
+
+ENGINES = {name: f"puzzle.engines.{name}_engine" for name in ("vllm", "torch", "roofline")}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one batch: whole model, and per layer (empty where the engine does not time layers)."""
+
+    prefill_s: float
+    decode_s: float
+    layer_prefill_s: tuple[float, ...] = ()
+    layer_decode_s: tuple[float, ...] = ()
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+
+class Session(AbstractContextManager["Session"], Protocol):
+    """A checkpoint being served."""
+
+    def time_batch(self, scenario: ScenarioConfig) -> Timing:
+        """Serve `batch_size` prompts of `input_length` tokens and generate `output_length` tokens for each."""
+
+
+def load(config: CostConfig) -> ModuleType:
+    """The engine module a recipe asks for; `auto` is vllm where it runs, otherwise torch."""
+    if config.engine == "auto":
+        vllm = import_module(ENGINES["vllm"])
+        return vllm if vllm.available() is None else import_module(ENGINES["torch"])
+    engine = import_module(ENGINES[config.engine])
+    if (reason := engine.available()) is not None:
+        raise UserError(f"cost.engine: {config.engine} is not available: {reason}; use cost.engine=auto")
+    return engine
+
+
+def machine() -> dict[str, Any]:
+    """What a measured figure depends on besides the engine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return {"device": model, "count": os.cpu_count()}

@@ -1,0 +1,96 @@
+"""No hardware at all: seconds from FLOPs and bytes against a device sheet. Every figure is modelled, not measured.
+
+A step over T tokens takes, per subblock, max(FLOPs / peak, bytes / bandwidth); bytes are the weights once and the
+KV cache read by attention. The sheets are in `devices.yaml` beside this file; `cost.device_sheet` may also be the
+path of a user's own file with the same keys.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from puzzle import child, parent
+from puzzle.architecture import Architecture, Attention, Subblock
+from puzzle.config import ScenarioConfig
+from puzzle.engines import Timing
+from puzzle.errors import UserError
+from puzzle.families import llama
+from puzzle.modeling_puzzle import PuzzleConfig
+
+NAME, MEASURED = "roofline", False
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def available() -> str | None:
+    return None
+
+
+def sheet(name: str) -> dict[str, float]:
+    """`flops_per_s`, `bytes_per_s`, `step_overhead_s` of a device. Raises `UserError` for an unknown one."""
+    sheets = yaml.safe_load((files("puzzle") / "engines" / "devices.yaml").read_text(encoding="utf-8"))
+    if name in sheets:
+        return sheets[name]
+    path = Path(name)
+    own = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    keys = {"flops_per_s", "bytes_per_s", "step_overhead_s"}
+    if not isinstance(own, dict) or set(own) != keys:
+        raise UserError(
+            f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file with {sorted(keys)}"
+        )
+    return own
+
+
+def describe(device_sheet: str) -> dict[str, Any]:
+    return {"engine": NAME, "version": "1", "device": device_sheet, **sheet(device_sheet)}
+
+
+class RooflineSession:
+    def __init__(self, folder: Path, scenario: ScenarioConfig, device_sheet: str) -> None:
+        if (folder / "architecture.json").exists():
+            config = PuzzleConfig.from_pretrained(folder)
+            self.architecture, self.shape, dtype = child.read_architecture(folder), llama.shape(config), config.dtype
+        else:
+            served = parent.describe(str(folder))
+            self.architecture, self.shape, dtype = Architecture.of_parent(served.shape), served.shape, served.dtype
+        self.sheet = sheet(device_sheet)
+        name = str(dtype).removeprefix("torch.") if scenario.dtype == "auto" else scenario.dtype
+        self.bytes = BYTES.get(name, 4)
+
+    def __enter__(self) -> "RooflineSession":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def _seconds(self, parameters: int, tokens: int, cache_elements: float, attention_flops: float) -> float:
+        flops = 2 * parameters * tokens + attention_flops
+        moved = self.bytes * (parameters + cache_elements)
+        return max(flops / self.sheet["flops_per_s"], moved / self.sheet["bytes_per_s"])
+
+    def _subblock(self, variant: Subblock, batch: int, new: int, context: float) -> float:
+        """One step: `new` tokens per sequence, `context` earlier tokens to attend to (a mean)."""
+        shape = self.shape
+        if variant.kind == "no_op":
+            return 0.0
+        cache = batch * (context + new) * shape.kv_elements_per_token(variant)
+        real = isinstance(variant, Attention) and variant.kind == "gqa"
+        width = shape.num_attention_heads * shape.head_dim
+        attention = 4.0 * batch * new * (context + (new + 1) / 2) * width if real else 0.0
+        return self._seconds(shape.parameters(variant), batch * new, cache, attention)
+
+    def time_batch(self, scenario: ScenarioConfig) -> Timing:
+        B, I, O = scenario.batch_size, scenario.input_length, scenario.output_length  # noqa: E741
+        middle = I + O / 2
+        prefill = [sum(self._subblock(v, B, I, 0) for v in (b.attention, b.ffn)) for b in self.architecture]
+        decode = [
+            (O - 1) * sum(self._subblock(v, B, 1, middle) for v in (b.attention, b.ffn)) for b in self.architecture
+        ]
+        head = self._seconds(self.shape.vocab_size * self.shape.hidden_size, B, 0, 0) + self.sheet["step_overhead_s"]
+        return Timing(sum(prefill) + head, sum(decode) + (O - 1) * head, tuple(prefill), tuple(decode))
+
+
+def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str) -> RooflineSession:
+    return RooflineSession(folder, scenario, device_sheet)
+
+

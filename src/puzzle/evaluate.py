@@ -1,0 +1,112 @@
+"""Stage `evaluate`: parent, child and uptrained child on held-out text, and once more on the serving engine.
+
+Quality: KL(parent || model) in nats per token, LM loss, top-1 and top-5 token accuracy; retention is the model's
+top-1 accuracy over the parent's. Speed: the uptrained child against the parent, batch by batch in turn, beside
+what the cost model predicted. This measurement is the one the promise is judged by.
+
+Reads: `child/`, `uptrained/`, the validation side of the corpus. Writes: `evaluate/results.json`.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle import artifacts, assemble, child, cost
+from puzzle.architecture import Architecture
+from puzzle.losses import METRICS, token_metrics
+from puzzle.modeling_puzzle import PuzzleForCausalLM
+from puzzle.run import Run
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    return run.data_inputs | {
+        "assemble": run.fingerprint_of("assemble"),
+        "uptrain": run.fingerprint_of("uptrain"),
+        "cost": run.fingerprint_of("cost"),
+        "evaluate": run.recipe.evaluate.model_dump(mode="json"),
+    }
+
+
+@torch.no_grad()
+def quality(run: Run, model: PuzzleForCausalLM, tokens_NS: torch.Tensor) -> dict[str, float]:
+    """Means per token of every metric of `model` against the parent."""
+    sums, count = torch.zeros(len(METRICS), dtype=torch.float64), 0
+    parent = run.parent_model
+    for tokens_BS in tokens_NS.split(run.recipe.evaluate.batch_sequences):
+        tokens_BS = tokens_BS.to(run.device)
+        with run.autocast():
+            final, own = (m.model(tokens_BS, use_cache=False).last_hidden_state for m in (parent, model))
+            metrics = token_metrics(
+                final[:, :-1].flatten(0, 1), parent.lm_head.weight, own[None, :, :-1].flatten(1, 2),
+                model.lm_head.weight, tokens_BS[:, 1:].flatten(),
+            )[0]  # fmt: skip
+        sums += metrics.double().sum(-1).cpu()
+        count += metrics.shape[-1]
+    return dict(zip(METRICS, (sums / count).tolist(), strict=True))
+
+
+def run(run: Run, folder: Path) -> dict[str, Any]:
+    settings, shape = run.recipe.evaluate, run.parent.shape
+    tokens = run.corpus["validation"].head(settings.sequences)
+    folders = {"child": run.stage_folder("assemble"), "uptrained": run.stage_folder("uptrain")}
+    architecture = child.read_architecture(folders["child"])
+    models: dict[str, dict[str, Any]] = {}
+    with run.progress.task("held-out quality", 3, "models") as task:
+        models["parent"] = quality(run, run.parent_model, tokens)
+        task.advance()
+        for name, path in folders.items():
+            models[name] = quality(run, child.load(path, torch.float32, run.device, run.attention), tokens)
+            task.advance()
+    for name, figures in models.items():
+        own = Architecture.of_parent(shape) if name == "parent" else architecture
+        element = run.parent.dtype.itemsize
+        figures["retention"] = figures["top1"] / models["parent"]["top1"]
+        figures["parameters"] = own.parameters(shape)
+        figures["kv_cache_bytes_per_token"] = own.kv_elements_per_token(shape) * element
+    paired = cost.measure_pair(run, folders["uptrained"], settings.pairs, "evaluate")
+    searched = assemble.solutions(run)
+    promises = assemble.check(run, paired)
+    results = {
+        "models": models,
+        "evaluated_tokens": int(tokens[:, 1:].numel()),
+        "speed": asdict(paired),
+        "predicted": {"parent": searched["parent"], "child": searched["solutions"][0]["predicted"]},
+        "promises": promises,
+        "engine": cost.read(run).header,
+        "architecture": architecture.names,
+    }
+    artifacts.write_json(folder / "results.json", results)
+    return {"results": artifacts.file_fingerprint(folder / "results.json"), "met": all(p["met"] for p in promises)}
+
+
+def read(run: Run) -> dict[str, Any]:
+    return artifacts.read_json(run.stage_folder("evaluate") / "results.json")
+
+
+def table(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows (what, parent, child before uptraining, child after) of the table a run ends with."""
+    models, speed, predicted = results["models"], results["speed"], results["predicted"]
+    parent, before, after = models["parent"], models["child"], models["uptrained"]
+    word = "measured" if results["engine"]["measured"] else "modelled"
+
+    def row(name: str, key: str, form: str) -> tuple[str, str, str, str]:
+        return (name, *(format(m[key], form) for m in (parent, before, after)))  # type: ignore[return-value]
+
+    throughput = {side: speed[side]["throughput_tok_per_s"] for side in ("parent", "child")}
+    forecast = {side: predicted[side]["throughput_tok_per_s"] for side in ("parent", "child")}
+    engine = results["engine"]["engine"]
+    return [
+        (f"output tok/s, {word} ({engine})", f"{throughput['parent']:,.0f}", "", f"{throughput['child']:,.0f}"),
+        ("output tok/s, predicted", f"{forecast['parent']:,.0f}", "", f"{forecast['child']:,.0f}"),
+        (f"speed-up, {word} (median of pairs)", "1.00x", "", f"{speed['speedup']:.2f}x"),
+        ("speed-up, predicted", "1.00x", "", f"{forecast['child'] / forecast['parent']:.2f}x"),
+        row("parameters", "parameters", ",d"),
+        row("KV cache, bytes per token", "kv_cache_bytes_per_token", ",d"),
+        row("KL(parent || model), nats/token", "kl", ".4f"),
+        row("LM loss, nats/token", "lm_loss", ".4f"),
+        row("top-1 token accuracy", "top1", ".2%"),
+        row("top-5 token accuracy", "top5", ".2%"),
+        row("retention of top-1", "retention", ".1%"),
+    ]

@@ -1,0 +1,122 @@
+"""The losses of the paper. Logits are never held whole: everything over the vocabulary runs in chunks of tokens.
+
+Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def normalized_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect. Paper: section 3, the BLD loss."""
+    parent = parent.float()
+    return (child.float() - parent).square().mean() / parent.square().mean()
+
+
+def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of 1 - cos(child, parent), a float32 scalar. Paper: section 4.3, the GKD hidden-state loss."""
+    return 1 - F.cosine_similarity(child_BSD.float(), parent_BSD.float(), dim=-1).mean()
+
+
+def kl_divergence(parent_logits_TV: torch.Tensor, child_logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(parent || child) per token in nats, float32 [T]."""
+    parent = F.log_softmax(parent_logits_TV.float(), dim=-1)
+    child = F.log_softmax(child_logits_TV.float(), dim=-1)
+    return (parent.exp() * (parent - child)).sum(-1)
+
+
+def _chunk_losses(
+    child_TD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    parent_TD: torch.Tensor,
+    parent_head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    child_logits = child_TD @ child_head_VD.T
+    with torch.no_grad():
+        parent_logits = parent_TD @ parent_head_VD.T
+    kl = kl_divergence(parent_logits / temperature, child_logits / temperature).sum() * temperature**2
+    return torch.stack([kl, F.cross_entropy(child_logits.float(), targets_T, reduction="sum")])
+
+
+def distillation_losses(
+    child_TD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    parent_TD: torch.Tensor,
+    parent_head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL(parent || child), LM loss), means over tokens, from final hidden states (after the last norm).
+
+    The logits of a chunk are recomputed in the backward pass, so at most `chunk_tokens` x V of each side exist.
+    """
+    total = torch.zeros(2, dtype=torch.float32, device=child_TD.device)
+    for part in range(0, len(child_TD), chunk_tokens):
+        rows = slice(part, part + chunk_tokens)
+        total = total + checkpoint(
+            _chunk_losses, child_TD[rows], child_head_VD, parent_TD[rows], parent_head_VD, targets_T[rows],
+            temperature, use_reentrant=False,
+        )  # fmt: skip
+    kl, lm = total / len(child_TD)
+    return kl, lm
+
+
+METRICS = ("kl", "lm_loss", "top1", "top5")
+
+
+@torch.no_grad()
+def token_metrics(
+    parent_TD: torch.Tensor,
+    parent_head_VD: torch.Tensor,
+    child_CTD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    chunk_tokens: int = 2048,
+) -> torch.Tensor:
+    """`METRICS` of C candidates per token, float32 [C, 4, T]; the parent's side is computed once per chunk.
+
+    KL in nats per token; LM loss is the cross entropy of the next token; top1/top5 are 0 or 1.
+    """
+    chunks = [
+        torch.stack([_metrics(parent, child, targets) for child in children])
+        for parent, children, targets in _logit_chunks(
+            parent_TD, parent_head_VD, child_CTD, child_head_VD, targets_T, chunk_tokens
+        )
+    ]
+    return torch.cat(chunks, dim=-1)
+
+
+def _metrics(parent_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """[4, T] of one candidate; `parent_TV` holds log-probabilities."""
+    child_TV = F.log_softmax(logits_TV, dim=-1)
+    kl = (parent_TV.exp() * (parent_TV - child_TV)).sum(-1)
+    own = child_TV.gather(-1, targets_T[:, None])
+    rank = (child_TV > own).sum(-1)
+    return torch.stack([kl, -own[:, 0], (rank < 1).float(), (rank < 5).float()])
+
+
+def _logit_chunks(
+    parent_TD: torch.Tensor,
+    parent_head_VD: torch.Tensor,
+    child_CTD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    chunk_tokens: int,
+) -> Iterator[tuple[torch.Tensor, Iterator[torch.Tensor], torch.Tensor]]:
+    for part in range(0, len(parent_TD), chunk_tokens):
+        rows = slice(part, part + chunk_tokens)
+        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD), dim=-1)
+        yield parent_TV, (_logits(child[rows], child_head_VD) for child in child_CTD), targets_T[rows]
+
+
+def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+    """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank."""
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return hidden_TD.float() @ head_VD.float().T

@@ -1,0 +1,143 @@
+"""The parent: found, described without its weights, and loaded as the all-parent child.
+
+`describe` reads config and tokenizer only (what `puzzle plan` needs). `load` reads safetensors, memory-mapped,
+tensor by tensor, into the child's own model class with every block the parent's; tests hold that its logits are
+bitwise those of transformers. Stages therefore know one model class.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from puzzle import artifacts, child
+from puzzle.architecture import Architecture, ModelShape
+from puzzle.errors import UserError
+from puzzle.families import family
+from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors checkpoint under Llama's names; each is read when it is asked for."""
+
+    def __init__(self, folder: Path, rename: Any = lambda name: name) -> None:
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise UserError(f"parent {folder}: no *.safetensors file; convert the weights to safetensors first")
+        self._where: dict[str, tuple[Any, str]] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except Exception as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+            self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file, original = self._where[name]
+        return file.get_tensor(original)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where a parent is and what it looks like."""
+
+    name: str
+    folder: Path
+    shape: ModelShape
+    hf_config: Any
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of config and weights; large weights are recognised by size and header, not read whole."""
+        marks = {path.name: _weights_mark(path) for path in sorted(self.folder.glob("*.safetensors"))}
+        return artifacts.fingerprint({"config": self.hf_config.to_dict(), "weights": marks})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            raise UserError(f"parent {self.name}: cannot load its tokenizer: {str(error).splitlines()[0]}") from None
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"parent {self.name}: its tokenizer has no end-of-text token; set eos_token")
+        return tokenizer
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+        found = [self.folder / name for name in names if (self.folder / name).exists()]
+        return artifacts.fingerprint({path.name: artifacts.file_fingerprint(path) for path in found})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk, which the child keeps."""
+        return getattr(self.hf_config, "dtype", None) or torch.float32
+
+    def child_config(self, architecture: Architecture) -> PuzzleConfig:
+        settings = family(self.hf_config.model_type).child_settings(self.hf_config)
+        blocks = architecture.block_configs(self.shape.num_attention_heads)
+        return PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)
+
+    def weights(self) -> Weights:
+        return Weights(self.folder, family(self.hf_config.model_type).rename)
+
+    def load(self, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PuzzleForCausalLM:
+        """The parent as the all-parent child, in evaluation mode, without gradients."""
+        config = self.child_config(Architecture.of_parent(self.shape))
+        model = child.build(config, self.weights(), dtype, device, attention)
+        return model.requires_grad_(False)
+
+
+def _weights_mark(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= 1 << 30:
+        return artifacts.file_fingerprint(path)
+    with path.open("rb") as file:
+        header = file.read(1 << 20)
+        file.seek(size // 2)
+        return artifacts.fingerprint([size, header.hex(), file.read(1 << 20).hex()])
+
+
+def locate(name: str) -> Path:
+    """`pocket`, a local folder, or the name of a model on the Hugging Face hub (downloaded to its cache)."""
+    if name == "pocket":
+        return Path(str(files("puzzle") / "pocket" / "model"))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"parent {name!r}: no such folder; expected `pocket`, a folder, or a hub name like org/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "NOTICE*"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:
+        raise UserError(
+            f"parent {name!r}: neither a folder here nor reachable on the hub ({type(error).__name__})"
+        ) from None
+
+
+def describe(name: str, trust_remote_code: bool = False) -> Parent:
+    """Read config only. Raises `UserError` for a missing, unreadable or unsupported parent."""
+    folder = locate(name)
+    if not (folder / "config.json").exists():
+        raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
+    raw = artifacts.read_json(folder / "config.json")
+    if "auto_map" in raw and not trust_remote_code:
+        raise UserError(f"parent {name}: it brings its own code; set trust_remote_code=true if you trust it")
+    families = family(raw.get("model_type", "none"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return Parent(name, folder, families.shape(config), config)

@@ -1,0 +1,87 @@
+"""The order of work, in one screen. A stage runs unless its folder already holds what these inputs give."""
+
+import time
+from importlib import import_module
+from typing import Any
+
+from puzzle import artifacts
+from puzzle.errors import Infeasible
+from puzzle.progress import duration
+from puzzle.run import Run
+
+STAGES = ("library", "score", "cost", "search", "assemble", "uptrain", "evaluate", "report")
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """From a parent to a measured, uptrained, evaluated child with a report. Returns the outputs of `evaluate`."""
+    run.write_recipe()
+    for stage in ("library", "score", "cost"):
+        execute_stage(run, stage)
+    for _ in range(run.recipe.search.attempts):  # a missed promise corrects the costs; then search again
+        execute_stage(run, "search")
+        if execute_stage(run, "assemble")["met"]:
+            break
+    else:
+        raise Infeasible(_missed(run, run.recipe.search.attempts))
+    execute_stage(run, "uptrain")
+    outcome = execute_stage(run, "evaluate")
+    execute_stage(run, "report")
+    return outcome
+
+
+def execute_stage(run: Run, stage: str) -> dict[str, Any]:
+    """Run one stage where it is not done, and return its outputs."""
+    module, folder = import_module(f"puzzle.{stage}"), run.stage_folder(stage)
+    inputs = module.inputs(run)
+    if not artifacts.is_done(folder, inputs):
+        run.progress.say(f"{stage}")
+        _set_status(run, stage, "running")
+        artifacts.begin(folder, inputs)
+        began = time.perf_counter()
+        artifacts.write_manifest(folder, inputs, module.run(run, folder))
+        seconds = time.perf_counter() - began
+        _set_status(run, stage, "done", seconds)
+        run.progress.say(f"{stage}: done in {duration(seconds)}")
+    else:
+        run.progress.say(f"{stage}: done before, nothing changed")
+    found = artifacts.manifest(folder)
+    assert found is not None
+    return found["outputs"]
+
+
+def _set_status(run: Run, stage: str, state: str, seconds: float | None = None) -> None:
+    path = run.folder / "status.json"
+    status = artifacts.read_json(path) if path.exists() else {}
+    earlier = status.get(stage, {}).get("seconds", 0.0) if state == "done" and stage in ("search", "assemble") else 0.0
+    status[stage] = {"state": state, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+    if seconds is not None:
+        status[stage]["seconds"] = round(seconds + earlier, 2)
+    artifacts.write_json(path, status)
+
+
+def status(run: Run) -> list[dict[str, Any]]:
+    """Per stage: done (its inputs are those of now), running or interrupted, stale (inputs changed), or not begun."""
+    path = run.folder / "status.json"
+    known = artifacts.read_json(path) if path.exists() else {}
+    rows = []
+    for stage in STAGES:
+        record, state = known.get(stage, {}), "not begun"
+        if artifacts.manifest(run.stage_folder(stage)) is not None:
+            try:
+                inputs = import_module(f"puzzle.{stage}").inputs(run)
+                state = "done" if artifacts.is_done(run.stage_folder(stage), inputs) else "stale: settings or inputs changed"
+            except ValueError:
+                state = "stale: an earlier stage is not done"
+        elif record.get("state") == "running":
+            state = "running or interrupted"
+        rows.append({"stage": stage, "state": state, "seconds": record.get("seconds"), "at": record.get("at")})
+    return rows
+
+
+def _missed(run: Run, attempts: int) -> str:
+    measured = artifacts.read_json(run.stage_folder("assemble") / "measured.json")
+    missed = "; ".join(f"asked {p['asked']}, measured {p['measured']}" for p in measured["promises"] if not p["met"])
+    return (
+        f"search: after {attempts} attempts the measured child still misses: {missed}; "
+        "ask for less, or raise search.margin or search.attempts"
+    )

@@ -1,0 +1,115 @@
+"""`puzzle plan`: what each stage will need, from config and shapes alone, without loading weights.
+
+Time is FLOPs over the rate of a matrix product measured now on this machine, at the efficiency that the pocket run
+reached (docs/log.md); treat it as an order of magnitude on other machines.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from puzzle import subblocks
+from puzzle.architecture import Architecture, Attention, ModelShape
+from puzzle.run import Run
+
+EFFICIENCY = 0.4  # share of the matrix-product rate that whole training steps reach
+ENGINE_START_S, BATCH_OVERHEAD = 30.0, 3.0
+
+
+@dataclass(frozen=True)
+class Need:
+    stage: str
+    tokens: int = 0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of a square matrix product on this device, the best of three."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _library_flops_per_token(run: Run, shape: ModelShape) -> float:
+    """Forward 2, forward and backward 6, backward through frozen weights 4 FLOPs per parameter and token."""
+    frozen_ffn = shape.parameters(shape.parent_block.ffn)
+    total = 2.0 * Architecture.of_parent(shape).parameters(shape)
+    for options in run.space.layers:
+        for variant in (*options.attention, *options.ffn):
+            if subblocks.is_trained(variant, shape):
+                total += 6 * shape.parameters(variant) + (4 * frozen_ffn if isinstance(variant, Attention) else 0)
+    return total
+
+
+def estimate(run: Run) -> list[Need]:
+    recipe, shape = run.recipe, run.parent.shape
+    parent = Architecture.of_parent(shape).parameters(shape)
+    per_layer = (parent - shape.constant_parameters) / shape.num_hidden_layers
+    trained = sum(
+        shape.parameters(v) for o in run.space.layers for v in (*o.attention, *o.ffn) if subblocks.is_trained(v, shape)
+    )
+    sequence = recipe.corpus.sequence_length
+    weights = parent * (4 if run.device.type == "cpu" else run.parent.dtype.itemsize)
+    rate = EFFICIENCY * matmul_flops_per_s(run.device, torch.bfloat16 if run.bfloat16 else torch.float32)
+    blocks = [len(options.blocks) for options in run.space.layers]
+    suffix = sum(n * (len(blocks) - i) for i, n in enumerate(blocks)) * per_layer
+    scored = recipe.score.sequences * sequence
+    batch = recipe.uptrain.batch_sequences * sequence
+    activations = recipe.library.batch_sequences * sequence * shape.hidden_size * 4
+    score_flops = 2.0 * scored * (suffix + sum(blocks) * shape.vocab_size * shape.hidden_size)
+    scenario = recipe.cost.scenario
+    served = scenario.batch_size * (scenario.input_length + scenario.output_length)
+    batch_s = BATCH_OVERHEAD * 2 * parent * served / rate
+    child_bytes = parent * run.parent.dtype.itemsize
+    uptrain_flops = recipe.uptrain.tokens * (2.0 + 6.0) * parent
+    checked = recipe.evaluate.sequences * sequence
+    engine_memory = 2 * (child_bytes + (1 << 30))
+
+    def stage(name: str, tokens: int, flops: float, memory: float, disk: float, extra_s: float = 0.0) -> Need:
+        return Need(name, tokens, flops, memory, disk, flops / rate + extra_s)
+
+    served_s = ENGINE_START_S + 2 * batch_s
+    return [
+        stage("library", recipe.library.tokens, recipe.library.tokens * _library_flops_per_token(run, shape),
+              weights + 16.0 * trained + 24 * activations, 4.0 * trained * 4),
+        stage("score", scored, score_flops, weights + (shape.num_hidden_layers + 1) * scored * shape.hidden_size * 4, 1e6),
+        stage("cost", 0, 0.0, engine_memory, child_bytes, served_s * (1 + recipe.cost.repeats / 10)),
+        stage("search", 0, 0.0, 2e8, 1e6, 5.0),
+        stage("assemble", 0, 0.0, engine_memory, child_bytes, served_s),
+        stage("uptrain", recipe.uptrain.tokens, uptrain_flops, weights + 16.0 * parent + 24 * batch * shape.hidden_size * 4,
+              child_bytes + 12.0 * parent),
+        stage("evaluate", checked, 3 * 2.0 * checked * parent, max(2 * weights, engine_memory), 1e6, served_s),
+    ]  # fmt: skip
+
+
+def as_dict(needs: list[Need]) -> dict[str, Any]:
+    return {"stages": [asdict(need) for need in needs], "seconds": sum(need.seconds for need in needs)}
+
+
+def print_plan(needs: list[Need]) -> None:
+    from puzzle.progress import duration
+
+    table = Table(title="what each stage will need (estimates)", title_justify="left")
+    for name in ("stage", "tokens", "FLOPs", "memory", "disk", "time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for need in needs:
+        table.add_row(
+            need.stage, f"{need.tokens:,}" if need.tokens else "", f"{need.flops:.1e}" if need.flops else "",
+            f"{need.memory_bytes / 2**30:.2f} GiB", f"{need.disk_bytes / 2**20:,.0f} MiB", duration(need.seconds),
+        )  # fmt: skip
+    table.add_row("all", "", "", "", "", duration(sum(need.seconds for need in needs)))
+    Console(highlight=False).print(table)
+
+

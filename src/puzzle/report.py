@@ -1,0 +1,187 @@
+"""Stage `report`: one self-contained page, and the table a run ends with.
+
+Reads every stage's files. Writes: `report/index.html` (pictures inline as SVG) and `report/architecture.svg`.
+"""
+
+import io
+import statistics
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from puzzle import artifacts, evaluate, library, score
+from puzzle.architecture import Architecture, parse_block
+from puzzle.progress import duration
+from puzzle.run import Run
+
+PARENT_COLOUR, ATTENTION_COLOUR, FFN_COLOUR, ACCENT = "#c9ced6", "#3b6ea8", "#d9822b", "#b3261e"
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    return {"evaluate": run.fingerprint_of("evaluate"), "search": run.fingerprint_of("search")}
+
+
+def page(run: Run) -> Path:
+    return run.stage_folder("report") / "index.html"
+
+
+def run(run: Run, folder: Path) -> dict[str, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    results = evaluate.read(run)
+    pictures = {
+        "architecture": architecture_picture(run, results),
+        "frontier": frontier_picture(run, results),
+        "scores": scores_picture(run),
+        "library": library_picture(run),
+        "uptrain": uptrain_picture(run),
+    }
+    import jinja2
+
+    template = (files("puzzle") / "report.html.jinja").read_text(encoding="utf-8")
+    status = artifacts.read_json(run.folder / "status.json")
+    html = jinja2.Environment(autoescape=True).from_string(template).render(
+        recipe=run.recipe, results=results, rows=evaluate.table(results), pictures=pictures, space=run.space,
+        stages=[(name, duration(s["seconds"])) for name, s in status.items() if s.get("seconds") is not None],
+        versions=artifacts.versions(), shape=run.parent.shape,
+    )  # fmt: skip
+    artifacts.write_text(folder / "architecture.svg", pictures["architecture"])
+    artifacts.write_text(page(run), html)
+    return {"page": str(page(run))}
+
+
+def print_results(results: dict[str, Any], page: Path) -> None:
+    """The table a run ends with, on standard output."""
+    console = Console(highlight=False)
+    table = Table(title=f"parent against child: {', '.join(p['asked'] for p in results['promises'])}", title_justify="left")
+    table.add_column("")
+    for name in ("parent", "child", "uptrained"):
+        table.add_column(name, justify="right")
+    for row in evaluate.table(results):
+        table.add_row(*row)
+    console.print(table)
+    for promise in results["promises"]:
+        word = "met" if promise["met"] else "MISSED"
+        console.print(f"{word}: asked {promise['asked']}, measured {promise['measured']}")
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight")
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def architecture_picture(run: Run, results: dict[str, Any]) -> str:
+    """One column per layer: attention (KV heads) above, FFN (intermediate size) below, the parent's in grey."""
+    from matplotlib import pyplot
+
+    shape, blocks = run.parent.shape, Architecture.from_names(results["architecture"])
+    figure, axis = pyplot.subplots(figsize=(max(7.0, 0.62 * len(blocks)), 3.6))
+    for x, block in enumerate(blocks):
+        sides = (
+            (1, block.attention, block.attention.kv_heads / shape.num_key_value_heads, ATTENTION_COLOUR, "kv_heads"),
+            (-1, block.ffn, block.ffn.intermediate_size / shape.intermediate_size, FFN_COLOUR, "intermediate_size"),
+        )
+        for sign, variant, share, colour, size in sides:
+            axis.bar(x, sign, width=0.82, color="none", edgecolor=PARENT_COLOUR, linewidth=1)
+            if variant.kind == "linear":
+                axis.bar(x, sign * 0.12, width=0.82, color=colour, hatch="///", edgecolor="white")
+            elif variant.kind != "no_op":
+                axis.bar(x, sign * share, width=0.82, color=colour if share < 1 else PARENT_COLOUR)
+            label = str(getattr(variant, size)) if variant.kind in ("gqa", "gated") else variant.kind.replace("_", "-")
+            text_colour = "#222222" if share < 1 else "#666666"
+            axis.text(x, sign * 1.13, label, ha="center", va="center", fontsize=8, color=text_colour)
+    axis.axhline(0, color="#222222", linewidth=0.8)
+    axis.set_ylim(-1.3, 1.3)
+    axis.set_xlim(-0.7, len(blocks) - 0.3)
+    axis.set_yticks([0.5, -0.5], ["attention\n(KV heads)", "FFN\n(width)"])
+    axis.set_xticks(range(len(blocks)))
+    axis.set_xlabel("layer")
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    share = results["models"]["uptrained"]["parameters"] / results["models"]["parent"]["parameters"]
+    axis.set_title(
+        f"{results['speed']['speedup']:.2f}x the parent's throughput, {share:.0%} of its parameters, "
+        f"{results['models']['uptrained']['retention']:.1%} of its top-1 accuracy",
+        fontsize=10, loc="left",
+    )  # fmt: skip
+    return _svg(figure)
+
+
+def frontier_picture(run: Run, results: dict[str, Any]) -> str:
+    from matplotlib import pyplot
+
+    points = artifacts.read_json(run.stage_folder("search") / "frontier.json")
+    predicted, parent = results["predicted"]["child"], results["predicted"]["parent"]
+    solution = artifacts.read_json(run.stage_folder("search") / "solutions.json")["solutions"][0]
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.6))
+    axis.plot([p["throughput_tok_per_s"] for p in points], [p["objective"] for p in points], "o-", color="#3b6ea8", ms=4)
+    axis.plot(parent["throughput_tok_per_s"], 0, "s", color="#222222", label="parent")
+    axis.plot(predicted["throughput_tok_per_s"], solution["objective"], "D", color=ACCENT, label="chosen child")
+    axis.set_xlabel("predicted output tokens per second")
+    axis.set_ylabel("sum of block scores")
+    axis.legend(frameon=False)
+    return _svg(figure)
+
+
+def _heat_map(values: dict[tuple[int, str], float], columns: list[str], layers: int, label: str) -> str:
+    import numpy as np
+    from matplotlib import pyplot
+    from matplotlib.colors import LogNorm
+
+    grid = np.full((len(columns), layers), np.nan)
+    for (layer, column), value in values.items():
+        grid[columns.index(column), layer] = value
+    positive = grid[np.isfinite(grid) & (grid > 0)]
+    figure, axis = pyplot.subplots(figsize=(max(6.0, 0.5 * layers + 2), 0.27 * len(columns) + 1.2))
+    norm = LogNorm(max(positive.min(), positive.max() * 1e-4), positive.max()) if positive.size else None
+    image = axis.imshow(np.where(grid > 0, grid, np.nan), aspect="auto", cmap="viridis_r", norm=norm)
+    axis.set_yticks(range(len(columns)), columns, fontsize=8)
+    axis.set_xticks(range(layers))
+    axis.set_xlabel("layer")
+    figure.colorbar(image, label=label)
+    return _svg(figure)
+
+
+def scores_picture(run: Run) -> str:
+    """KL of every block in every layer."""
+    scores = {key: value.kl for key, value in score.read(run).items()}
+    columns = sorted({name for _, name in scores}, key=parse_block, reverse=True)
+    return _heat_map(scores, columns, run.parent.shape.num_hidden_layers, "KL, nats per token")
+
+
+def library_picture(run: Run) -> str:
+    """Normalised MSE of every trained variant in every layer, after training."""
+    index = library.read_index(run)
+    if not index:
+        return ""
+    values = {(r["layer"], f"{r['slot']} {r['variant']}"): r["nmse_after"] for r in index}
+    columns = list(dict.fromkeys(column for _, column in values))
+    return _heat_map(values, columns, run.parent.shape.num_hidden_layers, "normalised MSE of the block output")
+
+
+def uptrain_picture(run: Run) -> str:
+    from matplotlib import pyplot
+
+    curve = artifacts.read_jsonl(run.stage_folder("uptrain") / "curve.jsonl")
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.2))
+    axis.plot([r["tokens"] for r in curve], [r["kl"] for r in curve], color=PARENT_COLOUR, label="training batch")
+    held = [r for r in curve if "validation_kl" in r]
+    axis.plot([r["tokens"] for r in held], [r["validation_kl"] for r in held], "o-", color=ACCENT, ms=4, label="held out")
+    axis.set_ylim(0, 2.5 * max(statistics.median(r["kl"] for r in curve), 1e-6))
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("KL(parent || child), nats per token")
+    axis.legend(frameon=False)
+    return _svg(figure)

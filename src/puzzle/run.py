@@ -1,0 +1,129 @@
+"""A run: its recipe, its directory, and what every stage needs from both (device, precision, parent, corpus).
+
+Stages take a `Run` and their own folder; everything expensive here is made once, when first asked for.
+"""
+
+import contextlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from puzzle import artifacts, corpus, parent, space
+from puzzle.config import Recipe
+from puzzle.errors import UserError
+from puzzle.modeling_puzzle import PuzzleForCausalLM
+from puzzle.progress import Progress
+
+EAGER_UP_TO_TOKENS = 512  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
+
+
+class Run:
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+
+    @classmethod
+    def open(cls, folder: Path, progress: Progress, recipe: Recipe | None = None) -> "Run":
+        """A run directory with a recipe to (re)write, or an existing one to continue."""
+        if recipe is None:
+            from puzzle import config
+
+            if not (folder / "run.yaml").exists():
+                raise UserError(f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`")
+            recipe = config.parse(config.read_yaml(folder / "run.yaml"), str(folder / "run.yaml"))
+        return cls(recipe, folder, progress)
+
+    def write_recipe(self) -> None:
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        artifacts.write_text(self.folder / "run.yaml", text)
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / {"assemble": "child", "uptrain": "uptrained"}.get(stage, stage)
+
+    def fingerprint_of(self, stage: str) -> str:
+        """The fingerprint of a finished stage; a `UserError` names the command that is missing."""
+        found = artifacts.manifest(self.stage_folder(stage))
+        if found is None:
+            raise UserError(f"run {self.folder}: stage {stage} is not done; run `puzzle {stage} {self.folder}` first")
+        return found["fingerprint"]
+
+    # ------------------------------------------------------------------------------------------ machine
+
+    @cached_property
+    def device(self) -> torch.device:
+        name = self.recipe.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use device=auto or device=cpu") from None
+        return device
+
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Whether matrix products run in bfloat16 (autocast over float32 weights)."""
+        if self.recipe.precision != "auto":
+            return self.recipe.precision == "bfloat16"
+        if self.device.type == "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return self.device.type == "cuda"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    @property
+    def attention(self) -> str:
+        short = self.recipe.corpus.sequence_length <= EAGER_UP_TO_TOKENS
+        return "eager" if self.device.type == "cpu" and short else "sdpa"
+
+    # ------------------------------------------------------------------------------------------ inputs
+
+    @cached_property
+    def parent(self) -> parent.Parent:
+        return parent.describe(self.recipe.parent, self.recipe.trust_remote_code)
+
+    @cached_property
+    def parent_model(self) -> PuzzleForCausalLM:
+        """The frozen parent: float32 on CPUs, the checkpoint's dtype elsewhere."""
+        dtype = torch.float32 if self.device.type == "cpu" else self.parent.dtype
+        return self.parent.load(dtype, self.device, self.attention)
+
+    @cached_property
+    def space(self) -> space.SearchSpace:
+        return space.build(self.recipe.library, self.parent.shape, self.recipe.deploy)
+
+    @property
+    def corpus_tokens(self) -> int:
+        """Training tokens worth packing: what the hungriest stage wants."""
+        return max(self.recipe.library.tokens, self.recipe.uptrain.tokens)
+
+    @cached_property
+    def corpus(self) -> dict[corpus.Split, corpus.Sequences]:
+        return corpus.build(
+            self.recipe.corpus,
+            self.parent.tokenizer,
+            self.folder / "corpus",
+            train_tokens=self.corpus_tokens,
+            validation_tokens=self.recipe.corpus.validation_tokens,
+            tokenizer_fingerprint=self.parent.tokenizer_fingerprint,
+            progress=self.progress,
+        )
+
+    @property
+    def data_inputs(self) -> dict[str, Any]:
+        """What decides the tokens and the arithmetic of a training or evaluation stage."""
+        return {
+            "seed": self.recipe.seed,
+            "parent": self.parent.fingerprint,
+            "tokenizer": self.parent.tokenizer_fingerprint,
+            "corpus": self.recipe.corpus.model_dump(mode="json"),
+            "sources": corpus.source_marks(self.recipe.corpus),
+            "corpus_tokens": self.corpus_tokens,
+            "device": self.device.type,
+            "bfloat16": self.bfloat16,
+        }

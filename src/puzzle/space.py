@@ -1,0 +1,107 @@
+"""The search space: which subblock variants each layer may use, after the deployment targets had their say.
+
+Torch-free. What an engine cannot serve is left out here, once, and said aloud (`SearchSpace.left_out`);
+the facts were checked in the engines' sources and stand in docs/architecture.md. Paper: section 2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from puzzle.architecture import FFN, Attention, Block, ModelShape, parse_attention, parse_ffn
+from puzzle.config import LibraryConfig
+from puzzle.errors import UserError
+
+ENGINES = ("vllm", "llama.cpp", "transformers", "tensorrt-llm")
+
+
+@dataclass(frozen=True)
+class LayerSpace:
+    """The variants of one layer, the parent's first, and the blocks (pairs) they may form."""
+
+    attention: tuple[Attention, ...]
+    ffn: tuple[FFN, ...]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    layers: tuple[LayerSpace, ...]
+    left_out: tuple[str, ...]  # one line per rule of a deployment target that removed something
+
+    @property
+    def log10_size(self) -> float:
+        """The number of architectures, as a power of ten."""
+        return sum(math.log10(len(layer.blocks)) for layer in self.layers)
+
+    def summary(self) -> str:
+        counts = sorted({len(layer.blocks) for layer in self.layers})
+        per_layer = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{len(self.layers)} layers, {per_layer} blocks a layer, 10^{self.log10_size:.1f} architectures"
+
+
+def attention_variants(config: LibraryConfig, shape: ModelShape) -> list[Attention]:
+    parent = shape.num_key_value_heads
+    heads = [n for n in range(parent, 0, -1) if parent % n == 0]
+    if config.kv_heads != "divisors":
+        for n in config.kv_heads:
+            if n not in heads:
+                raise UserError(
+                    f"library.kv_heads: got {n}, but the parent has {parent} KV heads; expected divisors of it: {heads}"
+                )
+        heads = [parent, *sorted(set(config.kv_heads) - {parent}, reverse=True)]
+    variants = [Attention("gqa", n) for n in heads]
+    return variants + [Attention(kind) for kind in ("linear", "no_op") if kind in config.attention_replacements]
+
+
+def ffn_variants(config: LibraryConfig, shape: ModelShape) -> list[FFN]:
+    parent, multiple = shape.intermediate_size, config.ffn_multiple
+    sizes = {max(multiple, round(parent * percent / 100 / multiple) * multiple) for percent in config.ffn_percent}
+    variants = [FFN("gated", parent)] + [FFN("gated", size) for size in sorted(sizes, reverse=True) if size < parent]
+    return variants + [FFN(kind) for kind in ("linear", "no_op") if kind in config.ffn_replacements]
+
+
+def _servable(layer: int, block: Block, engine: str) -> str | None:
+    """None where `engine` serves this block, otherwise the rule that forbids it."""
+    if engine == "vllm":
+        if "linear" in (block.attention.kind, block.ffn.kind):
+            return "vllm serves no linear replacement"
+        if layer == 0 and block.attention.kind == "no_op":
+            return "vllm fails on a no-op attention in layer 0"
+    if engine == "llama.cpp":
+        if block.ffn.kind == "linear":
+            return "llama.cpp serves no linear FFN"
+        if block.ffn.kind == "no_op" and block.attention.kind != "no_op":
+            return "llama.cpp loses the attention output where only the FFN is a no-op"
+    return None
+
+
+def build(config: LibraryConfig, shape: ModelShape, deploy: Sequence[str]) -> SearchSpace:
+    """The space of a parent. Raises `UserError` for sizes or layers the parent does not have."""
+    attention, ffn = attention_variants(config, shape), ffn_variants(config, shape)
+    parent = shape.parent_block
+    unknown = set(config.layers) - set(range(shape.num_hidden_layers))
+    if unknown:
+        last = shape.num_hidden_layers - 1
+        raise UserError(f"library.layers: got layer {min(unknown)}, expected 0 to {last} (the parent's layers)")
+    layers, left_out = [], {}
+    for index in range(shape.num_hidden_layers):
+        blocks = [Block(a, f) for a in attention for f in ffn]
+        if (override := config.layers.get(index)) is not None:
+            kept_attention = {parent.attention, *map(parse_attention, override.attention)}
+            kept_ffn = {parent.ffn, *map(parse_ffn, override.ffn)}
+            blocks = [b for b in blocks if b.attention in kept_attention and b.ffn in kept_ffn]
+        kept = []
+        for block in blocks:
+            reasons = [reason for engine in deploy if (reason := _servable(index, block, engine))]
+            left_out.update(dict.fromkeys(reasons))
+            if not reasons or block == parent:
+                kept.append(block)
+        layers.append(
+            LayerSpace(
+                tuple(a for a in attention if any(b.attention == a for b in kept)),
+                tuple(f for f in ffn if any(b.ffn == f for b in kept)),
+                tuple(kept),
+            )
+        )
+    return SearchSpace(tuple(layers), tuple(left_out))
