@@ -55,7 +55,7 @@ class CorpusConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(stdlib=True)], min_length=1)
     sequence_length: Positive = 256
     validation_fraction: Fraction = 0.04
-    validation_tokens: Positive = 65_536
+    validation_tokens: Positive = 262_144
     seed: int = 0
 
 

@@ -62,7 +62,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     for name, figures in models.items():
         own = Architecture.of_parent(shape) if name == "parent" else architecture
         element = run.parent.dtype.itemsize
-        figures["retention"] = figures["top1"] / models["parent"]["top1"]
+        best = models["parent"]["top1"]
+        figures["retention"] = figures["top1"] / best if best else None
         figures["parameters"] = own.parameters(shape)
         figures["kv_cache_bytes_per_token"] = own.kv_elements_per_token(shape) * element
     paired = cost.measure_pair(run, folders["uptrained"], settings.pairs, "evaluate")
@@ -92,7 +93,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     word = "measured" if results["engine"]["measured"] else "modelled"
 
     def row(name: str, key: str, form: str) -> tuple[str, str, str, str]:
-        return (name, *(format(m[key], form) for m in (parent, before, after)))  # type: ignore[return-value]
+        cells = ("" if m[key] is None else format(m[key], form) for m in (parent, before, after))
+        return (name, *cells)  # type: ignore[return-value]
 
     throughput = {side: speed[side]["throughput_tok_per_s"] for side in ("parent", "child")}
     forecast = {side: predicted[side]["throughput_tok_per_s"] for side in ("parent", "child")}

@@ -112,11 +112,10 @@ def architecture_picture(run: Run, results: dict[str, Any]) -> str:
     for spine in axis.spines.values():
         spine.set_visible(False)
     share = results["models"]["uptrained"]["parameters"] / results["models"]["parent"]["parameters"]
-    axis.set_title(
-        f"{results['speed']['speedup']:.2f}x the parent's throughput, {share:.0%} of its parameters, "
-        f"{results['models']['uptrained']['retention']:.1%} of its top-1 accuracy",
-        fontsize=10, loc="left",
-    )  # fmt: skip
+    retention = results["models"]["uptrained"]["retention"]
+    kept = "" if retention is None else f", {retention:.1%} of its top-1 accuracy"
+    title = f"{results['speed']['speedup']:.2f}x the parent's throughput, {share:.0%} of its parameters{kept}"
+    axis.set_title(title, fontsize=10, loc="left")
     return _svg(figure)
 
 

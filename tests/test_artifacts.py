@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from puzzle import artifacts
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), artifacts.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert artifacts.read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("torn", [b'{"n": 3', b'{"n": 3}', b"{"])
+def test_a_torn_last_line_is_cut_off_and_appending_goes_on(tmp_path, torn):
+    path = tmp_path / "a.jsonl"
+    artifacts.append_jsonl(path, {"n": 1})
+    artifacts.append_jsonl(path, {"n": 2})
+    with path.open("ab") as file:
+        file.write(torn)
+    assert artifacts.read_jsonl(path) == [{"n": 1}, {"n": 2}]
+    artifacts.append_jsonl(path, {"n": 3})
+    assert artifacts.read_jsonl(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_a_stage_is_done_only_for_the_inputs_it_was_done_for(tmp_path):
+    assert not artifacts.is_done(tmp_path, {"a": (1, 2)})
+    artifacts.write_manifest(tmp_path, {"a": (1, 2)}, {})
+    assert artifacts.is_done(tmp_path, {"a": (1, 2)})
+    assert not artifacts.is_done(tmp_path, {"a": (1, 3)})
+
+
+def test_beginning_with_the_same_inputs_keeps_the_work_and_with_others_removes_it(tmp_path):
+    folder = tmp_path / "stage"
+    artifacts.begin(folder, {"a": 1})
+    (folder / "sub").mkdir()
+    (folder / "sub" / "work").write_text("x")
+    artifacts.begin(folder, {"a": 1})
+    assert (folder / "sub" / "work").exists()
+    artifacts.begin(folder, {"a": 2})
+    assert not (folder / "sub").exists()
+
+
+def test_the_fingerprint_does_not_depend_on_key_order():
+    assert artifacts.fingerprint({"a": 1, "b": 2}) == artifacts.fingerprint(json.loads('{"b": 2, "a": 1}'))

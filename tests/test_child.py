@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from puzzle import child, subblocks
+from puzzle.architecture import Architecture
+
+CPU = torch.device("cpu")
+MIXED = {
+    "reduced": ["gqa_1+gated_96", "no_op+gated_32", "gqa_2+no_op", "gqa_2+gated_64"],
+    "no-op in layer 0": ["no_op+gated_32", "gqa_1+no_op", "no_op+no_op", "gqa_2+gated_96"],
+    "linear": ["linear+gated_96", "gqa_2+linear", "linear+linear", "gqa_1+no_op"],
+    "no attention at all": ["no_op+gated_96", "linear+linear", "no_op+gated_32", "no_op+no_op"],
+}
+
+
+def write_child(tiny, folder, names):
+    architecture = Architecture.from_names(names)
+    weights = tiny.weights()
+    state = {name: weights[name] for name in weights if not name.startswith("model.layers.")}
+    contribution = torch.arange(tiny.shape.intermediate_size, dtype=torch.float32)
+    for index, block in enumerate(architecture):
+        prefix = f"model.layers.{index}."
+        own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
+        for variant in (block.attention, block.ffn):
+            made = subblocks.initial_state(own, variant, tiny.shape, contribution)
+            state |= {prefix + name: tensor for name, tensor in made.items()}
+    child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
+    return folder
+
+
+@pytest.fixture(params=MIXED.values(), ids=MIXED.keys())
+def mixed(request, tiny, tmp_path):
+    return write_child(tiny, tmp_path / "child", request.param)
+
+
+def generate(model, prompt, use_cache):
+    return model.generate(prompt, max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
+
+
+def test_generation_with_a_cache_equals_generation_without(mixed):
+    model = child.load(mixed, torch.float32, CPU)
+    prompt = torch.tensor([[5, 17, 200, 31]])
+    assert generate(model, prompt, True).tolist() == generate(model, prompt, False).tolist()
+
+
+def test_left_padding_does_not_change_what_is_generated(mixed):
+    model = child.load(mixed, torch.float32, CPU)
+    prompt = torch.tensor([[5, 17, 200, 31]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    out = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    assert out[0, 7:].tolist() == generate(model, prompt, True)[0, 4:12].tolist()
+
+
+def test_saved_and_loaded_logits_are_equal(mixed, tmp_path):
+    first = child.load(mixed, torch.float32, CPU)
+    architecture = child.read_architecture(mixed)
+    child.save(tmp_path / "again", first.config, architecture, first.state_dict(), mixed, "card\n")
+    second = child.load(tmp_path / "again", torch.float32, CPU)
+    tokens = torch.randint(0, 320, (2, 9))
+    assert torch.equal(first(tokens).logits, second(tokens).logits)
+
+
+def test_transformers_alone_generates_the_same_tokens(tiny, tmp_path):
+    """`trust_remote_code=True` in a process that cannot import puzzle, with and without a cache."""
+    folders = [write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())]
+    script = f"""
+import importlib.abc, json, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "puzzle":
+            raise ImportError("puzzle is not importable here")
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM
+for folder in {[str(folder) for folder in folders]!r}:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    for use_cache in (True, False):
+        out = model.generate(torch.tensor([[5, 17, 200, 31]]), max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
+        print(json.dumps(out[0].tolist()))
+assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    theirs = [json.loads(line) for line in out.stdout.strip().splitlines()]
+    assert len(theirs) == 2 * len(folders)
+    for i, folder in enumerate(folders):
+        ours = generate(child.load(folder, torch.float32, CPU), torch.tensor([[5, 17, 200, 31]]), True)
+        assert theirs[2 * i] == theirs[2 * i + 1] == ours[0].tolist()
+
+
+def test_a_no_op_subblock_has_neither_weights_nor_norm(tiny, tmp_path):
+    folder = write_child(tiny, tmp_path / "child", MIXED["no-op in layer 0"])
+    names = list(child.load(folder, torch.float32, CPU).state_dict())
+    assert not any(name.startswith("model.layers.2.") for name in names)
+    assert not any(name.startswith(("model.layers.0.self_attn", "model.layers.0.input_layernorm")) for name in names)
+
+
+def test_the_architecture_name_says_who_can_serve(tiny, tmp_path):
+    classes = {key: child.architectures_name(Architecture.from_names(names)) for key, names in MIXED.items()}
+    assert classes["reduced"] == "DeciLMForCausalLM"
+    assert classes["linear"] == classes["no-op in layer 0"] == "PuzzleForCausalLM"
+
+
+def test_the_tokenizer_and_chat_template_come_along(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = write_child(tiny, tmp_path / "child", MIXED["reduced"])
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert ours("def add").input_ids == tiny.tokenizer("def add").input_ids
+    assert ours.chat_template == tiny.tokenizer.chat_template
+
+
+def test_a_replacement_changes_what_the_model_says(tiny, tmp_path):
+    """Guards the other tests: the mixed children are not secretly the parent."""
+    tokens = torch.randint(0, 320, (1, 12))
+    reference = log_softmax(tiny.load(torch.float32, CPU)(tokens).logits, -1)
+    for index, names in enumerate(MIXED.values()):
+        model = child.load(write_child(tiny, tmp_path / str(index), names), torch.float32, CPU)
+        assert (log_softmax(model(tokens).logits, -1) - reference).abs().max() > 0.1

@@ -1,0 +1,166 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import TEXT, make_tokenizer
+
+from puzzle import artifacts, corpus
+from puzzle.config import CorpusConfig
+from puzzle.errors import UserError
+from puzzle.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def build(tmp_path, tokenizer, sources, **settings):
+    length = settings.pop("sequence_length", 16)
+    config = CorpusConfig(sources=sources, sequence_length=length, **({"validation_fraction": 0.3} | settings))
+    return corpus.build(
+        config, tokenizer, tmp_path / "corpus", train_tokens=10**6, validation_tokens=10**6,
+        tokenizer_fingerprint="t", progress=Progress(quiet=True),
+    )  # fmt: skip
+
+
+def texts(count):
+    return [TEXT.replace("add", f"name_{i}") for i in range(count)]
+
+
+def decoded(tokenizer, sequences):
+    rows = sequences.rows(range(len(sequences)))
+    return tokenizer.decode(rows.flatten().tolist())
+
+
+def test_train_and_validation_share_no_document(tmp_path, tokenizer, text_folder):
+    data = build(tmp_path, tokenizer, [str(text_folder)])
+    sides = [decoded(tokenizer, data[side]) for side in ("train", "validation")]
+    names = [{f"add_{i}_0" for i in range(40) if f"add_{i}_0(" in side} for side in sides]
+    assert names[0] and names[1] and not names[0] & names[1]
+
+
+def test_the_side_of_a_document_depends_on_its_name_alone():
+    before, after = (corpus.Document("a/b.py", text) for text in ("one", "two"))
+    assert corpus.split_of(before, 0.5) == corpus.split_of(after, 0.5)
+    sides = [corpus.split_of(corpus.Document(f"f{i}", ""), 0.2) for i in range(2000)]
+    assert 0.17 < sides.count("validation") / 2000 < 0.23
+
+
+def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(TEXT)
+    (folder / "other.txt").write_text(TEXT * 3)
+    config = CorpusConfig(sources=[str(folder)], validation_fraction=0.5)
+    both = [list(corpus._side(config.sources[0], side, config, tokenizer)) for side in ("train", "validation")]
+    assert sum(map(len, both)) == 2
+
+
+def test_the_same_seed_gives_the_same_sequences_and_another_seed_another_order(tmp_path, tokenizer, text_folder):
+    first, again, other = (
+        build(tmp_path / name, tokenizer, [str(text_folder)], seed=seed)["train"].batch(0, 8)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_batches_cover_an_epoch_exactly_once_whatever_their_size(tmp_path, tokenizer, text_folder):
+    data = build(tmp_path, tokenizer, [str(text_folder)])["train"]
+    rows = list(itertools.chain.from_iterable(data.batch(step, 7).tolist() for step in range(len(data) // 7 + 1)))
+    assert sorted(rows[: len(data)]) == sorted(data.rows(range(len(data))).tolist())
+
+
+def test_json_lines_parquet_and_folders_give_the_same_documents(tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    rows = [{"text": text} for text in texts(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    config = CorpusConfig(sources=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")])
+    lines, table = ([d.text for d in corpus.documents(s, tokenizer, 0)] for s in config.sources)
+    assert lines == table == texts(20)
+
+
+def test_a_hugging_face_dataset_streams_by_name(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(50)))
+    source = CorpusConfig(sources=[{"dataset": str(folder)}]).sources[0]
+    found = [d.text for d in corpus.documents(source, tokenizer, 0)]
+    assert sorted(found) == sorted(texts(50))
+    assert found == [d.text for d in corpus.documents(source, tokenizer, 0)]
+
+
+def test_chats_go_through_the_chat_template(tmp_path, tokenizer):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}))
+    source = CorpusConfig(sources=[str(path)]).sources[0]
+    assert [d.text for d in corpus.documents(source, tokenizer, 0)] == ["<user>hi\n<assistant>yo\n"]
+
+
+def test_chats_without_a_template_are_a_user_error(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": []}))
+    source = CorpusConfig(sources=[str(path)]).sources[0]
+    with pytest.raises(UserError, match="no chat template"):
+        list(corpus.documents(source, None, 0))
+
+
+def test_a_mixture_keeps_its_weights_in_tokens():
+    streams = [iter([[0] * 10] * 300), iter([[1] * 3] * 1000)]
+    tokens = np.concatenate(list(itertools.islice(corpus.mixture(streams, [3.0, 1.0]), 400)))
+    assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_stream_that_ends_leaves_the_rest_to_the_others():
+    assert len(list(corpus.mixture([iter([[0]] * 5), iter([[1]] * 50)], [1.0, 1.0]))) == 55
+
+
+def test_packing_keeps_every_token_in_order_and_drops_only_the_last_rest():
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11]]
+    rows = np.stack(list(corpus.pack(documents, 4)))
+    assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_every_document_ends_with_the_end_of_text_token(tokenizer):
+    config = CorpusConfig(sources=["stdlib"])
+    first = next(corpus._side(config.sources[0], "train", config, tokenizer))
+    assert first[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in first[:-1]
+
+
+def test_a_changed_file_makes_the_corpus_anew(tmp_path, tokenizer):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, text in enumerate(texts(30)):
+        (folder / f"{i}.txt").write_text(text)
+    build(tmp_path, tokenizer, [str(folder)])
+    before = artifacts.manifest(tmp_path / "corpus")
+    build(tmp_path, tokenizer, [str(folder)])
+    assert artifacts.manifest(tmp_path / "corpus") == before
+    (folder / "3.txt").write_text(TEXT * 9)
+    build(tmp_path, tokenizer, [str(folder)])
+    assert artifacts.manifest(tmp_path / "corpus")["inputs"] != before["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.jsonl", "{", "line 1: not JSON"), ("a.jsonl", "[1]", "expected a JSON object"),
+     ("a.jsonl", '{"body": "x"}', r"got columns \['body'\]"), ("a.parquet", "x", "not a readable Parquet")],
+)  # fmt: skip
+def test_a_broken_source_is_one_clear_line(tmp_path, tokenizer, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(corpus.documents(CorpusConfig(sources=[str(tmp_path / name)]).sources[0], tokenizer, 0))
+
+
+def test_a_missing_source_and_an_empty_side_are_user_errors(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="no such file or folder"):
+        build(tmp_path, tokenizer, [str(tmp_path / "nothing")])
+    (tmp_path / "one.txt").write_text(TEXT)
+    with pytest.raises(UserError, match="holds less than one sequence"):
+        build(tmp_path, tokenizer, [str(tmp_path / "one.txt")])

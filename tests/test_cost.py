@@ -1,0 +1,110 @@
+import dataclasses
+import random
+
+import pytest
+
+from puzzle import artifacts, cost, pipeline
+from puzzle.architecture import FFN, Architecture, Attention
+from puzzle.engines import roofline_engine
+from puzzle.errors import UserError
+
+
+@pytest.fixture
+def costed(tiny_run):
+    pipeline.execute_stage(tiny_run, "cost")
+    return tiny_run
+
+
+def test_predictions_equal_the_engine_on_random_architectures(costed, tmp_path):
+    """The roofline engine is exactly additive, so the table made from its probe must reproduce it."""
+    table, rng = cost.read(costed), random.Random(0)
+    for index in range(10):
+        architecture = Architecture(tuple(rng.choice(layer.blocks) for layer in costed.space.layers))
+        cost.write_probe(costed, tmp_path / str(index), architecture)
+        sheet = costed.recipe.cost.device_sheet
+        session = roofline_engine.RooflineSession(tmp_path / str(index), table.scenario, sheet)
+        assert table.predict(architecture).total_s == pytest.approx(session.time_batch(table.scenario).total_s, rel=1e-9)
+
+
+def test_the_predicted_parent_is_the_measured_parent(costed):
+    table = cost.read(costed)
+    session = roofline_engine.RooflineSession(costed.parent.folder, table.scenario, costed.recipe.cost.device_sheet)
+    timing = session.time_batch(table.scenario)
+    predicted = table.predict(Architecture.of_parent(costed.parent.shape))
+    assert (predicted.prefill_s, predicted.decode_s) == pytest.approx((timing.prefill_s, timing.decode_s))
+
+
+def test_the_probe_measures_every_costly_variant_the_same_number_of_times(costed):
+    variants = cost.distinct_variants(costed)
+    architecture, measures = cost.probe_architecture(variants, costed.parent.shape)
+    assert architecture.blocks[0] == costed.parent.shape.parent_block and measures[0] is None
+    for block, measured in zip(architecture.blocks[1:], measures[1:], strict=True):
+        assert measured in (block.attention, block.ffn)
+        other = block.ffn if isinstance(measured, Attention) else block.attention
+        assert other.kind == "no_op"
+    counts = {v: measures.count(v) for v in variants}
+    assert {n for v, n in counts.items() if v.kind != "no_op"} == {cost.COPIES}
+
+
+def test_memory_is_weights_plus_cache(costed):
+    table, shape = cost.read(costed), costed.parent.shape
+    predicted = table.predict(Architecture.of_parent(shape))
+    parameters = Architecture.of_parent(shape).parameters(shape)
+    assert predicted.parameter_bytes == 4 * parameters
+    cache = 8 * (16 + 16) * 4 * 2 * 2 * 16 * 4  # batch, tokens, layers, K and V, KV heads, head_dim, bytes
+    assert predicted.memory_bytes == 4 * parameters + cache
+
+
+def reuse(run, table):
+    recipe = run.recipe
+    changed = recipe.model_copy(update={"cost": recipe.cost.model_copy(update={"table": str(table)})})
+    other = type(run)(changed, run.folder.with_name("other"), run.progress)
+    pipeline.execute_stage(other, "cost")
+    return other
+
+
+def test_a_table_can_be_reused(costed):
+    path = costed.stage_folder("cost") / "costs.jsonl"
+    assert cost.read(reuse(costed, path)) == cost.read(costed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenario", {})]
+)
+def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
+    records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")
+    records[0][key] = value
+    path = tmp_path / "stale.jsonl"
+    path.write_text("".join(map(cost.json_line, records)))
+    with pytest.raises(UserError, match=f"{key} is .* measure again"):
+        reuse(costed, path)
+
+
+def test_a_table_that_lacks_a_variant_is_refused(costed, tmp_path):
+    records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(cost.json_line(r) for r in records if r.get("variant") != "gqa_1"))
+    with pytest.raises(UserError, match="has no attention gqa_1"):
+        reuse(costed, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, None, "fast"])
+def test_a_bad_figure_is_one_clear_line(costed, value):
+    path = costed.stage_folder("cost") / "costs.jsonl"
+    records = artifacts.read_jsonl(path)
+    records[1]["decode_s"] = value
+    path.write_text("".join(map(cost.json_line, records)))
+    with pytest.raises(UserError, match="decode_s is .*; expected a number"):
+        cost.read(costed)
+
+
+def test_costs_add_up():
+    a, b = cost.Cost(1.0, 2.0, 3, 4, 5), cost.Cost(0.5, 0.25, 1, 1, 1)
+    assert dataclasses.astuple(a + b) == (1.5, 2.25, 4, 5, 6)
+    assert (a + b).total_s == 3.75
+
+
+def test_wider_and_more_heads_never_cost_less(costed):
+    table = cost.read(costed).variants
+    assert table["ffn", FFN("gated", 96).name].total_s > table["ffn", "no_op"].total_s == 0
+    assert table["attention", "gqa_2"].kv_cache_bytes == 2 * table["attention", "gqa_1"].kv_cache_bytes

@@ -1,0 +1,101 @@
+"""One conformance suite for every engine."""
+
+import statistics
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_parent
+from test_child import MIXED, write_child
+
+from puzzle import child, engines, parent
+from puzzle.config import CostConfig, ScenarioConfig
+from puzzle.errors import UserError
+
+SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=8)
+SHEET = str(Path(__file__).parent / "device.yaml")
+NEEDS_VLLM = pytest.mark.skipif(
+    import_module(engines.ENGINES["vllm"]).available() is not None, reason="vllm is not installed"
+)
+ENGINES = ["roofline", pytest.param("torch", marks=pytest.mark.training),
+           pytest.param("vllm", marks=[pytest.mark.training, pytest.mark.vllm, NEEDS_VLLM])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def servable(tmp_path_factory):
+    """A parent of a head size that every engine serves, and a child stock engines load."""
+    folder = make_parent(tmp_path_factory.mktemp("servable"), hidden_size=128, num_attention_heads=4, head_dim=32)
+    described = parent.describe(str(folder))
+    return described, write_child(described, tmp_path_factory.mktemp("children") / "child", MIXED["reduced"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_times_whole_batches_and_layers(servable, name, tmp_path):
+    engine = import_module(engines.ENGINES[name])
+    assert engine.NAME == name and engine.available() is None
+    assert {"engine", "version", "device"} <= set(engine.describe(SHEET))
+    for folder in (servable[0].folder, servable[1]):
+        with engine.open_session(folder, SCENARIO, tmp_path / "log", SHEET) as session:
+            timings = [session.time_batch(SCENARIO) for _ in range(3)]
+        for timing in timings:
+            assert timing.prefill_s > 0 and timing.decode_s > 0
+            assert len(timing.layer_prefill_s) == len(timing.layer_decode_s) == 4
+            assert sum(timing.layer_prefill_s) <= timing.prefill_s * 1.001
+        whole, layers = (statistics.median(v) for v in zip(*((t.decode_s, sum(t.layer_decode_s)) for t in timings), strict=True))
+        assert layers <= whole * 1.05  # two runs are subtracted from one another: noise, hence the 5 %
+
+
+@pytest.mark.training
+@pytest.mark.vllm
+@NEEDS_VLLM
+def test_stock_vllm_generates_our_greedy_tokens(servable, tmp_path):
+    """float32 on both sides; the child is served as it lies on disk, without our package's model code."""
+    import os
+    import subprocess
+    import sys
+
+    prompts = [[5, 17, 200, 31], [9, 9, 2, 250, 77, 140]]
+    script = f"""
+from vllm import LLM, SamplingParams
+llm = LLM({str(servable[1])!r}, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
+          kv_cache_memory_bytes=1 << 26, trust_remote_code=True)
+sampling = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True, detokenize=False)
+for out in llm.generate([{{"prompt_token_ids": p}} for p in {prompts!r}], sampling, use_tqdm=False):
+    print("TOKENS", list(out.outputs[0].token_ids))
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    served = [line.removeprefix("TOKENS ") for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert len(served) == 2, out.stderr[-2000:]
+    model = child.load(servable[1], torch.float32, torch.device("cpu"))
+    for prompt, tokens in zip(prompts, served, strict=True):
+        ours = model.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, eos_token_id=-1)
+        assert tokens == str(ours[0, len(prompt) :].tolist())
+
+
+def test_an_engine_that_is_not_there_is_one_clear_line(monkeypatch):
+    vllm = import_module(engines.ENGINES["vllm"])
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="vllm is not available: .*use cost.engine=auto"):
+        engines.load(CostConfig(engine="vllm"))
+    assert engines.load(CostConfig(engine="auto")).NAME == "torch"
+
+
+@pytest.mark.training
+@pytest.mark.vllm
+@NEEDS_VLLM
+def test_a_worker_that_dies_is_one_clear_line_with_its_log(tmp_path):
+    vllm = import_module(engines.ENGINES["vllm"])
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(UserError, match=r"vllm stopped while serving: .* \(see .*log\)"),
+        vllm.open_session(tmp_path, SCENARIO, tmp_path / "log", SHEET) as session,
+    ):
+        session.time_batch(SCENARIO)
+
+
+@pytest.mark.parametrize("sheet", ["H1000", "/nothing.yaml"])
+def test_an_unknown_device_sheet_lists_the_known_ones(sheet):
+    with pytest.raises(UserError, match="expected one of this-cpu, H100"):
+        import_module(engines.ENGINES["roofline"]).sheet(sheet)

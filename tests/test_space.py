@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from puzzle import space
+from puzzle.architecture import FFN, Attention, ModelShape
+from puzzle.config import LibraryConfig
+from puzzle.errors import UserError
+
+SHAPE = ModelShape(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+PAPER = LibraryConfig(ffn_percent=[100, 87, 75, 50, 25, 20, 10], ffn_multiple=256)
+
+
+def test_the_papers_space_has_54_blocks_a_layer():
+    found = space.build(PAPER, SHAPE, [])
+    assert {len(layer.blocks) for layer in found.layers} == {54}
+    assert found.log10_size == pytest.approx(32 * math.log10(54))
+    assert found.left_out == ()
+
+
+def test_the_parents_variants_come_first():
+    layer = space.build(PAPER, SHAPE, []).layers[0]
+    assert (layer.attention[0], layer.ffn[0]) == (Attention("gqa", 8), FFN("gated", 14336))
+    assert layer.blocks[0] == SHAPE.parent_block
+
+
+def test_sizes_are_rounded_to_the_multiple():
+    sizes = [v.intermediate_size for v in space.ffn_variants(PAPER, SHAPE) if v.kind == "gated"]
+    assert all(size % 256 == 0 for size in sizes)
+
+
+def test_vllm_leaves_out_linear_and_a_no_op_attention_in_layer_0_and_says_so():
+    found = space.build(PAPER, SHAPE, ["vllm"])
+    assert not any(b.attention.kind == "linear" or b.ffn.kind == "linear" for la in found.layers for b in la.blocks)
+    assert Attention("no_op") not in found.layers[0].attention
+    assert Attention("no_op") in found.layers[1].attention
+    assert len(found.left_out) == 2
+
+
+def test_llama_cpp_allows_an_ffn_no_op_only_with_an_attention_no_op():
+    blocks = space.build(PAPER, SHAPE, ["llama.cpp"]).layers[3].blocks
+    kinds = {(b.attention.kind, b.ffn.kind) for b in blocks}
+    assert ("no_op", "no_op") in kinds and ("gqa", "no_op") not in kinds and ("linear", "no_op") not in kinds
+    assert not any(ffn == "linear" for _, ffn in kinds)
+
+
+def test_a_layer_can_be_kept_as_the_parents():
+    found = space.build(PAPER.model_validate(PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}), SHAPE, [])
+    assert found.layers[0].blocks == (SHAPE.parent_block,)
+    assert [b.name for b in found.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
+
+
+def test_kv_heads_must_divide_the_parents():
+    with pytest.raises(UserError, match=r"got 3.*\[8, 4, 2, 1\]"):
+        space.build(LibraryConfig(kv_heads=[3]), SHAPE, [])
+
+
+def test_an_override_of_a_layer_that_does_not_exist_is_a_user_error():
+    with pytest.raises(UserError, match="got layer 32, expected 0 to 31"):
+        space.build(LibraryConfig.model_validate({"layers": {32: "parent"}}), SHAPE, [])

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from puzzle import subblocks
+from puzzle.architecture import FFN, Attention
+
+
+@pytest.fixture(scope="module")
+def layer(tiny):
+    return tiny.load(torch.float32, torch.device("cpu")).model.layers[1]
+
+
+def made(tiny, layer, variant, contribution=None):
+    contribution = torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
+    module = subblocks.module(tiny, variant, "sdpa")
+    module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, contribution))
+    return module.eval()
+
+
+def context(length):
+    return {"attention_mask": None, "position_embeddings": (torch.ones(1, length, 16), torch.zeros(1, length, 16))}
+
+
+@torch.no_grad()
+def test_linear_attention_is_the_parents_where_a_token_sees_only_itself(tiny, layer):
+    x = torch.randn(6, 1, 64)
+    linear = made(tiny, layer, Attention("linear"))
+    torch.testing.assert_close(linear.attention(x), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_merging_equal_kv_heads_changes_nothing(tiny, layer):
+    import copy
+
+    twin = copy.deepcopy(layer)
+    for projection in (twin.self_attn.k_proj, twin.self_attn.v_proj):
+        projection.weight[16:] = projection.weight[:16]
+    merged = made(tiny, twin, Attention("gqa", 1))
+    x = torch.randn(2, 7, 64)
+    torch.testing.assert_close(merged.attention(x, **context(7)), twin.attention(x, **context(7)), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_heads_are_the_mean_of_their_group(tiny, layer):
+    state = subblocks.initial_state(layer.state_dict(), Attention("gqa", 1), tiny.shape, torch.ones(96))
+    heads = layer.self_attn.k_proj.weight.view(2, 16, 64)
+    torch.testing.assert_close(state["self_attn.k_proj.weight"], (heads[0] + heads[1]) / 2)
+
+
+@torch.no_grad()
+def test_a_narrower_ffn_is_the_parents_with_the_weakest_channels_silenced(tiny, layer):
+    contribution = torch.rand(96)
+    narrow = made(tiny, layer, FFN("gated", 40), contribution)
+    h = torch.randn(3, 5, 64)
+    kept = contribution.argsort(descending=True)[:40]
+    normed = layer.post_attention_layernorm(h)
+    x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+    mask = torch.zeros(96).index_fill(0, kept, 1.0)
+    torch.testing.assert_close(narrow.feed_forward(h), h + layer.mlp.down_proj(x * mask), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_linear_ffn_is_down_times_up(tiny, layer):
+    h = torch.randn(3, 5, 64)
+    normed = layer.post_attention_layernorm(h)
+    expected = h + layer.mlp.down_proj(layer.mlp.up_proj(normed))
+    torch.testing.assert_close(made(tiny, layer, FFN("linear")).feed_forward(h), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_channel_contribution_is_the_papers_formula():
+    x, down = torch.randn(50, 8), torch.randn(3, 8)
+    expected = [(x[:, i].abs().mean() * down[:, i].norm()).item() for i in range(8)]
+    found = subblocks.channel_contribution(x.abs().sum(0), 50, down)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
