@@ -33,11 +33,11 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def make_parent(folder: Path, **overrides) -> Path:
     """A random Llama of 4 layers; weights large enough that every layer matters."""
-    settings = dict(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, bos_token_id=0, eos_token_id=0,
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True,
+    }  # fmt: skip
     torch.manual_seed(0)
     dtype = overrides.pop("dtype", torch.float32)
     model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).to(dtype)
@@ -87,7 +87,11 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "checkpoint_steps": 2,
         },
         "score": {"sequences": 8, "shard_sequences": 4, "tokens_per_pass": 512},
-        "cost": {"engine": "roofline", "device_sheet": str(Path(__file__).parent / "device.yaml"), "scenario": {"batch_size": 8, "input_length": 16, "output_length": 16}},
+        "cost": {
+            "engine": "roofline",
+            "device_sheet": str(Path(__file__).parent / "device.yaml"),
+            "scenario": {"batch_size": 8, "input_length": 16, "output_length": 16},
+        },
         "search": {"throughput": "1.3x"},
         "uptrain": {"tokens": 2048, "batch_sequences": 8, "checkpoint_steps": 2, "validate_steps": 4},
         "evaluate": {"sequences": 16},

@@ -81,7 +81,8 @@ from transformers import AutoModelForCausalLM
 for folder in {[str(folder) for folder in folders]!r}:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     for use_cache in (True, False):
-        out = model.generate(torch.tensor([[5, 17, 200, 31]]), max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
+        settings = dict(max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
+        out = model.generate(torch.tensor([[5, 17, 200, 31]]), **settings)
         print(json.dumps(out[0].tolist()))
 assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
 """

@@ -98,7 +98,9 @@ def test_a_hugging_face_dataset_streams_by_name(tmp_path, tokenizer, monkeypatch
 
 def test_chats_go_through_the_chat_template(tmp_path, tokenizer):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}))
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
+    )
     source = CorpusConfig(sources=[str(path)]).sources[0]
     assert [d.text for d in corpus.documents(source, tokenizer, 0)] == ["<user>hi\n<assistant>yo\n"]
 

@@ -23,7 +23,9 @@ def test_predictions_equal_the_engine_on_random_architectures(costed, tmp_path):
         cost.write_probe(costed, tmp_path / str(index), architecture)
         sheet = costed.recipe.cost.device_sheet
         session = roofline_engine.RooflineSession(tmp_path / str(index), table.scenario, sheet)
-        assert table.predict(architecture).total_s == pytest.approx(session.time_batch(table.scenario).total_s, rel=1e-9)
+        assert table.predict(architecture).total_s == pytest.approx(
+            session.time_batch(table.scenario).total_s, rel=1e-9
+        )
 
 
 def test_the_predicted_parent_is_the_measured_parent(costed):
@@ -69,7 +71,8 @@ def test_a_table_can_be_reused(costed):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenario", {})]
+    ("key", "value"),
+    [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenario", {})],
 )
 def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
     records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")

@@ -33,7 +33,7 @@ def servable(tmp_path_factory):
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_times_whole_batches_and_layers(servable, name, tmp_path):
     engine = import_module(engines.ENGINES[name])
-    assert engine.NAME == name and engine.available() is None
+    assert name == engine.NAME and engine.available() is None
     assert {"engine", "version", "device"} <= set(engine.describe(SHEET))
     for folder in (servable[0].folder, servable[1]):
         with engine.open_session(folder, SCENARIO, tmp_path / "log", SHEET) as session:
@@ -42,7 +42,9 @@ def test_an_engine_times_whole_batches_and_layers(servable, name, tmp_path):
             assert timing.prefill_s > 0 and timing.decode_s > 0
             assert len(timing.layer_prefill_s) == len(timing.layer_decode_s) == 4
             assert sum(timing.layer_prefill_s) <= timing.prefill_s * 1.001
-        whole, layers = (statistics.median(v) for v in zip(*((t.decode_s, sum(t.layer_decode_s)) for t in timings), strict=True))
+        whole, layers = (
+            statistics.median(v) for v in zip(*((t.decode_s, sum(t.layer_decode_s)) for t in timings), strict=True)
+        )
         assert layers <= whole * 1.05  # two runs are subtracted from one another: noise, hence the 5 %
 
 

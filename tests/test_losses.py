@@ -48,7 +48,9 @@ def test_token_metrics_equal_plain_torch(sides, chunk):
     found = losses.token_metrics(parent, parent_head, candidates, head, targets, chunk_tokens=chunk)
     for metrics, candidate in zip(found, candidates, strict=True):
         logits, reference = candidate @ head.T, parent @ parent_head.T
-        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(reference, -1), log_target=True, reduction="none").sum(-1)
+        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(reference, -1), log_target=True, reduction="none").sum(
+            -1
+        )
         top5 = (logits.topk(5).indices == targets[:, None]).any(-1)
         torch.testing.assert_close(metrics[0], kl, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(metrics[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-4, atol=1e-5)

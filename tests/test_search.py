@@ -29,7 +29,7 @@ def problems(draw):
 def brute_force(problem, avoid=(), overlap=0):
     starts = problem.starts
     best = None
-    for choice in itertools.product(*(range(a, b) for a, b in zip(starts, starts[1:], strict=False))):
+    for choice in itertools.product(*(range(a, b) for a, b in itertools.pairwise(starts))):
         index = list(choice)
         if any(problem.resources[r][index].sum() > problem.limits[r] + 1e-9 for r in range(len(problem.limits))):
             continue
@@ -91,7 +91,9 @@ def test_an_unclear_quantity_is_a_user_error(name, text):
 
 @pytest.mark.training
 def test_an_impossible_wish_says_what_binds_and_the_best_attainable(finished_run):
-    with pytest.raises(Infeasible, match=r"throughput 99x is out of reach \(best attainable: [0-9.e+]+ tokens per second\)"):
+    with pytest.raises(
+        Infeasible, match=r"throughput 99x is out of reach \(best attainable: [0-9.e+]+ tokens per second\)"
+    ):
         again(finished_run, throughput="99x")
 
 
@@ -105,7 +107,8 @@ def test_wishes_that_only_clash_together_are_told_apart(finished_run):
 @pytest.mark.training
 @pytest.mark.parametrize(
     ("name", "text", "figure", "share"),
-    [("latency", "70%", "latency_s", 0.7), ("memory", "60%", "memory_bytes", 0.6), ("parameters", "60%", "parameters", 0.6),
+    [("latency", "70%", "latency_s", 0.7), ("memory", "60%", "memory_bytes", 0.6),
+     ("parameters", "60%", "parameters", 0.6),
      ("kv_cache", "50%", "kv_cache_bytes", 0.5), ("time_to_first_token", "60%", "time_to_first_token_s", 0.6)],
 )  # fmt: skip
 def test_every_kind_of_constraint_is_kept_by_the_solution(finished_run, name, text, figure, share):

@@ -48,7 +48,9 @@ def test_llama_cpp_allows_an_ffn_no_op_only_with_an_attention_no_op():
 
 
 def test_a_layer_can_be_kept_as_the_parents():
-    found = space.build(PAPER.model_validate(PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}), SHAPE, [])
+    found = space.build(
+        PAPER.model_validate(PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}), SHAPE, []
+    )
     assert found.layers[0].blocks == (SHAPE.parent_block,)
     assert [b.name for b in found.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
 

@@ -27,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,9 +94,7 @@ def write_manifest(folder: Path, inputs: dict[str, Any], outputs: Any) -> str:
     """Close a stage. Returns the manifest's fingerprint."""
     inputs = json.loads(json.dumps(inputs))
     mark = fingerprint({"inputs": inputs, "outputs": outputs})
-    write_json(
-        folder / MANIFEST, {"inputs": inputs, "outputs": outputs, "fingerprint": mark, "versions": versions()}
-    )
+    write_json(folder / MANIFEST, {"inputs": inputs, "outputs": outputs, "fingerprint": mark, "versions": versions()})
     return mark
 
 

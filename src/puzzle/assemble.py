@@ -4,7 +4,8 @@ The child's weights are the parent's embedding, final norm and head, and per lay
 then measured against the parent on the engine the costs came from. A miss is recorded in
 `cost/corrections.jsonl`, from which the next search learns; `pipeline.py` holds that loop.
 
-Reads: the parent, the library, `search/solutions.json`. Writes: `child/` (a Hugging Face folder), `child/measured.json`.
+Reads: the parent, the library, `search/solutions.json`.
+Writes: `child/` (a Hugging Face folder) and `child/measured.json`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -68,7 +69,9 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     artifacts.write_json(folder / "measured.json", {**asdict(paired), "promises": promises})
     met = all(promise["met"] for promise in promises)
     for promise in promises:
-        run.progress.say(f"  asked {promise['asked']}, measured {promise['measured']}: {'met' if promise['met'] else 'missed'}")
+        run.progress.say(
+            f"  asked {promise['asked']}, measured {promise['measured']}: {'met' if promise['met'] else 'missed'}"
+        )
     if not met:
         correct(run, architecture, paired)
     return {"met": met, "weights": weights_fingerprint(folder)}
@@ -102,7 +105,9 @@ def check(run: Run, paired: Paired) -> list[dict[str, Any]]:
             value = paired.child[f"{name}_tok_per_s" if kind.at_least else f"{name}_s"]
             met = value >= asked["value"] if kind.at_least else value <= asked["value"]
         shown = f"{value:.3f}x the parent's" if kind.timed and relative is not None else f"{value:,.4g} {kind.unit}"
-        promises.append({"constraint": name, "asked": f"{name} {asked['text']}", "measured": shown, "value": value, "met": met})
+        promises.append(
+            {"constraint": name, "asked": f"{name} {asked['text']}", "measured": shown, "value": value, "met": met}
+        )
     return promises
 
 
@@ -112,7 +117,11 @@ def correct(run: Run, architecture: Architecture, paired: Paired) -> None:
     predicted = figures["solutions"][0]["predicted"]["latency_s"] / figures["parent"]["latency_s"]
     factor = max(1.0, (1 / paired.speedup) / predicted, *(c["time_factor"] for c in search.corrections(run)))
     repeated = any(c["blocks"] == architecture.names for c in search.corrections(run))
-    record = {"blocks": architecture.names, "speedup": paired.speedup, "time_factor": factor * (1.02 if repeated else 1.0)}
+    record = {
+        "blocks": architecture.names,
+        "speedup": paired.speedup,
+        "time_factor": factor * (1.02 if repeated else 1.0),
+    }
     artifacts.append_jsonl(run.stage_folder("cost") / "corrections.jsonl", record)
 
 
@@ -127,7 +136,7 @@ base_model: {run.recipe.parent}
 ---
 # A Puzzle child of {run.recipe.parent}
 
-Made by [puzzle](https://arxiv.org/abs/2411.19146): {architecture.parameters(shape):,} parameters, {share:.0%} of the parent's.
+Made by puzzle (arXiv 2411.19146): {architecture.parameters(shape):,} parameters, {share:.0%} of the parent's.
 
 | layer | attention | FFN |
 | --- | --- | --- |

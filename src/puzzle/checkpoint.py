@@ -18,7 +18,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save(path: Path, step: int, modules: Modules, optimizers: Optimizers) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, module in modules.items():
         tensors |= {f"module/{key}/{name}": value for name, value in module.named_parameters()}
     for key, optimizer in optimizers.items():

@@ -86,12 +86,10 @@ def read_architecture(folder: Path) -> Architecture:
     return Architecture.from_names(artifacts.read_json(folder / "architecture.json"))
 
 
-def load(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, attention: str = "sdpa"
-) -> PuzzleForCausalLM:
+def load(folder: Path, dtype: torch.dtype | None, device: torch.device, attention: str = "sdpa") -> PuzzleForCausalLM:
     """Load a child written by `save`; `dtype` None keeps the checkpoint's."""
     config = PuzzleConfig.from_pretrained(folder)
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
-    return build(config, state, dtype or config.dtype, device, attention)
+    return build(config, state, dtype or getattr(torch, str(config.dtype).removeprefix("torch.")), device, attention)

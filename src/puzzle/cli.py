@@ -17,10 +17,14 @@ from puzzle.errors import Infeasible, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. search.throughput=2x.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. search.throughput=2x.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable last line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-RecipeArgument = Annotated[str, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe file, or the name of a built-in one.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe file, or the name of a built-in one.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 

@@ -155,10 +155,7 @@ def documents(source: SourceConfig, tokenizer: Any, seed: int) -> Iterator[Docum
         for row in _hub_rows(source, seed):
             yield Document("", _row_text(row, source, tokenizer))
         return
-    if source.stdlib:
-        files = stdlib_files()
-    else:
-        files = _local_files(Path(source.path or "").expanduser())
+    files = stdlib_files() if source.stdlib else _local_files(Path(source.path or "").expanduser())
     order = np.random.default_rng(seed).permutation(len(files))
     for name, path in (files[i] for i in order):
         if path.suffix in (".jsonl", ".parquet"):
@@ -262,16 +259,13 @@ def build(
         "validation_tokens": validation_tokens,
     }
     if not artifacts.is_done(out, inputs):
-        counts = {}
-        for split, tokens in (("train", train_tokens), ("validation", validation_tokens)):
-            counts[split] = _build_side(config, tokenizer, out, split, tokens, progress)  # type: ignore[arg-type]
+        budgets: dict[Split, int] = {"train": train_tokens, "validation": validation_tokens}
+        counts = {s: _build_side(config, tokenizer, out, s, tokens, progress) for s, tokens in budgets.items()}
         artifacts.write_manifest(out, inputs, {"sequences": counts, "sequence_length": config.sequence_length})
     return {split: Sequences(out, split, seed=config.seed) for split in ("train", "validation")}  # type: ignore[misc]
 
 
-def _build_side(
-    config: CorpusConfig, tokenizer: Any, out: Path, split: Split, tokens: int, progress: Progress
-) -> int:
+def _build_side(config: CorpusConfig, tokenizer: Any, out: Path, split: Split, tokens: int, progress: Progress) -> int:
     for stale in out.glob(f"{split}-*.safetensors"):
         stale.unlink()
     streams = [_side(source, split, config, tokenizer) for source in config.sources]
@@ -311,9 +305,7 @@ class Sequences:
 
     def __init__(self, folder: Path, split: Split, seed: int = 0) -> None:
         self.seed = seed
-        self._files = [
-            safe_open(path, framework="pt") for path in sorted(folder.glob(f"{split}-*.safetensors"))
-        ]
+        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob(f"{split}-*.safetensors"))]
         self._slices = [file.get_slice("tokens") for file in self._files]
         shapes = [part.get_shape() for part in self._slices]
         self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
@@ -337,7 +329,7 @@ class Sequences:
         return self.rows(self._permuted(i) for i in range(step * size, (step + 1) * size))
 
     def head(self, count: int) -> torch.Tensor:
-        """int64 [min(count, N), S]: a fixed sample without repetition, for validation: every document has its chance."""
+        """int64 [min(count, N), S]: a fixed sample without repetition, for validation and calibration."""
         return self.batch(0, min(count, len(self)))
 
     def _permuted(self, i: int) -> int:

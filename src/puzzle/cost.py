@@ -82,7 +82,7 @@ def distinct_variants(run: Run) -> list[Subblock]:
     """Every variant that occurs in any layer: equal shapes cost the same, whatever the layer."""
     found: dict[Subblock, None] = {}
     for options in run.space.layers:
-        found |= dict.fromkeys((*options.attention, *options.ffn))
+        found |= dict.fromkeys(options.subblocks)
     return list(found)
 
 
@@ -112,10 +112,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
     path = folder / "costs.jsonl"
-    if run.recipe.cost.table:
-        records = reuse(run, Path(run.recipe.cost.table))
-    else:
-        records = measure(run, folder)
+    records = reuse(run, Path(run.recipe.cost.table)) if run.recipe.cost.table else measure(run, folder)
     artifacts.write_text(path, "".join(json_line(record) for record in records))
     return {"costs": artifacts.file_fingerprint(path)}
 
@@ -127,7 +124,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def reuse(run: Run, path: Path) -> list[dict[str, Any]]:
-    """The records of another run's table. Raises `UserError` where engine, machine, dtype, scenario or shapes differ."""
+    """The records of another run's table; `UserError` where engine, machine, dtype, scenario or shapes differ."""
     if not path.exists():
         raise UserError(f"cost.table {path}: no such file; expected a costs.jsonl of an earlier run")
     records = artifacts.read_jsonl(path)
@@ -155,7 +152,9 @@ def probe_architecture(variants: Sequence[Subblock], shape: ModelShape) -> tuple
     for copy in range(COPIES):
         turned = costly[copy:] + costly[:copy]
         for variant in turned if copy % 2 == 0 else reversed(turned):
-            alone = Block(variant, FFN("no_op")) if isinstance(variant, Attention) else Block(Attention("no_op"), variant)
+            alone = (
+                Block(variant, FFN("no_op")) if isinstance(variant, Attention) else Block(Attention("no_op"), variant)
+            )
             blocks.append(alone)
             measures.append(variant)  # type: ignore[arg-type]
     return Architecture(tuple(blocks)), measures  # type: ignore[return-value]
@@ -174,7 +173,7 @@ def write_probe(run: Run, folder: Path, architecture: Architecture) -> None:
 
 def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
     settings, engine = run.recipe.cost, engines.load(run.recipe.cost)
-    scenario, variants = settings.scenario, distinct_variants(run)
+    _scenario, variants = settings.scenario, distinct_variants(run)
     architecture, measures = probe_architecture(variants, run.parent.shape)
     write_probe(run, folder / "probe", architecture)
     how = "measuring" if engine.MEASURED else "modelling"
@@ -216,7 +215,11 @@ def _median_per_layer(timings: list[Timing], part: str) -> list[float]:
 
 
 def _records(
-    run: Run, variants: Sequence[Subblock], measures: Sequence[Subblock | None], probe: list[Timing], parent: list[Timing]
+    run: Run,
+    variants: Sequence[Subblock],
+    measures: Sequence[Subblock | None],
+    probe: list[Timing],
+    parent: list[Timing],
 ) -> list[dict[str, Any]]:
     shape, scenario = run.parent.shape, run.recipe.cost.scenario
     element = torch.empty(0, dtype=getattr(torch, serving_dtype(run))).element_size()

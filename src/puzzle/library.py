@@ -81,12 +81,10 @@ def initialise(run: Run, parent: PuzzleForCausalLM) -> list[Trainee]:
     trainees = []
     for layer, options in enumerate(run.space.layers):
         state = parent.model.layers[layer].state_dict()
-        for variant in (*options.attention, *options.ffn):
+        for variant in options.subblocks:
             if subblocks.is_trained(variant, run.parent.shape):
                 module = subblocks.module(run.parent, variant, run.attention).to(run.device)
-                module.load_state_dict(
-                    subblocks.initial_state(state, variant, run.parent.shape, contributions[layer])
-                )
+                module.load_state_dict(subblocks.initial_state(state, variant, run.parent.shape, contributions[layer]))
                 trainees.append(Trainee(layer, variant, module))
     return trainees
 
@@ -116,9 +114,7 @@ def channel_contributions(run: Run, parent: PuzzleForCausalLM) -> list[torch.Ten
     ]
 
 
-def train(
-    run: Run, folder: Path, parent: PuzzleForCausalLM, by_layer: list[list[Trainee]], steps: int
-) -> None:
+def train(run: Run, folder: Path, parent: PuzzleForCausalLM, by_layer: list[list[Trainee]], steps: int) -> None:
     """BLD: one parent forward per batch, every variant of every layer learns from it."""
     settings, data = run.recipe.library, run.corpus["train"]
     modules = {trainee.key: trainee.module for layer in by_layer for trainee in layer}
@@ -195,7 +191,9 @@ def _validate(
 def _write(folder: Path, trainee: Trainee, steps: int, settings: Any, run: Run) -> dict[str, Any]:
     file = f"{trainee.key}.safetensors"
     with artifacts.atomic_path(folder / file) as path:
-        save_file({name: t.detach().float().cpu().contiguous() for name, t in trainee.module.state_dict().items()}, path)
+        save_file(
+            {name: t.detach().float().cpu().contiguous() for name, t in trainee.module.state_dict().items()}, path
+        )
     record = {
         "layer": trainee.layer,
         "slot": subblocks.slot(trainee.variant),

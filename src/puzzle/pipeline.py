@@ -69,7 +69,11 @@ def status(run: Run) -> list[dict[str, Any]]:
         if artifacts.manifest(run.stage_folder(stage)) is not None:
             try:
                 inputs = import_module(f"puzzle.{stage}").inputs(run)
-                state = "done" if artifacts.is_done(run.stage_folder(stage), inputs) else "stale: settings or inputs changed"
+                state = (
+                    "done"
+                    if artifacts.is_done(run.stage_folder(stage), inputs)
+                    else "stale: settings or inputs changed"
+                )
             except ValueError:
                 state = "stale: an earlier stage is not done"
         elif record.get("state") == "running":

@@ -47,7 +47,7 @@ def _library_flops_per_token(run: Run, shape: ModelShape) -> float:
     frozen_ffn = shape.parameters(shape.parent_block.ffn)
     total = 2.0 * Architecture.of_parent(shape).parameters(shape)
     for options in run.space.layers:
-        for variant in (*options.attention, *options.ffn):
+        for variant in options.subblocks:
             if subblocks.is_trained(variant, shape):
                 total += 6 * shape.parameters(variant) + (4 * frozen_ffn if isinstance(variant, Attention) else 0)
     return total
@@ -57,9 +57,7 @@ def estimate(run: Run) -> list[Need]:
     recipe, shape = run.recipe, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape)
     per_layer = (parent - shape.constant_parameters) / shape.num_hidden_layers
-    trained = sum(
-        shape.parameters(v) for o in run.space.layers for v in (*o.attention, *o.ffn) if subblocks.is_trained(v, shape)
-    )
+    trained = sum(shape.parameters(v) for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape))
     sequence = recipe.corpus.sequence_length
     weights = parent * (4 if run.device.type == "cpu" else run.parent.dtype.itemsize)
     rate = EFFICIENCY * matmul_flops_per_s(run.device, torch.bfloat16 if run.bfloat16 else torch.float32)
@@ -84,11 +82,12 @@ def estimate(run: Run) -> list[Need]:
     return [
         stage("library", recipe.library.tokens, recipe.library.tokens * _library_flops_per_token(run, shape),
               weights + 16.0 * trained + 24 * activations, 4.0 * trained * 4),
-        stage("score", scored, score_flops, weights + (shape.num_hidden_layers + 1) * scored * shape.hidden_size * 4, 1e6),
+        stage("score", scored, score_flops, weights + (len(blocks) + 1) * scored * shape.hidden_size * 4, 1e6),
         stage("cost", 0, 0.0, engine_memory, child_bytes, served_s * (1 + recipe.cost.repeats / 10)),
         stage("search", 0, 0.0, 2e8, 1e6, 5.0),
         stage("assemble", 0, 0.0, engine_memory, child_bytes, served_s),
-        stage("uptrain", recipe.uptrain.tokens, uptrain_flops, weights + 16.0 * parent + 24 * batch * shape.hidden_size * 4,
+        stage("uptrain", recipe.uptrain.tokens, uptrain_flops,
+              weights + 16.0 * parent + 24 * batch * shape.hidden_size * 4,
               child_bytes + 12.0 * parent),
         stage("evaluate", checked, 3 * 2.0 * checked * parent, max(2 * weights, engine_memory), 1e6, served_s),
     ]  # fmt: skip
@@ -111,5 +110,3 @@ def print_plan(needs: list[Need]) -> None:
         )  # fmt: skip
     table.add_row("all", "", "", "", "", duration(sum(need.seconds for need in needs)))
     Console(highlight=False).print(table)
-
-

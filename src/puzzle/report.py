@@ -57,7 +57,9 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
 def print_results(results: dict[str, Any], page: Path) -> None:
     """The table a run ends with, on standard output."""
     console = Console(highlight=False)
-    table = Table(title=f"parent against child: {', '.join(p['asked'] for p in results['promises'])}", title_justify="left")
+    table = Table(
+        title=f"parent against child: {', '.join(p['asked'] for p in results['promises'])}", title_justify="left"
+    )
     table.add_column("")
     for name in ("parent", "child", "uptrained"):
         table.add_column(name, justify="right")
@@ -126,7 +128,9 @@ def frontier_picture(run: Run, results: dict[str, Any]) -> str:
     predicted, parent = results["predicted"]["child"], results["predicted"]["parent"]
     solution = artifacts.read_json(run.stage_folder("search") / "solutions.json")["solutions"][0]
     figure, axis = pyplot.subplots(figsize=(6.4, 3.6))
-    axis.plot([p["throughput_tok_per_s"] for p in points], [p["objective"] for p in points], "o-", color="#3b6ea8", ms=4)
+    axis.plot(
+        [p["throughput_tok_per_s"] for p in points], [p["objective"] for p in points], "o-", color="#3b6ea8", ms=4
+    )
     axis.plot(parent["throughput_tok_per_s"], 0, "s", color="#222222", label="parent")
     axis.plot(predicted["throughput_tok_per_s"], solution["objective"], "D", color=ACCENT, label="chosen child")
     axis.set_xlabel("predicted output tokens per second")
@@ -178,7 +182,9 @@ def uptrain_picture(run: Run) -> str:
     figure, axis = pyplot.subplots(figsize=(6.4, 3.2))
     axis.plot([r["tokens"] for r in curve], [r["kl"] for r in curve], color=PARENT_COLOUR, label="training batch")
     held = [r for r in curve if "validation_kl" in r]
-    axis.plot([r["tokens"] for r in held], [r["validation_kl"] for r in held], "o-", color=ACCENT, ms=4, label="held out")
+    axis.plot(
+        [r["tokens"] for r in held], [r["validation_kl"] for r in held], "o-", color=ACCENT, ms=4, label="held out"
+    )
     axis.set_ylim(0, 2.5 * max(statistics.median(r["kl"] for r in curve), 1e-6))
     axis.set_xlabel("tokens")
     axis.set_ylabel("KL(parent || child), nats per token")

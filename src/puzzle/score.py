@@ -71,7 +71,7 @@ class Variants:
         options = run.space.layers[layer]
         self.blocks = options.blocks
         self.modules = {}
-        for variant in (*options.attention, *options.ffn):
+        for variant in options.subblocks:
             module = subblocks.module(run.parent, variant, run.attention)
             module.load_state_dict(library.read_state(run, layer, variant, parent_layer.state_dict()), strict=True)
             self.modules[variant] = module.to(run.device).requires_grad_(False).eval()

@@ -10,6 +10,7 @@ objective, proven bound, gap and seconds. No solution is an answer too: `Infeasi
 attainable value. Torch-free: reads scores and costs, writes `search/solutions.json` and `frontier.json`.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from puzzle.errors import Infeasible, UserError
 from puzzle.run import Run
 
 UNITS = {
-    "bytes": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+    "bytes": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0},
     "tokens per second": {"tok/s": 1.0, "ktok/s": 1e3},
     "parameters": {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9},
@@ -74,7 +75,9 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     """(number in base units, whether it is relative to the parent). Raises `UserError` for anything unclear."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/%]*)\s*", str(text))
     units = UNITS[KINDS[name].unit]
-    expected = f"expected a number with a unit ({', '.join(u or 'none' for u in units)}) or relative to the parent (2x, 50%)"
+    expected = (
+        f"expected a number with a unit ({', '.join(u or 'none' for u in units)}) or relative to the parent (2x, 50%)"
+    )
     if not match or float(match[1]) <= 0:
         raise UserError(f"search.{name}: got {text!r}; {expected}")
     number, unit = float(match[1]), match[2]
@@ -151,7 +154,7 @@ def solve(
     began = time.perf_counter()
     starts, columns = problem.starts, len(problem.scores)
     target = problem.scores if objective is None else objective
-    rows = [(1.0, 1.0, np.arange(a, b), np.ones(b - a)) for a, b in zip(starts, starts[1:], strict=False)]
+    rows = [(1.0, 1.0, np.arange(a, b), np.ones(b - a)) for a, b in itertools.pairwise(starts)]
     for values, limit in zip(problem.resources, problem.limits, strict=True):
         used = np.flatnonzero(values)
         rows.append((-np.inf, limit, used, values[used]))
@@ -168,7 +171,12 @@ def solve(
     lp.a_matrix_.value_ = np.concatenate([row[3] for row in rows])
     lp.integrality_ = [highspy.HighsVarType.kInteger] * columns
     highs = highspy.Highs()
-    for option, value in (("output_flag", False), ("mip_rel_gap", gap), ("time_limit", time_limit_s), ("random_seed", 0)):
+    for option, value in (
+        ("output_flag", False),
+        ("mip_rel_gap", gap),
+        ("time_limit", time_limit_s),
+        ("random_seed", 0),
+    ):
         highs.setOptionValue(option, value)
     highs.passModel(lp)
     highs.run()
@@ -178,14 +186,12 @@ def solve(
     values = np.array(highs.getSolution().col_value)
     if not len(values):
         raise UserError(f"search: HiGHS stopped with {status.name} before any solution; raise search.time_limit_s")
-    chosen = np.array([a + int(values[a:b].argmax()) for a, b in zip(starts, starts[1:], strict=False)])
+    chosen = np.array([a + int(values[a:b].argmax()) for a, b in itertools.pairwise(starts)])
     info = highs.getInfo()
     flat = [block for options in problem.layers for block in options]
     value, bound = float(target[chosen].sum()), float(info.mip_dual_bound)
     proven = max(0.0, (value - bound) / max(abs(value), 1e-12))
-    return chosen, Solution(
-        tuple(flat[i].name for i in chosen), value, bound, proven, time.perf_counter() - began
-    )
+    return chosen, Solution(tuple(flat[i].name for i in chosen), value, bound, proven, time.perf_counter() - began)
 
 
 def explain_infeasible(problem: Problem, asked: Sequence[Constraint], table: CostTable, settings: SearchConfig) -> str:
@@ -201,7 +207,9 @@ def explain_infeasible(problem: Problem, asked: Sequence[Constraint], table: Cos
         best = (least + (1 - allowed)) * constraint.limit
         best = tokens / best if constraint.kind.at_least else best
         reachable = "reachable alone" if least <= allowed else "out of reach"
-        lines.append(f"{constraint.name} {constraint.text} is {reachable} (best attainable: {best:.6g} {constraint.kind.unit})")
+        lines.append(
+            f"{constraint.name} {constraint.text} is {reachable} (best attainable: {best:.6g} {constraint.kind.unit})"
+        )
     return "search: no architecture meets the constraints: " + "; ".join(lines)
 
 
@@ -229,7 +237,9 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     parent = Architecture.of_parent(run.parent.shape)
     asked = constraints(settings, table, parent)
     if not asked:
-        raise UserError(f"search: no constraint is set; set at least one of {', '.join(KINDS)}, for example throughput: 2x")
+        raise UserError(
+            f"search: no constraint is set; set at least one of {', '.join(KINDS)}, for example throughput: 2x"
+        )
     scores = column_scores(run, layers)
     factor = max([1.0, *(c["time_factor"] for c in corrections(run))])
     limits = [(c.kind, _aimed(c, settings, factor)) for c in asked]
@@ -248,10 +258,9 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     artifacts.write_json(folder / "solutions.json", answer)
     artifacts.write_json(folder / "frontier.json", frontier(layers, scores, table, parent, settings))
     best = records[0]
-    run.progress.say(
-        f"  score sum {best['objective']:.4f}, proven gap {best['gap']:.2%}, {best['seconds']:.2f} s; predicted "
-        f"{best['predicted']['throughput_tok_per_s']:,.0f} tok/s (parent {answer['parent']['throughput_tok_per_s']:,.0f})"
-    )
+    speeds = [f"{side['throughput_tok_per_s']:,.0f} tok/s" for side in (best["predicted"], answer["parent"])]
+    proof = f"score sum {best['objective']:.4f}, proven gap {best['gap']:.2%}, {best['seconds']:.2f} s"
+    run.progress.say(f"  {proof}; predicted {speeds[0]} (parent {speeds[1]})")
     return {"blocks": best["blocks"]}
 
 
@@ -272,7 +281,7 @@ def column_scores(run: Run, layers: list[list[Block]]) -> np.ndarray:
 
 def _diverse(problem: Problem, settings: SearchConfig) -> list[Solution]:
     chosen: list[np.ndarray] = []
-    solutions = []
+    solutions: list[Solution] = []
     overlap = np.floor((1 - settings.diversity) * len(problem.layers) + 1e-9)
     while len(solutions) < settings.solutions:
         found = solve(problem, gap=settings.gap, time_limit_s=settings.time_limit_s, avoid=chosen, overlap=overlap)
@@ -302,7 +311,7 @@ def frontier(
     reference = table.predict(parent).total_s
     points = []
     for speedup in np.arange(1.0, 4.01, 0.125):
-        problem = build(layers, scores, table, [(KINDS["latency"], reference / speedup)])
+        problem = build(layers, scores, table, [(KINDS["latency"], float(reference / speedup))])
         found = solve(problem, gap=settings.gap, time_limit_s=settings.time_limit_s)
         if found is None:
             break

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from puzzle.architecture import FFN, Attention, Block, ModelShape, parse_attention, parse_ffn
+from puzzle.architecture import FFN, Attention, Block, ModelShape, Subblock, parse_attention, parse_ffn
 from puzzle.config import LibraryConfig
 from puzzle.errors import UserError
 
@@ -22,6 +22,10 @@ class LayerSpace:
     attention: tuple[Attention, ...]
     ffn: tuple[FFN, ...]
     blocks: tuple[Block, ...]
+
+    @property
+    def subblocks(self) -> tuple[Subblock, ...]:
+        return (*self.attention, *self.ffn)
 
 
 @dataclass(frozen=True)

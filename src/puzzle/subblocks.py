@@ -20,8 +20,10 @@ from puzzle.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer
 from puzzle.parent import Parent
 
 State = dict[str, torch.Tensor]
-PREFIXES = {Attention: ("self_attn.", "input_layernorm."), FFN: ("mlp.", "post_attention_layernorm.")}
-NO_OP = {Attention: FFN("no_op"), FFN: Attention("no_op")}  # the other half
+PREFIXES: dict[type, tuple[str, str]] = {
+    Attention: ("self_attn.", "input_layernorm."),
+    FFN: ("mlp.", "post_attention_layernorm."),
+}
 
 
 def slot(variant: Subblock) -> str:
@@ -42,7 +44,7 @@ def module(parent: Parent, variant: Subblock, attention_implementation: str) -> 
     return PuzzleDecoderLayer(config, 0, 0)
 
 
-def subblock_state(layer_state: Mapping[str, torch.Tensor], kind: type) -> State:
+def subblock_state(layer_state: Mapping[str, torch.Tensor], kind: type[Subblock]) -> State:
     """The part of a layer's weights that belongs to its attention or its FFN subblock, norm included."""
     return {name: tensor for name, tensor in layer_state.items() if name.startswith(PREFIXES[kind])}
 

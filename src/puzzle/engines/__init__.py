@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
         return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
     model = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
         pass

@@ -92,5 +92,3 @@ class RooflineSession:
 
 def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str) -> RooflineSession:
     return RooflineSession(folder, scenario, device_sheet)
-
-

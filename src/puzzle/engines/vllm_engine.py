@@ -76,7 +76,8 @@ class VllmSession:
         for line in self.process.stdout:
             if line.startswith(REPLY.encode()):
                 reply = json.loads(line[len(REPLY) :])
-                return Timing(**{k: tuple(v) if isinstance(v, list) else v for k, v in reply.items()})
+                parts = (tuple(reply[key]) for key in ("layer_prefill_s", "layer_decode_s"))
+                return Timing(reply["prefill_s"], reply["decode_s"], *parts)
         raise self._died()
 
     def _died(self) -> UserError:
