@@ -262,7 +262,7 @@ def build(
         budgets: dict[Split, int] = {"train": train_tokens, "validation": validation_tokens}
         counts = {s: _build_side(config, tokenizer, out, s, tokens, progress) for s, tokens in budgets.items()}
         artifacts.write_manifest(out, inputs, {"sequences": counts, "sequence_length": config.sequence_length})
-    return {split: Sequences(out, split, seed=config.seed) for split in ("train", "validation")}  # type: ignore[misc]
+    return {split: Sequences(out, split, seed=config.seed) for split in ("train", "validation")}
 
 
 def _build_side(config: CorpusConfig, tokenizer: Any, out: Path, split: Split, tokens: int, progress: Progress) -> int:
