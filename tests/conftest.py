@@ -75,6 +75,7 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
         "corpus": {
             "sources": [str(text_folder)],
             "sequence_length": 32,
+            "train_tokens": 16384,
             "validation_fraction": 0.3,
             "validation_tokens": 1024,
         },

@@ -10,6 +10,8 @@ from puzzle.config import CorpusConfig
 from puzzle.errors import UserError
 from puzzle.progress import Progress
 
+BUDGET = {"validation_fraction": 0.3, "train_tokens": 10**6, "validation_tokens": 10**6}
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -18,10 +20,9 @@ def tokenizer(tmp_path_factory):
 
 def build(tmp_path, tokenizer, sources, **settings):
     length = settings.pop("sequence_length", 16)
-    config = CorpusConfig(sources=sources, sequence_length=length, **({"validation_fraction": 0.3} | settings))
+    config = CorpusConfig(sources=sources, sequence_length=length, **(BUDGET | settings))
     return corpus.build(
-        config, tokenizer, tmp_path / "corpus", train_tokens=10**6, validation_tokens=10**6,
-        tokenizer_fingerprint="t", progress=Progress(quiet=True),
+        config, tokenizer, tmp_path / "corpus", tokenizer_fingerprint="t", progress=Progress(quiet=True)
     )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def begin(folder: Path, inputs: dict[str, Any]) -> None:
     started = folder / "started.json"
     same = started.exists() and read_json(started) == json.loads(json.dumps(inputs))
     if not same and folder.exists():
+        for mark in (folder / MANIFEST, started):  # first: a half-emptied folder must not pass for unfinished work
+            mark.unlink(missing_ok=True)
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)

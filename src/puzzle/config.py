@@ -52,8 +52,11 @@ class SourceConfig(Section):
 
 
 class CorpusConfig(Section):
+    """What is packed once and read by every stage; stages that want more than `train_tokens` see them again."""
+
     sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(stdlib=True)], min_length=1)
     sequence_length: Positive = 256
+    train_tokens: Positive = 4_000_000
     validation_fraction: Fraction = 0.04
     validation_tokens: Positive = 262_144
     seed: int = 0

@@ -241,8 +241,6 @@ def build(
     tokenizer: Any,
     out: Path,
     *,
-    train_tokens: int,
-    validation_tokens: int,
     tokenizer_fingerprint: str,
     progress: Progress,
 ) -> dict[Split, "Sequences"]:
@@ -255,11 +253,9 @@ def build(
         "config": config.model_dump(mode="json"),
         "sources": source_marks(config),
         "tokenizer": tokenizer_fingerprint,
-        "train_tokens": train_tokens,
-        "validation_tokens": validation_tokens,
     }
     if not artifacts.is_done(out, inputs):
-        budgets: dict[Split, int] = {"train": train_tokens, "validation": validation_tokens}
+        budgets: dict[Split, int] = {"train": config.train_tokens, "validation": config.validation_tokens}
         counts = {s: _build_side(config, tokenizer, out, s, tokens, progress) for s, tokens in budgets.items()}
         artifacts.write_manifest(out, inputs, {"sequences": counts, "sequence_length": config.sequence_length})
     return {split: Sequences(out, split, seed=config.seed) for split in ("train", "validation")}

@@ -12,6 +12,7 @@ with its unit in the key. `CostTable` reads it and predicts architectures.
 """
 
 import itertools
+import json
 import math
 import shutil
 import statistics
@@ -111,15 +112,19 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
-    path = folder / "costs.jsonl"
+    path, engine = folder / "costs.jsonl", engines.load(run.recipe.cost)
+    about = engine.describe(run.recipe.cost.device_sheet)
+    run.progress.say(f"  engine: {about['engine']} {about['version']} on {about['device']}")
+    if run.recipe.cost.engine == "auto" and engine.NAME != "vllm":
+        run.progress.say("  vLLM is not installed: speeds are measured on the built-in torch engine instead")
+    if not engine.MEASURED:
+        run.progress.say("  no hardware is measured: every speed is modelled from a device sheet")
     records = reuse(run, Path(run.recipe.cost.table)) if run.recipe.cost.table else measure(run, folder)
     artifacts.write_text(path, "".join(json_line(record) for record in records))
     return {"costs": artifacts.file_fingerprint(path)}
 
 
 def json_line(record: dict[str, Any]) -> str:
-    import json
-
     return json.dumps(record) + "\n"
 
 

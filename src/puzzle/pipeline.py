@@ -17,9 +17,9 @@ def execute(run: Run) -> dict[str, Any]:
     run.write_recipe()
     for stage in ("library", "score", "cost"):
         execute_stage(run, stage)
-    for _ in range(run.recipe.search.attempts):  # a missed promise corrects the costs; then search again
-        execute_stage(run, "search")
-        if execute_stage(run, "assemble")["met"]:
+    for attempt in range(run.recipe.search.attempts):  # a missed promise corrects the costs; then search again
+        execute_stage(run, "search", again=attempt > 0)
+        if execute_stage(run, "assemble", again=attempt > 0)["met"]:
             break
     else:
         raise Infeasible(_missed(run, run.recipe.search.attempts))
@@ -29,17 +29,18 @@ def execute(run: Run) -> dict[str, Any]:
     return outcome
 
 
-def execute_stage(run: Run, stage: str) -> dict[str, Any]:
-    """Run one stage where it is not done, and return its outputs."""
+def execute_stage(run: Run, stage: str, again: bool = False) -> dict[str, Any]:
+    """Run one stage where it is not done, and return its outputs. `again` adds its seconds to those before."""
     module, folder = import_module(f"puzzle.{stage}"), run.stage_folder(stage)
     inputs = module.inputs(run)
     if not artifacts.is_done(folder, inputs):
         run.progress.say(f"{stage}")
+        before = _seconds(run, stage) if again else 0.0
         _set_status(run, stage, "running")
         artifacts.begin(folder, inputs)
         began = time.perf_counter()
         artifacts.write_manifest(folder, inputs, module.run(run, folder))
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began + before
         _set_status(run, stage, "done", seconds)
         run.progress.say(f"{stage}: done in {duration(seconds)}")
     else:
@@ -49,13 +50,16 @@ def execute_stage(run: Run, stage: str) -> dict[str, Any]:
     return found["outputs"]
 
 
+def _seconds(run: Run, stage: str) -> float:
+    path = run.folder / "status.json"
+    return artifacts.read_json(path).get(stage, {}).get("seconds", 0.0) if path.exists() else 0.0
+
+
 def _set_status(run: Run, stage: str, state: str, seconds: float | None = None) -> None:
     path = run.folder / "status.json"
     status = artifacts.read_json(path) if path.exists() else {}
-    earlier = status.get(stage, {}).get("seconds", 0.0) if state == "done" and stage in ("search", "assemble") else 0.0
-    status[stage] = {"state": state, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
-    if seconds is not None:
-        status[stage]["seconds"] = round(seconds + earlier, 2)
+    record = {"state": state, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+    status[stage] = record if seconds is None else record | {"seconds": round(seconds, 2)}
     artifacts.write_json(path, status)
 
 

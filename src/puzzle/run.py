@@ -97,19 +97,12 @@ class Run:
     def space(self) -> space.SearchSpace:
         return space.build(self.recipe.library, self.parent.shape, self.recipe.deploy)
 
-    @property
-    def corpus_tokens(self) -> int:
-        """Training tokens worth packing: what the hungriest stage wants."""
-        return max(self.recipe.library.tokens, self.recipe.uptrain.tokens)
-
     @cached_property
     def corpus(self) -> dict[corpus.Split, corpus.Sequences]:
         return corpus.build(
             self.recipe.corpus,
             self.parent.tokenizer,
             self.folder / "corpus",
-            train_tokens=self.corpus_tokens,
-            validation_tokens=self.recipe.corpus.validation_tokens,
             tokenizer_fingerprint=self.parent.tokenizer_fingerprint,
             progress=self.progress,
         )
@@ -123,7 +116,6 @@ class Run:
             "tokenizer": self.parent.tokenizer_fingerprint,
             "corpus": self.recipe.corpus.model_dump(mode="json"),
             "sources": corpus.source_marks(self.recipe.corpus),
-            "corpus_tokens": self.corpus_tokens,
             "device": self.device.type,
             "bfloat16": self.bfloat16,
         }

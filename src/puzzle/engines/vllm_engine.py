@@ -124,6 +124,7 @@ class LayerClock:
 
 def serve(folder: Path, scenario: ScenarioConfig) -> None:
     """The worker: start the engine, then one timing per request line."""
+    import torch
     from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
@@ -134,10 +135,11 @@ def serve(folder: Path, scenario: ScenarioConfig) -> None:
     config = AutoConfig.from_pretrained(folder)
     tokens = scenario.batch_size * (length + 64)  # room for whole cache pages
     per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    on_gpu = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}  # two engines share the device
     llm = LLM(
         str(folder), dtype=scenario.dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=length + 1,
         max_num_seqs=scenario.batch_size, kv_cache_memory_bytes=tokens * per_token + (64 << 20), seed=0,
-        enable_prefix_caching=False, disable_log_stats=True,
+        enable_prefix_caching=False, disable_log_stats=True, **on_gpu,
     )  # fmt: skip
     clocks: list[LayerClock] = []
     llm.apply_model(lambda model: clocks.append(LayerClock(model)))

@@ -92,10 +92,10 @@ def read_corpora(out: Path, progress: Progress) -> dict[int, dict[corpus.Split, 
     """The packed standard library at every sequence length of the schedule."""
     data = {}
     for _, length in STAGES:
-        config = CorpusConfig(sequence_length=length)
+        config = CorpusConfig(sequence_length=length, train_tokens=10**9, validation_tokens=10**9)
         tokenizer = make_tokenizer(out, config)
         data[length] = corpus.build(
-            config, tokenizer, out / f"corpus-{length}", train_tokens=10**9, validation_tokens=10**9,
+            config, tokenizer, out / f"corpus-{length}",
             tokenizer_fingerprint=artifacts.file_fingerprint(out / "tokenizer.json"), progress=progress,
         )  # fmt: skip
     return data
