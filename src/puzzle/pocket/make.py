@@ -160,7 +160,8 @@ def finish(model: LlamaForCausalLM, out: Path, tokens: int) -> None:
     curve = artifacts.read_jsonl(out / "curve.jsonl")
     rows = "\n".join(
         f"| {r['step']} | {r['tokens']:,} | {r['train_loss']:.3f} | {r['validation_loss']:.3f} |"
-        for r in curve[:: max(1, len(curve) // 12)] + curve[-1:]
+        for i, r in enumerate(curve)
+        if i % max(1, len(curve) // 12) == 0 or i == len(curve) - 1
     )
     artifacts.write_text(
         folder / "README.md",
