@@ -121,7 +121,7 @@ class CostConfig(Section):
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
     device_sheet: str = "this-cpu"
     scenario: ScenarioConfig = ScenarioConfig()
-    repeats: Positive = 5
+    repeats: Positive = 9
     table: str | None = None
 
 
@@ -162,7 +162,7 @@ class UptrainConfig(Section):
 class EvaluateConfig(Section):
     sequences: Positive = 128
     batch_sequences: Positive = 8
-    pairs: Positive = 5
+    pairs: Positive = 7
 
 
 class Recipe(Section):

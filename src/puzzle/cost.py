@@ -30,6 +30,7 @@ from puzzle.engines import Timing
 from puzzle.errors import UserError
 from puzzle.run import Run
 
+WARM_UPS = 2  # rounds that do not count
 COPIES = 3  # of every variant in the probe, in shuffled order: no variant profits from its neighbours' caches
 CONSTANT = "constant"
 
@@ -182,7 +183,7 @@ def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
     architecture, measures = probe_architecture(variants, run.parent.shape)
     write_probe(run, folder / "probe", architecture)
     how = "measuring" if engine.MEASURED else "modelling"
-    with run.progress.task(f"{how} on {engine.NAME}", settings.repeats + 1, "batches") as task:
+    with run.progress.task(f"{how} on {engine.NAME}", settings.repeats + WARM_UPS, "batches") as task:
         timings = time_in_turn(
             run, [folder / "probe", run.parent.folder], settings.repeats, lambda: task.advance(), "cost"
         )
@@ -194,7 +195,7 @@ def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
 def time_in_turn(
     run: Run, checkpoints: Sequence[Path], repeats: int, on_batch: Any, log: str, scenario: ScenarioConfig | None = None
 ) -> list[list[Timing]]:
-    """Serve the checkpoints side by side and time them A B A B ...; the first round warms up and does not count."""
+    """Serve the checkpoints side by side and time them A B A B ...; the first rounds warm up and do not count."""
     settings = run.recipe.cost
     scenario, engine = scenario or settings.scenario, engines.load(settings)
     sessions = []
@@ -203,10 +204,10 @@ def time_in_turn(
             path = run.folder / "logs" / f"{engine.NAME}-{log}-{index}.log"
             sessions.append(engine.open_session(folder, scenario, path, settings.device_sheet))
         timings: list[list[Timing]] = [[] for _ in sessions]
-        for repeat in range(repeats + 1):
+        for repeat in range(repeats + WARM_UPS):
             for session, kept in zip(sessions, timings, strict=True):
                 timing = session.time_batch(scenario)
-                if repeat:
+                if repeat >= WARM_UPS:
                     kept.append(timing)
             on_batch()
     finally:
@@ -279,7 +280,9 @@ class Paired:
 
 def measure_pair(run: Run, child_folder: Path, pairs: int, log: str) -> Paired:
     scenario = run.recipe.cost.scenario
-    with run.progress.task(f"parent against child on {engines.load(run.recipe.cost).NAME}", pairs + 1, "pairs") as task:
+    with run.progress.task(
+        f"parent against child on {engines.load(run.recipe.cost).NAME}", pairs + WARM_UPS, "pairs"
+    ) as task:
         parent, own = time_in_turn(run, [run.parent.folder, child_folder], pairs, lambda: task.advance(), log)
     tokens = scenario.batch_size * scenario.output_length
 
