@@ -3,6 +3,7 @@ import json
 import pytest
 
 from puzzle import artifacts
+from puzzle.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -47,3 +48,18 @@ def test_beginning_with_the_same_inputs_keeps_the_work_and_with_others_removes_i
 
 def test_the_fingerprint_does_not_depend_on_key_order():
     assert artifacts.fingerprint({"a": 1, "b": 2}) == artifacts.fingerprint(json.loads('{"b": 2, "a": 1}'))
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="choose another run directory"):
+        artifacts.begin(tmp_path / "library", {"a": 1})
+    assert (tmp_path / "library" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_opened_an_instant_before_a_kill_is_opened_again(tmp_path):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / ".started.json.part").write_text('{"a"')
+    artifacts.begin(tmp_path / "library", {"a": 1})
+    assert artifacts.read_json(tmp_path / "library" / artifacts.STARTED) == {"a": 1}

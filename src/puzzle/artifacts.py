@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from puzzle.errors import UserError
+
+MANIFEST, STARTED = "manifest.json", "started.json"
 
 
 @contextlib.contextmanager
@@ -111,14 +114,18 @@ def is_done(folder: Path, inputs: dict[str, Any]) -> bool:
 
 
 def begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Open a stage folder for `inputs`: work of an interrupted run on the same inputs is kept, any other removed."""
-    started = folder / "started.json"
-    same = started.exists() and read_json(started) == json.loads(json.dumps(inputs))
-    if not same and folder.exists():
-        for mark in (folder / MANIFEST, started):  # first: a half-emptied folder must not pass for unfinished work
-            mark.unlink(missing_ok=True)
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+    """Open a stage folder for `inputs`: work of an interrupted run on the same inputs is kept, any other removed.
+
+    A folder that holds files but neither of our marks is somebody else's: `UserError`, and nothing is touched.
+    """
+    started, stale = folder / STARTED, folder.with_name(f".{folder.name}.stale")
+    shutil.rmtree(stale, ignore_errors=True)
+    if started.exists() and read_json(started) == json.loads(json.dumps(inputs)):
+        return
+    if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+        if not started.exists() and not (folder / MANIFEST).exists():
+            raise UserError(f"{folder}: holds files that no run of puzzle wrote; choose another run directory (--out)")
+        folder.replace(stale)  # at once: a half-emptied folder must not pass for unfinished work
+        shutil.rmtree(stale)
     folder.mkdir(parents=True, exist_ok=True)
-    if not same:
-        write_json(started, inputs)
+    write_json(started, inputs)

@@ -7,7 +7,9 @@
 
 A mixed-integer program for HiGHS, built as sparse rows without a modelling layer. Every solution carries its
 objective, proven bound, gap and seconds. No solution is an answer too: `Infeasible` says what binds and the best
-attainable value. Torch-free: reads scores and costs, writes `search/solutions.json` and `frontier.json`.
+attainable value.
+
+Reads: scores and costs. Writes: `search/solutions.json` and `frontier.json`.
 """
 
 import itertools
