@@ -55,7 +55,7 @@ def main() -> None:
             folders = [Path(temporary) / name for name in ("whole", "half")]
             parameters = write_llama(folders[0], shape, shape[2])
             write_llama(folders[1], shape, shape[2] // 2)
-            sessions = [vllm_engine.open_session(f, scenario, f / "log", "") for f in folders]
+            sessions = [vllm_engine.open_session(f, scenario, f / "log", "", False) for f in folders]
             times: list[list[float]] = [[], []]
             for _ in range(pairs + 1):
                 for session, kept in zip(sessions, times, strict=True):

@@ -56,7 +56,8 @@ def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
         (folder / f"{i}.txt").write_text(TEXT)
     (folder / "other.txt").write_text(TEXT * 3)
     config = CorpusConfig(sources=[str(folder)], validation_fraction=0.5)
-    both = [list(corpus._side(config.sources[0], side, config, tokenizer)) for side in ("train", "validation")]
+    seen: set[bytes] = set()  # validation is built first and hands its texts on to train
+    both = [list(corpus._side(config.sources[0], side, config, tokenizer, seen)) for side in ("validation", "train")]
     assert sum(map(len, both)) == 2
 
 
@@ -120,6 +121,25 @@ def test_a_mixture_keeps_its_weights_in_tokens():
     assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
 
 
+def test_one_long_text_file_has_both_sides(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("\n".join(texts(400)))
+    data = build(tmp_path, tokenizer, [str(tmp_path / "book.txt")])
+    assert len(data["train"]) > len(data["validation"]) > 0
+
+
+def test_a_text_in_two_sources_never_stands_on_both_sides(tmp_path, tokenizer):
+    """The same texts as named files and as rows: names and texts hash to different sides."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i, text in enumerate(texts(60)):
+        (folder / f"{i}.txt").write_text(text)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(60)))
+    data = build(tmp_path, tokenizer, [str(folder), str(tmp_path / "rows.jsonl")], validation_fraction=0.5)
+    sides = [decoded(tokenizer, data[side]) for side in ("train", "validation")]
+    names = [{i for i in range(60) if f"name_{i}(" in side} for side in sides]
+    assert names[0] and names[1] and not names[0] & names[1]
+
+
 def test_a_stream_that_ends_leaves_the_rest_to_the_others():
     assert len(list(corpus.mixture([iter([[0]] * 5), iter([[1]] * 50)], [1.0, 1.0]))) == 55
 
@@ -132,7 +152,7 @@ def test_packing_keeps_every_token_in_order_and_drops_only_the_last_rest():
 
 def test_every_document_ends_with_the_end_of_text_token(tokenizer):
     config = CorpusConfig(sources=["stdlib"])
-    first = next(corpus._side(config.sources[0], "train", config, tokenizer))
+    first = next(corpus._side(config.sources[0], "train", config, tokenizer, set()))
     assert first[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in first[:-1]
 
 

@@ -36,7 +36,7 @@ def test_an_engine_times_whole_batches_and_layers(servable, name, tmp_path):
     assert name == engine.NAME and engine.available() is None
     assert {"engine", "version", "device"} <= set(engine.describe(SHEET))
     for folder in (servable[0].folder, servable[1]):
-        with engine.open_session(folder, SCENARIO, tmp_path / "log", SHEET) as session:
+        with engine.open_session(folder, SCENARIO, tmp_path / "log", SHEET, True) as session:
             timings = [session.time_batch(SCENARIO) for _ in range(3)]
         for timing in timings:
             assert timing.prefill_s > 0 and timing.decode_s > 0
@@ -80,8 +80,14 @@ def test_an_engine_that_is_not_there_is_one_clear_line(monkeypatch):
     vllm = import_module(engines.ENGINES["vllm"])
     monkeypatch.setattr(vllm, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="vllm is not available: .*use cost.engine=auto"):
-        engines.load(CostConfig(engine="vllm"))
-    assert engines.load(CostConfig(engine="auto")).NAME == "torch"
+        engines.load(CostConfig(engine="vllm"), ["vllm"])
+    assert engines.load(CostConfig(engine="auto"), ["vllm"]).NAME == "torch"
+
+
+def test_vllm_is_not_chosen_for_children_it_cannot_serve():
+    assert engines.load(CostConfig(engine="auto"), ["transformers"]).NAME == "torch"
+    with pytest.raises(UserError, match="add vllm to deploy"):
+        engines.load(CostConfig(engine="vllm"), ["llama.cpp"])
 
 
 @pytest.mark.training
@@ -92,7 +98,7 @@ def test_a_worker_that_dies_is_one_clear_line_with_its_log(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with (
         pytest.raises(UserError, match=r"vllm stopped while serving: .* \(see .*log\)"),
-        vllm.open_session(tmp_path, SCENARIO, tmp_path / "log", SHEET) as session,
+        vllm.open_session(tmp_path, SCENARIO, tmp_path / "log", SHEET, False) as session,
     ):
         session.time_batch(SCENARIO)
 

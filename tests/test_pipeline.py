@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_recipe, write_recipe
 
 from puzzle import artifacts, config, cost, pipeline
-from puzzle.errors import Infeasible
+from puzzle.errors import Infeasible, UserError
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -34,6 +34,40 @@ def test_running_again_does_nothing_and_a_new_constraint_redoes_search_and_what_
     assert [stage for stage in pipeline.STAGES if after[stage] != before[stage]] == [
         "search", "assemble", "uptrain", "evaluate", "report"
     ]  # fmt: skip
+
+
+def test_a_stage_on_an_outdated_one_is_refused(tiny_run):
+    for stage in ("library", "score"):
+        pipeline.execute_stage(tiny_run, stage)
+    library = tiny_run.recipe.library.model_copy(update={"tokens": 4096})
+    changed = Run(tiny_run.recipe.model_copy(update={"library": library}), tiny_run.folder, tiny_run.progress)
+    with pytest.raises(UserError, match="stage library is out of date; run `puzzle library"):
+        pipeline.execute_stage(changed, "score")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [("search", {"throughput": "2 times"}, "search.throughput: got '2 times'"),
+     ("search", {"throughput": None}, "no constraint is set"),
+     ("corpus", {"sequence_length": 512}, "the parent takes at most 256 positions"),
+     ("cost", {"device_sheet": "H1000"}, "expected one of this-cpu"),
+     ("cost", {"table": "nothing.jsonl"}, "cost.table nothing.jsonl: no such file")],
+)  # fmt: skip
+def test_what_is_wrong_in_a_late_section_is_found_before_anything_is_spent(tiny_run, section, changes, message):
+    recipe = tiny_run.recipe
+    wrong = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=changes)})
+    with pytest.raises(UserError, match=message):
+        pipeline.execute(Run(wrong, tiny_run.folder, tiny_run.progress))
+    assert not tiny_run.folder.exists()
+
+
+def test_a_run_of_another_parent_is_not_overwritten(tiny_run):
+    pipeline.execute_stage(tiny_run, "library")
+    tiny_run.write_recipe()
+    other = Run(tiny_run.recipe.model_copy(update={"parent": "pocket"}), tiny_run.folder, tiny_run.progress)
+    with pytest.raises(UserError, match="holds a run of parent .*choose another --out"):
+        pipeline.execute(other)
+    assert artifacts.manifest(tiny_run.stage_folder("library")) is not None
 
 
 def test_a_missed_promise_corrects_the_costs_and_searches_again(tiny_run, monkeypatch):

@@ -55,6 +55,11 @@ def test_a_layer_can_be_kept_as_the_parents():
     assert [b.name for b in found.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
 
 
+def test_a_layer_cannot_ask_for_a_variant_outside_the_space():
+    with pytest.raises(UserError, match=r"library.layers.0: got 'gated_500', expected one of the space's: gqa_8"):
+        space.build(LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}}), SHAPE, [])
+
+
 def test_kv_heads_must_divide_the_parents():
     with pytest.raises(UserError, match=r"got 3.*\[8, 4, 2, 1\]"):
         space.build(LibraryConfig(kv_heads=[3]), SHAPE, [])

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content to disk."""
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,6 +72,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+
+
+def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the records that are not wanted: what was written after the checkpoint that a run goes on from."""
+    if path.exists():
+        write_text(path, "".join(json.dumps(record) + "\n" for record in read_jsonl(path) if wanted(record)))
 
 
 def fingerprint(value: Any) -> str:

@@ -73,7 +73,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
             f"  asked {promise['asked']}, measured {promise['measured']}: {'met' if promise['met'] else 'missed'}"
         )
     if not met:
-        correct(run, architecture, paired)
+        correct(run, architecture, paired, promises)
     return {"met": met, "weights": weights_fingerprint(folder)}
 
 
@@ -84,38 +84,43 @@ def weights_fingerprint(folder: Path) -> str:
 def check(run: Run, paired: Paired) -> list[dict[str, Any]]:
     """Every constraint against what was measured. Relative ones are judged by the paired ratio.
 
-    Sizes (memory, parameters, KV cache) are counted, not timed.
+    Sizes (memory, parameters, KV cache) are counted, not timed. `slower_than_predicted` is what a correction needs.
     """
-    promises = []
-    predicted = solutions(run)["solutions"][0]["predicted"]
-    for asked in solutions(run)["constraints"]:
-        name, relative = asked["name"], asked["relative"]
-        kind = search.KINDS[name]
-        if not kind.timed:
-            key = name if name == "parameters" else f"{name}_bytes"
-            value, met = predicted[key], predicted[key] <= asked["limit"]
-        elif relative is not None:
-            ratios = {
-                "throughput": paired.speedup, "latency": 1 / paired.speedup,
-                "time_to_first_token": paired.time_to_first_token_ratio,
-            }  # fmt: skip
-            value = ratios[name]
-            met = value >= relative if kind.at_least else value <= relative
+    promises, figures = [], solutions(run)
+    predicted, of_parent = figures["solutions"][0]["predicted"], figures["parent"]
+    ratios = {
+        "throughput": paired.speedup, "latency": 1 / paired.speedup,
+        "time_to_first_token": paired.time_to_first_token_ratio,
+    }  # fmt: skip
+    for asked in figures["constraints"]:
+        name, relative, kind = asked["name"], asked["relative"], search.KINDS[asked["name"]]
+        slower = 1.0
+        if kind.timed:
+            key = f"{name}_tok_per_s" if kind.at_least else f"{name}_s"
+            expected = predicted[key] / of_parent[key] if relative is not None else predicted[key]
+            value = ratios[name] if relative is not None else paired.child[key]
+            wanted = relative if relative is not None else asked["value"]
+            met = value >= wanted if kind.at_least else value <= wanted
+            slower = expected / value if kind.at_least else value / expected
         else:
-            value = paired.child[f"{name}_tok_per_s" if kind.at_least else f"{name}_s"]
-            met = value >= asked["value"] if kind.at_least else value <= asked["value"]
+            value = predicted[name if name == "parameters" else f"{name}_bytes"]
+            met = value <= asked["limit"]
         shown = f"{value:.3f}x the parent's" if kind.timed and relative is not None else f"{value:,.4g} {kind.unit}"
-        promises.append(
-            {"constraint": name, "asked": f"{name} {asked['text']}", "measured": shown, "value": value, "met": met}
-        )
+        promise = {
+            "constraint": name,
+            "asked": f"{name} {asked['text']}",
+            "measured": shown,
+            "value": value,
+            "met": met,
+        }
+        promises.append(promise | {"slower_than_predicted": slower})
     return promises
 
 
-def correct(run: Run, architecture: Architecture, paired: Paired) -> None:
-    """Record how much slower the child was than predicted, both against the parent."""
-    figures = solutions(run)
-    predicted = figures["solutions"][0]["predicted"]["latency_s"] / figures["parent"]["latency_s"]
-    factor = max(1.0, (1 / paired.speedup) / predicted, *(c["time_factor"] for c in search.corrections(run)))
+def correct(run: Run, architecture: Architecture, paired: Paired, promises: list[dict[str, Any]]) -> None:
+    """Record how much slower than predicted the child was in what it missed."""
+    slower = [p["slower_than_predicted"] for p in promises if not p["met"]]
+    factor = max(1.0, *slower, *(c["time_factor"] for c in search.corrections(run)))
     repeated = any(c["blocks"] == architecture.names for c in search.corrections(run))
     record = {
         "blocks": architecture.names,
@@ -129,6 +134,8 @@ def card(run: Run, architecture: Architecture) -> str:
     """The model card of a child."""
     shape = run.parent.shape
     rows = "\n".join(f"| {i} | {b.attention.name} | {b.ffn.name} |" for i, b in enumerate(architecture))
+    stock = child.architectures_name(architecture) == "DeciLMForCausalLM"
+    vllm = ", or serve with\n`vllm serve folder --trust-remote-code`" if stock else "; stock vLLM cannot serve it"
     share = architecture.parameters(shape) / Architecture.of_parent(shape).parameters(shape)
     return f"""---
 library_name: transformers
@@ -142,6 +149,5 @@ Made by puzzle (arXiv 2411.19146): {architecture.parameters(shape):,} parameters
 | --- | --- | --- |
 {rows}
 
-Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or serve with
-`vllm serve folder --trust-remote-code`.
+Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`{vllm}.
 """

@@ -3,6 +3,7 @@
 Random numbers need no saving: batches are a pure function of (seed, step) and nothing here uses dropout.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from torch import nn
 
 from puzzle import artifacts
 
+FOLDER = "training"  # inside a stage folder; the pipeline removes it once the manifest is written
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
-def save(path: Path, step: int, modules: Modules, optimizers: Optimizers) -> None:
+def save(
+    path: Path, step: int, modules: Modules, optimizers: Optimizers, counters: Mapping[str, int] | None = None
+) -> None:
+    """`counters` are small numbers that must survive an interruption, such as skipped steps."""
     tensors: dict[str, torch.Tensor] = {}
     for key, module in modules.items():
         tensors |= {f"module/{key}/{name}": value for name, value in module.named_parameters()}
@@ -26,14 +31,14 @@ def save(path: Path, step: int, modules: Modules, optimizers: Optimizers) -> Non
             tensors |= {f"optimizer/{key}/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
     with artifacts.atomic_path(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"step": str(step)})
+        save_file(contiguous, temporary, metadata={"step": str(step), "counters": json.dumps(dict(counters or {}))})
 
 
 @torch.no_grad()
-def restore(path: Path, modules: Modules, optimizers: Optimizers) -> int:
-    """Load in place and return the step to go on from; 0 where there is no checkpoint."""
+def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, dict[str, int]]:
+    """Load in place; (the step to go on from, counters), which is (0, {}) where there is no checkpoint."""
     if not path.exists():
-        return 0
+        return 0, {}
     with safe_open(path, framework="pt") as file:
         for key, module in modules.items():
             for name, parameter in module.named_parameters():
@@ -45,7 +50,7 @@ def restore(path: Path, modules: Modules, optimizers: Optimizers) -> int:
                     index, name = full_name.removeprefix(f"optimizer/{key}/").split("/")
                     state_dict["state"].setdefault(int(index), {})[name] = file.get_tensor(full_name)
             optimizer.load_state_dict(state_dict)
-        return int(file.metadata()["step"])
+        return int(file.metadata()["step"]), json.loads(file.metadata()["counters"])
 
 
 def cosine_schedule(step: int, steps: int, warmup_share: float) -> float:

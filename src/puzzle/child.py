@@ -64,6 +64,8 @@ def save(
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors"):
+        artifacts.sync(path)
     for name in CARRIED_OVER:
         if (parent_folder / name).exists():
             shutil.copyfile(parent_folder / name, folder / name)

@@ -7,6 +7,7 @@ torch takes seconds to import, so a command imports it only after the recipe has
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ def _recipe(name: str, out: Path | None, assignments: list[str] | None) -> Any:
     built_in = Path(str(files("puzzle") / "recipes" / f"{name}.yaml"))
     path = built_in if built_in.is_file() else Path(name)
     values = config.override(config.read_yaml(path), assignments or [])
+    values.setdefault("out", f"runs/{path.stem}")
     if out is not None:
         values["out"] = str(out)
     return config.parse(values, str(path))
@@ -74,11 +76,14 @@ def run(
 def plan(recipe: RecipeArgument = "pocket", set_: Set = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """What each stage will need (tokens, FLOPs, memory, disk, time), before anything is spent."""
     settings = _recipe(recipe, None, set_)
+    from puzzle import pipeline
     from puzzle import plan as planning
     from puzzle.progress import Progress
     from puzzle.run import Run
 
-    needs = planning.estimate(Run(settings, Path(settings.out), Progress(quiet)))
+    this = Run(settings, Path(settings.out), Progress(quiet))
+    pipeline.preflight(this)
+    needs = planning.estimate(this)
     planning.print_plan(needs)
     _finish(planning.as_dict(needs), as_json)
 
@@ -110,6 +115,8 @@ def _run_stage(stage: str, folder: Path, assignments: list[str] | None, as_json:
         this.write_recipe()
     outputs = pipeline.execute_stage(this, stage)
     _finish({"stage": stage, "run": str(folder), **outputs}, as_json)
+    if outputs.get("met") is False:
+        raise Infeasible(f"{stage}: the measured child misses what was asked; `puzzle run` corrects and searches again")
 
 
 def _stage_command(stage: str, summary: str) -> None:
@@ -166,14 +173,17 @@ def main() -> None:
     """Entry point: `UserError` becomes one line and its exit code; anything else is our bug and shows itself."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except UserError as error:
         print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("puzzle: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+
+
+def _interrupted(*_: object) -> None:
+    print("puzzle: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,11 @@ class CorpusConfig(Section):
     """What is packed once and read by every stage; stages that want more than `train_tokens` see them again."""
 
     sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(stdlib=True)], min_length=1)
-    sequence_length: Positive = 256
+    sequence_length: Annotated[int, Field(ge=2)] = 256
     train_tokens: Positive = 4_000_000
     validation_fraction: Fraction = 0.04
     validation_tokens: Positive = 262_144
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class LayerOverride(Section):
@@ -137,7 +137,7 @@ class SearchConfig(Section):
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
     diversity: Annotated[float, Field(gt=0, le=1)] = 0.2
-    margin: float = Field(default=0.03, ge=0, lt=0.5)
+    margin: float = Field(default=0.05, ge=0, lt=0.5)
     attempts: Positive = 3
     time_limit_s: float = Field(default=60.0, gt=0)
 
@@ -169,8 +169,7 @@ class Recipe(Section):
     """Everything a run needs. Field order is stage order."""
 
     parent: str = "pocket"
-    out: str = "runs/pocket"
-    seed: int = 0
+    out: str = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     deploy: list[Literal["vllm", "llama.cpp", "transformers", "tensorrt-llm"]] = ["vllm", "transformers"]

@@ -6,7 +6,7 @@ reads those shards through `Sequences`, whose batches are a pure function of (se
 needs no data-loader state.
 
 Train and validation never overlap: a document belongs to one side by a hash of its name (files) or of its
-text (rows), and a text seen twice is dropped the second time.
+text (rows), and a text seen twice, in whichever source, is dropped the second time.
 
 Reads: local files, folders, JSON Lines, Parquet, Hugging Face datasets, the interpreter's standard library.
 Writes: `<out>/{train,validation}-NNNNN.safetensors` (int32, [sequences, sequence_length]) and a manifest.
@@ -37,6 +37,7 @@ from puzzle.progress import Progress
 Split = Literal["train", "validation"]
 SHARD_TOKENS = 1 << 26  # 256 MiB of int32: small enough to redo after an interruption
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst", ".html", ".tex", ".c", ".cpp", ".h", ".rs", ".go", ".java", ".js", ".ts"}
+PIECE_CHARACTERS = 4000
 TOKENIZE_BATCH = 64  # documents per tokeniser call: the fast tokenisers run one call on all cores
 
 
@@ -83,6 +84,21 @@ def _file_documents(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
         text = _read_text(path)
         if text and text.strip():
             yield Document(name, text)
+
+
+def _pieces(path: Path) -> Iterator[Document]:
+    """A file that is a whole source, cut at line ends into nameless documents so that both sides get some."""
+    text = _read_text(path)
+    if text is None:
+        raise UserError(f"corpus source {path}: not UTF-8 text")
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= PIECE_CHARACTERS:
+            yield Document("", "".join(lines))
+            lines = []
+    if lines:
+        yield Document("", "".join(lines))
 
 
 def _local_files(root: Path) -> list[tuple[str, Path]]:
@@ -142,7 +158,10 @@ def _row_text(row: dict[str, Any], source: SourceConfig, tokenizer: Any) -> str:
                 f"corpus source {source.label}: rows are chats ({source.messages_column!r}) but the parent's "
                 "tokenizer has no chat template; use plain text, or a parent with a chat template"
             )
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise UserError(f"corpus source {source.label}: the chat template refuses a row: {error}") from None
     raise UserError(
         f"corpus source {source.label}: a row has no {source.text_column!r} and no {source.messages_column!r}; "
         f"got columns {sorted(row)}; set text_column or messages_column"
@@ -161,6 +180,8 @@ def documents(source: SourceConfig, tokenizer: Any, seed: int) -> Iterator[Docum
         if path.suffix in (".jsonl", ".parquet"):
             for row in _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path):
                 yield Document("", _row_text(row, source, tokenizer))
+        elif source.path and len(files) == 1:
+            yield from _pieces(path)
         else:
             yield from _file_documents([(name, path)])
 
@@ -190,17 +211,20 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _side(source: SourceConfig, split: Split, config: CorpusConfig, tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of the documents of one source on one side of the split, each closed by the end-of-text token."""
-    seen: set[bytes] = set()
+def _side(
+    source: SourceConfig, split: Split, config: CorpusConfig, tokenizer: Any, seen: set[bytes]
+) -> Iterator[list[int]]:
+    """Token ids of the documents of one source on one side of the split, each closed by the end-of-text token.
+
+    `seen` holds the digests of texts that are taken: shared by all sources, and by train from validation.
+    """
 
     def wanted() -> Iterator[str]:
         for document in documents(source, tokenizer, config.seed):
             key = hashlib.sha256(document.text.encode("utf-8", "replace")).digest()[:12]
-            if key not in seen:
+            if key not in seen and split_of(document, config.validation_fraction) == split:
                 seen.add(key)
-                if split_of(document, config.validation_fraction) == split:
-                    yield document.text
+                yield document.text
 
     texts = wanted()
     while batch := list(itertools.islice(texts, TOKENIZE_BATCH)):
@@ -248,23 +272,35 @@ def build(
 
     Raises `UserError` where a side ends up without a single sequence.
     """
-    out.mkdir(parents=True, exist_ok=True)
     inputs = {
         "config": config.model_dump(mode="json"),
         "sources": source_marks(config),
         "tokenizer": tokenizer_fingerprint,
     }
     if not artifacts.is_done(out, inputs):
-        budgets: dict[Split, int] = {"train": config.train_tokens, "validation": config.validation_tokens}
-        counts = {s: _build_side(config, tokenizer, out, s, tokens, progress) for s, tokens in budgets.items()}
+        artifacts.begin(out, inputs)
+        validation = _build_side(config, tokenizer, out, "validation", config.validation_tokens, set(), progress)
+        held_out = {bytes.fromhex(text) for text in validation["texts"]}
+        train = _build_side(config, tokenizer, out, "train", config.train_tokens, held_out, progress)
+        for side, asked in ((train, config.train_tokens), (validation, config.validation_tokens)):
+            if side["sequences"] * config.sequence_length < asked:
+                got = f"{side['sequences'] * config.sequence_length:,} {side['split']} tokens"
+                progress.say(f"  the corpus ends at {got}, less than the {asked:,} asked for: they will be seen again")
+        counts = {"train": train["sequences"], "validation": validation["sequences"]}
         artifacts.write_manifest(out, inputs, {"sequences": counts, "sequence_length": config.sequence_length})
     return {split: Sequences(out, split, seed=config.seed) for split in ("train", "validation")}
 
 
-def _build_side(config: CorpusConfig, tokenizer: Any, out: Path, split: Split, tokens: int, progress: Progress) -> int:
+def _build_side(
+    config: CorpusConfig, tokenizer: Any, out: Path, split: Split, tokens: int, seen: set[bytes], progress: Progress
+) -> dict[str, Any]:
+    """Write the shards of one side; its record (also on disk, last) counts sequences and names validation's texts."""
+    record_path = out / f"{split}.json"
+    if record_path.exists():
+        return artifacts.read_json(record_path)
     for stale in out.glob(f"{split}-*.safetensors"):
         stale.unlink()
-    streams = [_side(source, split, config, tokenizer) for source in config.sources]
+    streams = [_side(source, split, config, tokenizer, seen) for source in config.sources]
     rows = pack(mixture(streams, [source.weight for source in config.sources]), config.sequence_length)
     rows = itertools.islice(rows, -(-tokens // config.sequence_length))
     count = 0
@@ -286,7 +322,10 @@ def _build_side(config: CorpusConfig, tokenizer: Any, out: Path, split: Split, t
             f"corpus ({names}): the {split} side holds less than one sequence of {config.sequence_length} tokens; "
             "add text, lower corpus.sequence_length or change corpus.validation_fraction"
         )
-    return count
+    texts = sorted(key.hex() for key in seen) if split == "validation" else []
+    record = {"split": split, "sequences": count, "texts": texts}
+    artifacts.write_json(record_path, record)
+    return record
 
 
 # ------------------------------------------------------------------------------------------------ reading

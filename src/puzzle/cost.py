@@ -16,14 +16,14 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from puzzle import artifacts, child, engines, subblocks
+from puzzle import artifacts, child, subblocks
 from puzzle.architecture import FFN, Architecture, Attention, Block, ModelShape, Subblock
 from puzzle.config import ScenarioConfig
 from puzzle.engines import Timing
@@ -95,7 +95,7 @@ def serving_dtype(run: Run) -> str:
 
 def header(run: Run) -> dict[str, Any]:
     """What a table must agree on to be reused: engine, its version, machine, dtype, scenario, shapes."""
-    engine = engines.load(run.recipe.cost)
+    engine = run.engine
     return {
         **engine.describe(run.recipe.cost.device_sheet),
         "measured": engine.MEASURED,
@@ -113,11 +113,11 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
-    path, engine = folder / "costs.jsonl", engines.load(run.recipe.cost)
+    path, engine = folder / "costs.jsonl", run.engine
     about = engine.describe(run.recipe.cost.device_sheet)
     run.progress.say(f"  engine: {about['engine']} {about['version']} on {about['device']}")
     if run.recipe.cost.engine == "auto" and engine.NAME != "vllm":
-        run.progress.say("  vLLM is not installed: speeds are measured on the built-in torch engine instead")
+        run.progress.say("  vLLM is not installed or not in deploy: speeds are measured on the built-in torch engine")
     if not engine.MEASURED:
         run.progress.say("  no hardware is measured: every speed is modelled from a device sheet")
     records = reuse(run, Path(run.recipe.cost.table)) if run.recipe.cost.table else measure(run, folder)
@@ -133,15 +133,19 @@ def reuse(run: Run, path: Path) -> list[dict[str, Any]]:
     """The records of another run's table; `UserError` where engine, machine, dtype, scenario or shapes differ."""
     if not path.exists():
         raise UserError(f"cost.table {path}: no such file; expected a costs.jsonl of an earlier run")
-    records = artifacts.read_jsonl(path)
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, OSError) as error:
+        raise UserError(f"cost.table {path}: not JSON lines ({error})") from None
     for key, expected in header(run).items():
         got = records[0].get(key) if records else None
         if got != expected:
             raise UserError(f"cost.table {path}: {key} is {got!r} there but {expected!r} here; measure again")
-    known = {(record["slot"], record["variant"]) for record in records[1:]}
-    for variant in distinct_variants(run):
-        if (subblocks.slot(variant), variant.name) not in known:
-            raise UserError(f"cost.table {path}: has no {subblocks.slot(variant)} {variant.name}; measure again")
+    known = {(record.get("slot"), record.get("variant")) for record in records[1:]}
+    needed = [(subblocks.slot(variant), variant.name) for variant in distinct_variants(run)]
+    for slot, name in [*needed, (CONSTANT, CONSTANT)]:
+        if (slot, name) not in known:
+            raise UserError(f"cost.table {path}: has no {slot} {name}; measure again")
     return records
 
 
@@ -178,14 +182,14 @@ def write_probe(run: Run, folder: Path, architecture: Architecture) -> None:
 
 
 def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
-    settings, engine = run.recipe.cost, engines.load(run.recipe.cost)
+    settings, engine = run.recipe.cost, run.engine
     _scenario, variants = settings.scenario, distinct_variants(run)
     architecture, measures = probe_architecture(variants, run.parent.shape)
     write_probe(run, folder / "probe", architecture)
     how = "measuring" if engine.MEASURED else "modelling"
     with run.progress.task(f"{how} on {engine.NAME}", settings.repeats + WARM_UPS, "batches") as task:
         timings = time_in_turn(
-            run, [folder / "probe", run.parent.folder], settings.repeats, lambda: task.advance(), "cost"
+            run, [folder / "probe", run.parent.folder], settings.repeats, task.advance, "cost", time_layers=True
         )
     shutil.rmtree(folder / "probe")
     probe, parent = timings
@@ -193,16 +197,18 @@ def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
 
 
 def time_in_turn(
-    run: Run, checkpoints: Sequence[Path], repeats: int, on_batch: Any, log: str, scenario: ScenarioConfig | None = None
+    run: Run, checkpoints: Sequence[Path], repeats: int, on_batch: Callable[[], None], log: str, time_layers: bool
 ) -> list[list[Timing]]:
     """Serve the checkpoints side by side and time them A B A B ...; the first rounds warm up and do not count."""
-    settings = run.recipe.cost
-    scenario, engine = scenario or settings.scenario, engines.load(settings)
+    settings, engine = run.recipe.cost, run.engine
+    # a dtype of its own choice would be the engine's, not the one that costs are counted in
+    scenario = settings.scenario.model_copy(update={"dtype": serving_dtype(run)})
+    run.release_models()
     sessions = []
     try:
         for index, folder in enumerate(checkpoints):
             path = run.folder / "logs" / f"{engine.NAME}-{log}-{index}.log"
-            sessions.append(engine.open_session(folder, scenario, path, settings.device_sheet))
+            sessions.append(engine.open_session(folder, scenario, path, settings.device_sheet, time_layers))
         timings: list[list[Timing]] = [[] for _ in sessions]
         for repeat in range(repeats + WARM_UPS):
             for session, kept in zip(sessions, timings, strict=True):
@@ -236,7 +242,7 @@ def _records(
         for variant in variants:
             values = [s for s, measured in zip(layers, measures, strict=True) if measured == variant] or [0.0]
             raw.setdefault(part, {})[variant] = statistics.median(values)
-            if part == "layer_decode_s" and any(values):
+            if part == "layer_decode_s" and statistics.median(values):
                 spread[variant] = (max(values) - min(values)) / statistics.median(values)
     block, scale = shape.parent_block, {}
     for part in raw:
@@ -280,10 +286,8 @@ class Paired:
 
 def measure_pair(run: Run, child_folder: Path, pairs: int, log: str) -> Paired:
     scenario = run.recipe.cost.scenario
-    with run.progress.task(
-        f"parent against child on {engines.load(run.recipe.cost).NAME}", pairs + WARM_UPS, "pairs"
-    ) as task:
-        parent, own = time_in_turn(run, [run.parent.folder, child_folder], pairs, lambda: task.advance(), log)
+    with run.progress.task(f"parent against child on {run.engine.NAME}", pairs + WARM_UPS, "pairs") as task:
+        parent, own = time_in_turn(run, [run.parent.folder, child_folder], pairs, task.advance, log, time_layers=False)
     tokens = scenario.batch_size * scenario.output_length
 
     def figures(timings: list[Timing]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from puzzle.run import Run
 
 def inputs(run: Run) -> dict[str, Any]:
     return run.data_inputs | {
+        "search": run.fingerprint_of("search"),
         "assemble": run.fingerprint_of("assemble"),
         "uptrain": run.fingerprint_of("uptrain"),
         "cost": run.fingerprint_of("cost"),

@@ -71,7 +71,6 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         train(run, folder, parent, by_layer, steps)
         _validate(run, parent, by_layer, validation, "nmse_after")
     index = [_write(folder, trainee, steps, settings, run) for trainee in trainees]
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return {"index": artifacts.file_fingerprint(folder / "index.jsonl") if index else None, "variants": len(index)}
 
 
@@ -120,8 +119,11 @@ def train(run: Run, folder: Path, parent: PuzzleForCausalLM, by_layer: list[list
     modules = {trainee.key: trainee.module for layer in by_layer for trainee in layer}
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    path = folder / "checkpoint.safetensors"
-    start = checkpoint.restore(path, modules, {"adamw": optimizer})
+    path = folder / checkpoint.FOLDER / "library.safetensors"
+    start, counters = checkpoint.restore(path, modules, {"adamw": optimizer})
+    for trainee in (t for layer in by_layer for t in layer):
+        trainee.skipped_steps = counters.get(trainee.key, 0)
+    artifacts.keep_jsonl(folder / "curve.jsonl", lambda record: record["step"] <= start)
     batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
     with run.progress.task(f"BLD of {len(modules)} variants", steps * batch_tokens, "tokens") as task:
         task.skip(start * batch_tokens)
@@ -151,7 +153,8 @@ def train(run: Run, folder: Path, parent: PuzzleForCausalLM, by_layer: list[list
                     folder / "curve.jsonl", curve | {"nmse": {k: round(v.item(), 6) for k, v in losses.items()}}
                 )
             if done % settings.checkpoint_steps == 0:
-                checkpoint.save(path, done, modules, {"adamw": optimizer})
+                skipped = {t.key: t.skipped_steps for layer in by_layer for t in layer if t.skipped_steps}
+                checkpoint.save(path, done, modules, {"adamw": optimizer}, skipped)
             task.advance(batch_tokens, f"mean nMSE {mean:.4f}")
 
 
@@ -204,7 +207,7 @@ def _write(folder: Path, trainee: Trainee, steps: int, settings: Any, run: Run) 
         "nmse_after": trainee.nmse_after,
         "tokens": steps * settings.batch_sequences * run.recipe.corpus.sequence_length,
         "skipped_steps": trainee.skipped_steps,
-        "seed": run.recipe.seed,
+        "seed": run.recipe.corpus.seed,
     }
     known = {(r["layer"], r["slot"], r["variant"]) for r in artifacts.read_jsonl(folder / "index.jsonl")}
     if (trainee.layer, record["slot"], trainee.variant.name) not in known:

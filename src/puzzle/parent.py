@@ -39,6 +39,8 @@ class Weights(Mapping[str, torch.Tensor]):
             self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._where:
+            raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
         file, original = self._where[name]
         return file.get_tensor(original)
 
@@ -62,7 +64,8 @@ class Parent:
     def fingerprint(self) -> str:
         """Of config and weights; large weights are recognised by size and header, not read whole."""
         marks = {path.name: _weights_mark(path) for path in sorted(self.folder.glob("*.safetensors"))}
-        return artifacts.fingerprint({"config": self.hf_config.to_dict(), "weights": marks})
+        config = artifacts.file_fingerprint(self.folder / "config.json")
+        return artifacts.fingerprint({"config": config, "weights": marks})
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -135,7 +138,12 @@ def describe(name: str, trust_remote_code: bool = False) -> Parent:
     folder = locate(name)
     if not (folder / "config.json").exists():
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
-    raw = artifacts.read_json(folder / "config.json")
+    try:
+        raw = artifacts.read_json(folder / "config.json")
+    except ValueError as error:
+        raise UserError(f"parent {folder}: config.json is not JSON ({error})") from None
+    if raw.get("quantization_config"):
+        raise UserError(f"parent {name}: its weights are quantised; give the unquantised checkpoint")
     if "auto_map" in raw and not trust_remote_code:
         raise UserError(f"parent {name}: it brings its own code; set trust_remote_code=true if you trust it")
     families = family(raw.get("model_type", "none"))

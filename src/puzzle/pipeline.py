@@ -1,11 +1,13 @@
 """The order of work, in one screen. A stage runs unless its folder already holds what these inputs give."""
 
+import shutil
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts
-from puzzle.errors import Infeasible
+from puzzle import artifacts, checkpoint, corpus, search
+from puzzle.errors import Infeasible, UserError
 from puzzle.progress import duration
 from puzzle.run import Run
 
@@ -14,6 +16,7 @@ STAGES = ("library", "score", "cost", "search", "assemble", "uptrain", "evaluate
 
 def execute(run: Run) -> dict[str, Any]:
     """From a parent to a measured, uptrained, evaluated child with a report. Returns the outputs of `evaluate`."""
+    preflight(run)
     run.write_recipe()
     for stage in ("library", "score", "cost"):
         execute_stage(run, stage)
@@ -29,10 +32,46 @@ def execute(run: Run) -> dict[str, Any]:
     return outcome
 
 
+def preflight(run: Run) -> None:
+    """Everything that can be known to be wrong before anything is spent. Raises `UserError`."""
+    recipe, parent = run.recipe, run.parent
+    earlier = run.folder / "run.yaml"
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"run directory {run.folder}: is a file; choose another --out")
+    if earlier.exists() and (other := Run.open(run.folder, run.progress).recipe.parent) != recipe.parent:
+        raise UserError(f"run directory {run.folder}: holds a run of parent {other!r}; choose another --out")
+    positions = parent.hf_config.max_position_embeddings
+    scenario = recipe.cost.scenario
+    lengths = {
+        "corpus.sequence_length": recipe.corpus.sequence_length,
+        "cost.scenario (input_length + output_length)": scenario.input_length + scenario.output_length,
+    }
+    for name, length in lengths.items():
+        if length > positions:
+            raise UserError(f"{name}: got {length}, but the parent takes at most {positions} positions")
+    if len(parent.tokenizer) > parent.shape.vocab_size:
+        raise UserError(
+            f"parent {parent.name}: its tokenizer has {len(parent.tokenizer)} tokens, its embedding only "
+            f"{parent.shape.vocab_size}; give it the tokenizer it was trained with"
+        )
+    run.engine.describe(recipe.cost.device_sheet)
+    if recipe.cost.table and not Path(recipe.cost.table).is_file():
+        raise UserError(f"cost.table {recipe.cost.table}: no such file; expected a costs.jsonl of an earlier run")
+    asked = {name: getattr(recipe.search, name) for name in search.KINDS}
+    if not any(asked.values()):
+        names = ", ".join(search.KINDS)
+        raise UserError(f"search: no constraint is set; set at least one of {names}, for example throughput: 2x")
+    for name, text in asked.items():
+        if text is not None:
+            search.parse_quantity(name, text)
+    corpus.source_marks(recipe.corpus)
+    assert run.space.layers
+
+
 def execute_stage(run: Run, stage: str, again: bool = False) -> dict[str, Any]:
     """Run one stage where it is not done, and return its outputs. `again` adds its seconds to those before."""
     module, folder = import_module(f"puzzle.{stage}"), run.stage_folder(stage)
-    inputs = module.inputs(run)
+    inputs = run.inputs_of(stage)
     if not artifacts.is_done(folder, inputs):
         run.progress.say(f"{stage}")
         before = _seconds(run, stage) if again else 0.0
@@ -40,6 +79,7 @@ def execute_stage(run: Run, stage: str, again: bool = False) -> dict[str, Any]:
         artifacts.begin(folder, inputs)
         began = time.perf_counter()
         artifacts.write_manifest(folder, inputs, module.run(run, folder))
+        shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
         seconds = time.perf_counter() - began + before
         _set_status(run, stage, "done", seconds)
         run.progress.say(f"{stage}: done in {duration(seconds)}")
@@ -72,14 +112,14 @@ def status(run: Run) -> list[dict[str, Any]]:
         record, state = known.get(stage, {}), "not begun"
         if artifacts.manifest(run.stage_folder(stage)) is not None:
             try:
-                inputs = import_module(f"puzzle.{stage}").inputs(run)
+                inputs = run.inputs_of(stage)
                 state = (
                     "done"
                     if artifacts.is_done(run.stage_folder(stage), inputs)
                     else "stale: settings or inputs changed"
                 )
-            except ValueError:
-                state = "stale: an earlier stage is not done"
+            except UserError as error:
+                state = f"stale: {error}"
         elif record.get("state") == "running":
             state = "running or interrupted"
         rows.append({"stage": stage, "state": state, "seconds": record.get("seconds"), "at": record.get("at")})

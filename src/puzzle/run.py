@@ -4,14 +4,17 @@ Stages take a `Run` and their own folder; everything expensive here is made once
 """
 
 import contextlib
+import gc
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
 
-from puzzle import artifacts, corpus, parent, space
+from puzzle import artifacts, corpus, engines, parent, space
 from puzzle.config import Recipe
 from puzzle.errors import UserError
 from puzzle.modeling_puzzle import PuzzleForCausalLM
@@ -43,11 +46,16 @@ class Run:
         return self.folder / {"assemble": "child", "uptrain": "uptrained"}.get(stage, stage)
 
     def fingerprint_of(self, stage: str) -> str:
-        """The fingerprint of a finished stage; a `UserError` names the command that is missing."""
+        """The fingerprint of a stage done for the settings of now; otherwise a `UserError` names the command."""
         found = artifacts.manifest(self.stage_folder(stage))
-        if found is None:
-            raise UserError(f"run {self.folder}: stage {stage} is not done; run `puzzle {stage} {self.folder}` first")
+        if found is None or not artifacts.is_done(self.stage_folder(stage), self.inputs_of(stage)):
+            state = "not done" if found is None else "out of date"
+            raise UserError(f"run {self.folder}: stage {stage} is {state}; run `puzzle {stage} {self.folder}` first")
         return found["fingerprint"]
+
+    def inputs_of(self, stage: str) -> dict[str, Any]:
+        """Everything that decides the result of a stage, the fingerprints of the stages before it among it."""
+        return import_module(f"puzzle.{stage}").inputs(self)
 
     # ------------------------------------------------------------------------------------------ machine
 
@@ -55,7 +63,7 @@ class Run:
     def device(self) -> torch.device:
         name = self.recipe.device
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
             torch.empty(1, device=device)
@@ -89,9 +97,20 @@ class Run:
 
     @cached_property
     def parent_model(self) -> PuzzleForCausalLM:
-        """The frozen parent: float32 on CPUs, the checkpoint's dtype elsewhere."""
-        dtype = torch.float32 if self.device.type == "cpu" else self.parent.dtype
+        """The frozen parent: the checkpoint's dtype on GPUs under autocast, float32 elsewhere."""
+        dtype = self.parent.dtype if self.device.type == "cuda" and self.bfloat16 else torch.float32
         return self.parent.load(dtype, self.device, self.attention)
+
+    def release_models(self) -> None:
+        """Give the device's memory back before an engine is started on it."""
+        if self.device.type == "cuda":
+            self.__dict__.pop("parent_model", None)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def engine(self) -> ModuleType:
+        return engines.load(self.recipe.cost, self.recipe.deploy)
 
     @cached_property
     def space(self) -> space.SearchSpace:
@@ -111,7 +130,6 @@ class Run:
     def data_inputs(self) -> dict[str, Any]:
         """What decides the tokens and the arithmetic of a training or evaluation stage."""
         return {
-            "seed": self.recipe.seed,
             "parent": self.parent.fingerprint,
             "tokenizer": self.parent.tokenizer_fingerprint,
             "corpus": self.recipe.corpus.model_dump(mode="json"),

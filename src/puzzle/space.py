@@ -92,6 +92,12 @@ def build(config: LibraryConfig, shape: ModelShape, deploy: Sequence[str]) -> Se
     for index in range(shape.num_hidden_layers):
         blocks = [Block(a, f) for a in attention for f in ffn]
         if (override := config.layers.get(index)) is not None:
+            known = [*(variant.name for variant in attention), *(variant.name for variant in ffn)]
+            for name in (*override.attention, *override.ffn):
+                if name not in known:
+                    raise UserError(
+                        f"library.layers.{index}: got {name!r}, expected one of the space's: {', '.join(known)}"
+                    )
             kept_attention = {parent.attention, *map(parse_attention, override.attention)}
             kept_ffn = {parent.ffn, *map(parse_ffn, override.ffn)}
             blocks = [b for b in blocks if b.attention in kept_attention and b.ffn in kept_ffn]

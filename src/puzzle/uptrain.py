@@ -9,7 +9,6 @@ Reads: `child/`, the parent, the corpus. Writes: `uptrained/` (same format), `cu
 """
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +38,20 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     config = run.parent.child_config(architecture)
     card = assemble.card(run, architecture)
     child.save(folder, config, architecture, student.state_dict(), run.parent.folder, card)
-    shutil.rmtree(folder / "training", ignore_errors=True)
     return {"weights": assemble.weights_fingerprint(folder)}
 
 
 def train(run: Run, folder: Path, student: PuzzleForCausalLM) -> None:
     settings, data, parent = run.recipe.uptrain, run.corpus["train"], run.parent_model
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    path = folder / "training" / "checkpoint.safetensors"
-    start = checkpoint.restore(path, {"student": student}, {"adamw": optimizer})
+    path = folder / checkpoint.FOLDER / "uptrain.safetensors"
+    start, counters = checkpoint.restore(path, {"student": student}, {"adamw": optimizer})
+    artifacts.keep_jsonl(folder / "curve.jsonl", lambda record: record["step"] <= start)
     batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
     steps = -(-settings.tokens // batch_tokens)
     # BLD used the first batches of the stream; go on where it stopped, so that fresh text comes first
     offset = -(-run.recipe.library.tokens // batch_tokens)
-    skipped = 0
+    skipped = counters.get("skipped", 0)
     with run.progress.task("uptraining", steps * batch_tokens, "tokens") as task:
         task.skip(start * batch_tokens)
         for step in range(start, steps):
@@ -76,7 +75,7 @@ def train(run: Run, folder: Path, student: PuzzleForCausalLM) -> None:
             if done % CURVE_EVERY == 0 or done == steps or "validation_kl" in record:
                 artifacts.append_jsonl(folder / "curve.jsonl", record)
             if done % settings.checkpoint_steps == 0 and done < steps:
-                checkpoint.save(path, done, {"student": student}, {"adamw": optimizer})
+                checkpoint.save(path, done, {"student": student}, {"adamw": optimizer}, {"skipped": skipped})
             task.advance(batch_tokens, f"KL {kl.item():.4f}")
     if not math.isfinite(kl.item()) or skipped == steps:
         raise RuntimeError("uptraining diverged: every step was non-finite")

@@ -6,11 +6,13 @@ prefill and the decode took, as a whole and per layer. Everything else (probe mo
 
 An engine module has: `NAME`, `MEASURED` (False where figures are modelled), `available() -> str | None` (None, or
 why not), `describe(device_sheet) -> dict` (what a cost table must name to be reusable) and
-`open_session(folder, scenario, log, device_sheet) -> Session`.
+`open_session(folder, scenario, log, device_sheet, time_layers) -> Session`. Timing layers may slow a device down, so
+only the cost stage asks for it; promises are judged without.
 """
 
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -45,11 +47,14 @@ class Session(AbstractContextManager["Session"], Protocol):
         """Serve `batch_size` prompts of `input_length` tokens and generate `output_length` tokens for each."""
 
 
-def load(config: CostConfig) -> ModuleType:
-    """The engine module a recipe asks for; `auto` is vllm where it runs, otherwise torch."""
+def load(config: CostConfig, deploy: Sequence[str]) -> ModuleType:
+    """The engine module a recipe asks for; `auto` is vllm where it runs and will serve, otherwise torch."""
     if config.engine == "auto":
         vllm = import_module(ENGINES["vllm"])
-        return vllm if vllm.available() is None else import_module(ENGINES["torch"])
+        fits = "vllm" in deploy and vllm.available() is None
+        return vllm if fits else import_module(ENGINES["torch"])
+    if config.engine == "vllm" and "vllm" not in deploy:
+        raise UserError(f"cost.engine: vllm cannot serve the whole space of deploy={list(deploy)}; add vllm to deploy")
     engine = import_module(ENGINES[config.engine])
     if (reason := engine.available()) is not None:
         raise UserError(f"cost.engine: {config.engine} is not available: {reason}; use cost.engine=auto")

@@ -39,7 +39,10 @@ def sheet(name: str) -> dict[str, float]:
         raise UserError(
             f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file with {sorted(keys)}"
         )
-    return own
+    try:
+        return {key: float(value) for key, value in own.items()}  # YAML reads 1e12 as text
+    except (TypeError, ValueError):
+        raise UserError(f"cost.device_sheet {name}: every value must be a number; got {own}") from None
 
 
 def describe(device_sheet: str) -> dict[str, Any]:
@@ -52,7 +55,7 @@ class RooflineSession:
             config = PuzzleConfig.from_pretrained(folder)
             self.architecture, self.shape, dtype = child.read_architecture(folder), llama.shape(config), config.dtype
         else:
-            served = parent.describe(str(folder))
+            served = parent.describe(str(folder), trust_remote_code=True)
             self.architecture, self.shape, dtype = Architecture.of_parent(served.shape), served.shape, served.dtype
         self.sheet = sheet(device_sheet)
         name = str(dtype).removeprefix("torch.") if scenario.dtype == "auto" else scenario.dtype
@@ -90,5 +93,7 @@ class RooflineSession:
         return Timing(sum(prefill) + head, sum(decode) + (O - 1) * head, tuple(prefill), tuple(decode))
 
 
-def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str) -> RooflineSession:
+def open_session(
+    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, time_layers: bool
+) -> RooflineSession:
     return RooflineSession(folder, scenario, device_sheet)

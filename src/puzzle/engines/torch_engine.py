@@ -25,17 +25,17 @@ def describe(device_sheet: str) -> dict[str, Any]:
 class TorchSession:
     """A child loaded in this process; greedy decoding, the whole batch in step."""
 
-    def __init__(self, folder: Path, scenario: ScenarioConfig) -> None:
+    def __init__(self, folder: Path, scenario: ScenarioConfig, time_layers: bool) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         is_child = (folder / "architecture.json").exists()
-        served = None if is_child else parent.describe(str(folder))
+        served = None if is_child else parent.describe(str(folder), trust_remote_code=True)
         dtype = getattr(torch, scenario.dtype) if scenario.dtype != "auto" else None
         if served is None:
             self.model = child.load(folder, dtype, self.device)
         else:
             self.model = served.load(dtype or served.dtype, self.device)
         self.seconds = [0.0] * len(self.model.model.layers)
-        for index, layer in enumerate(self.model.model.layers):
+        for index, layer in enumerate(self.model.model.layers if time_layers else ()):
             layer.forward = self._timed(index, layer.forward)
 
     def __enter__(self) -> "TorchSession":
@@ -83,5 +83,7 @@ class TorchSession:
         return logits[:, -1].argmax(-1, keepdim=True)
 
 
-def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str) -> TorchSession:
-    return TorchSession(folder, scenario)
+def open_session(
+    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, time_layers: bool
+) -> TorchSession:
+    return TorchSession(folder, scenario, time_layers)

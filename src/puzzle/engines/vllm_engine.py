@@ -24,7 +24,6 @@ from puzzle.errors import UserError
 
 NAME, MEASURED = "vllm", True
 REPLY = "@puzzle "  # vLLM prints to standard output too; our replies carry this mark
-START_TIMEOUT_S = 600
 
 
 def available() -> str | None:
@@ -43,10 +42,11 @@ def describe(device_sheet: str) -> dict[str, Any]:
 class VllmSession:
     """A worker process serving one checkpoint."""
 
-    def __init__(self, folder: Path, scenario: ScenarioConfig, log: Path) -> None:
+    def __init__(self, folder: Path, scenario: ScenarioConfig, log: Path, time_layers: bool) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         command = [sys.executable, "-m", "puzzle.engines.vllm_engine", str(folder), scenario.model_dump_json()]
+        command += ["--time-layers"] if time_layers else []
         quiet = {
             "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -87,8 +87,10 @@ class VllmSession:
         return UserError(f"vllm stopped while serving: {last.strip()} (see {self.log}); or use cost.engine=torch")
 
 
-def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str) -> VllmSession:
-    return VllmSession(folder, scenario, log)
+def open_session(
+    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, time_layers: bool
+) -> VllmSession:
+    return VllmSession(folder, scenario, log, time_layers)
 
 
 # ------------------------------------------------------------------------------------------------ worker
@@ -122,7 +124,7 @@ class LayerClock:
         return taken
 
 
-def serve(folder: Path, scenario: ScenarioConfig) -> None:
+def serve(folder: Path, scenario: ScenarioConfig, time_layers: bool) -> None:
     """The worker: start the engine, then one timing per request line."""
     import torch
     from transformers import AutoConfig
@@ -134,16 +136,20 @@ def serve(folder: Path, scenario: ScenarioConfig) -> None:
     length = scenario.input_length + scenario.output_length
     config = AutoConfig.from_pretrained(folder)
     tokens = scenario.batch_size * (length + 64)  # room for whole cache pages
-    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    on_gpu = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}  # two engines share the device
+    element = 4 if scenario.dtype == "float32" else 2
+    per_token = 2 * element * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    # On GPUs two engines share the device, and only timed layers need the slower eager mode. On CPUs compiling takes
+    # longer than what is measured.
+    on_gpu: dict[str, Any] = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
+    eager = time_layers or not torch.cuda.is_available()
     llm = LLM(
-        str(folder), dtype=scenario.dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=length + 1,
+        str(folder), dtype=scenario.dtype, enforce_eager=eager, skip_tokenizer_init=True, max_model_len=length + 1,
         max_num_seqs=scenario.batch_size, kv_cache_memory_bytes=tokens * per_token + (64 << 20), seed=0,
         enable_prefix_caching=False, disable_log_stats=True, **on_gpu,
     )  # fmt: skip
     clocks: list[LayerClock] = []
-    llm.apply_model(lambda model: clocks.append(LayerClock(model)))
-    clock = clocks[0]
+    if time_layers:
+        llm.apply_model(lambda model: clocks.append(LayerClock(model)))
     rng = random.Random(0)
     for line in sys.stdin:
         asked = ScenarioConfig.model_validate_json(line)
@@ -156,10 +162,11 @@ def serve(folder: Path, scenario: ScenarioConfig) -> None:
             sampling = SamplingParams(
                 max_tokens=output_length, min_tokens=output_length, ignore_eos=True, temperature=0.0, detokenize=False
             )
-            clock.take()
+            for clock in clocks:
+                clock.take()
             began = time.perf_counter()
             llm.generate(prompts, sampling, use_tqdm=False)
-            return time.perf_counter() - began, clock.take()
+            return time.perf_counter() - began, [s for clock in clocks for s in clock.take()]
 
         prefill, layers_prefill = seconds(1)
         total, layers_total = seconds(asked.output_length)
@@ -176,5 +183,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenario", type=ScenarioConfig.model_validate_json)
+    parser.add_argument("--time-layers", action="store_true")
     args = parser.parse_args()
-    serve(args.folder, args.scenario)
+    serve(args.folder, args.scenario, args.time_layers)

@@ -112,7 +112,7 @@ def train(out: Path, tokens: int, device: str, compile_layers: bool) -> LlamaFor
     model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
     optims = optimizers(model)
     path = out / "checkpoint.safetensors"
-    step = checkpoint.restore(path, {"model": model}, optims)
+    step, _ = checkpoint.restore(path, {"model": model}, optims)
     if compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
