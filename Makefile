@@ -31,6 +31,8 @@ lint: $(VENV)/dev.stamp
 
 $(VENV)/dev.stamp: requirements/dev.txt pyproject.toml
 	@echo "setting up $(VENV): torch, then $(words $(shell grep -v '^#' requirements/dev.txt)) pinned packages"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	|| { echo "Python 3.11 or newer is needed; got $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --index-url $(TORCH_INDEX)
 	$(PIP) --no-deps -r requirements/dev.txt

@@ -48,18 +48,24 @@ def quality(run: Run, model: PuzzleForCausalLM, tokens_NS: torch.Tensor) -> dict
     return dict(zip(METRICS, (sums / count).tolist(), strict=True))
 
 
+def _qualities(run: Run, folders: dict[str, Path], tokens: torch.Tensor) -> dict[str, dict[str, float]]:
+    with run.progress.task("held-out quality", 3, "models") as task:
+        models = {"parent": quality(run, run.parent_model, tokens)}
+        task.advance()
+        for name, path in folders.items():
+            models[name] = quality(run, child.load(path, torch.float32, run.device, run.attention), tokens)
+            task.advance()
+    return models
+
+
 def run(run: Run, folder: Path) -> dict[str, Any]:
     settings, shape = run.recipe.evaluate, run.parent.shape
     tokens = run.corpus["validation"].head(settings.sequences)
     folders = {"child": run.stage_folder("assemble"), "uptrained": run.stage_folder("uptrain")}
     architecture = child.read_architecture(folders["child"])
-    models: dict[str, dict[str, Any]] = {}
-    with run.progress.task("held-out quality", 3, "models") as task:
-        models["parent"] = quality(run, run.parent_model, tokens)
-        task.advance()
-        for name, path in folders.items():
-            models[name] = quality(run, child.load(path, torch.float32, run.device, run.attention), tokens)
-            task.advance()
+    if not (folder / "quality.json").exists():  # kept, so that an interrupted measurement does not cost it again
+        artifacts.write_json(folder / "quality.json", _qualities(run, folders, tokens))
+    models: dict[str, dict[str, Any]] = artifacts.read_json(folder / "quality.json")
     for name, figures in models.items():
         own = Architecture.of_parent(shape) if name == "parent" else architecture
         element = run.parent.dtype.itemsize
