@@ -150,4 +150,5 @@ Made by puzzle (arXiv 2411.19146): {architecture.parameters(shape):,} parameters
 {rows}
 
 Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`{vllm}.
+`AutoTokenizer` reads the config too and wants the same flag.
 """

@@ -20,7 +20,7 @@ from puzzle.errors import UserError
 from puzzle.modeling_puzzle import PuzzleForCausalLM
 from puzzle.progress import Progress
 
-EAGER_UP_TO_TOKENS = 512  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
+EAGER_UP_TO_TOKENS = 256  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
 
 
 class Run:
