@@ -10,7 +10,8 @@ RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_shipped_recipe_parses(path):
-    config.parse(config.read_yaml(path), str(path))
+    recipe = config.parse(config.read_yaml(path), str(path))
+    assert recipe.out == f"runs/{path.stem}"
 
 
 def test_an_unknown_key_names_its_neighbour():

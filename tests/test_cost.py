@@ -78,7 +78,7 @@ def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
     records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")
     records[0][key] = value
     path = tmp_path / "stale.jsonl"
-    path.write_text("".join(map(cost.json_line, records)))
+    artifacts.write_jsonl(path, records)
     with pytest.raises(UserError, match=f"{key} is .* measure again"):
         reuse(costed, path)
 
@@ -86,7 +86,7 @@ def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
 def test_a_table_that_lacks_a_variant_is_refused(costed, tmp_path):
     records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")
     path = tmp_path / "short.jsonl"
-    path.write_text("".join(cost.json_line(r) for r in records if r.get("variant") != "gqa_1"))
+    artifacts.write_jsonl(path, [r for r in records if r.get("variant") != "gqa_1"])
     with pytest.raises(UserError, match="has no attention gqa_1"):
         reuse(costed, path)
 
@@ -96,7 +96,7 @@ def test_a_bad_figure_is_one_clear_line(costed, value):
     path = costed.stage_folder("cost") / "costs.jsonl"
     records = artifacts.read_jsonl(path)
     records[1]["decode_s"] = value
-    path.write_text("".join(map(cost.json_line, records)))
+    artifacts.write_jsonl(path, records)
     with pytest.raises(UserError, match="decode_s is .*; expected a number"):
         cost.read(costed)
 

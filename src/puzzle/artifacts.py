@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one record and force it to disk: once this returns, the work behind it is never done again."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the records that are not wanted: what was written after the checkpoint that a run goes on from."""
     if path.exists():
-        write_text(path, "".join(json.dumps(record) + "\n" for record in read_jsonl(path) if wanted(record)))
+        write_jsonl(path, (record for record in read_jsonl(path) if wanted(record)))
 
 
 def fingerprint(value: Any) -> str:

@@ -92,11 +92,13 @@ def _pieces(path: Path) -> Iterator[Document]:
     if text is None:
         raise UserError(f"corpus source {path}: not UTF-8 text")
     lines: list[str] = []
+    size = 0
     for line in text.splitlines(keepends=True):
         lines.append(line)
-        if sum(map(len, lines)) >= PIECE_CHARACTERS:
+        size += len(line)
+        if size >= PIECE_CHARACTERS:
             yield Document("", "".join(lines))
-            lines = []
+            lines, size = [], 0
     if lines:
         yield Document("", "".join(lines))
 

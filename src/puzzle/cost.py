@@ -121,12 +121,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     if not engine.MEASURED:
         run.progress.say("  no hardware is measured: every speed is modelled from a device sheet")
     records = reuse(run, Path(run.recipe.cost.table)) if run.recipe.cost.table else measure(run, folder)
-    artifacts.write_text(path, "".join(json_line(record) for record in records))
+    artifacts.write_jsonl(path, records)
     return {"costs": artifacts.file_fingerprint(path)}
-
-
-def json_line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
 
 
 def reuse(run: Run, path: Path) -> list[dict[str, Any]]:
@@ -183,7 +179,7 @@ def write_probe(run: Run, folder: Path, architecture: Architecture) -> None:
 
 def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
     settings, engine = run.recipe.cost, run.engine
-    _scenario, variants = settings.scenario, distinct_variants(run)
+    variants = distinct_variants(run)
     architecture, measures = probe_architecture(variants, run.parent.shape)
     write_probe(run, folder / "probe", architecture)
     how = "measuring" if engine.MEASURED else "modelling"

@@ -71,7 +71,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         train(run, folder, parent, by_layer, steps)
         _validate(run, parent, by_layer, validation, "nmse_after")
     index = [_write(folder, trainee, steps, settings, run) for trainee in trainees]
-    return {"index": artifacts.file_fingerprint(folder / "index.jsonl") if index else None, "variants": len(index)}
+    artifacts.write_jsonl(folder / "index.jsonl", index)
+    return {"index": artifacts.file_fingerprint(folder / "index.jsonl"), "variants": len(index)}
 
 
 def initialise(run: Run, parent: PuzzleForCausalLM) -> list[Trainee]:
@@ -192,12 +193,13 @@ def _validate(
 
 
 def _write(folder: Path, trainee: Trainee, steps: int, settings: Any, run: Run) -> dict[str, Any]:
+    """Write a variant's weights; its record for the index."""
     file = f"{trainee.key}.safetensors"
     with artifacts.atomic_path(folder / file) as path:
         save_file(
             {name: t.detach().float().cpu().contiguous() for name, t in trainee.module.state_dict().items()}, path
         )
-    record = {
+    return {
         "layer": trainee.layer,
         "slot": subblocks.slot(trainee.variant),
         "variant": trainee.variant.name,
@@ -209,10 +211,6 @@ def _write(folder: Path, trainee: Trainee, steps: int, settings: Any, run: Run) 
         "skipped_steps": trainee.skipped_steps,
         "seed": run.recipe.corpus.seed,
     }
-    known = {(r["layer"], r["slot"], r["variant"]) for r in artifacts.read_jsonl(folder / "index.jsonl")}
-    if (trainee.layer, record["slot"], trainee.variant.name) not in known:
-        artifacts.append_jsonl(folder / "index.jsonl", record)
-    return record
 
 
 # ------------------------------------------------------------------------------------------------ reading

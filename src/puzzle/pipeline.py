@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts, checkpoint, corpus, search
+from puzzle import artifacts, checkpoint, corpus, cost, search
 from puzzle.errors import Infeasible, UserError
 from puzzle.progress import duration
 from puzzle.run import Run
@@ -55,15 +55,9 @@ def preflight(run: Run) -> None:
             f"{parent.shape.vocab_size}; give it the tokenizer it was trained with"
         )
     run.engine.describe(recipe.cost.device_sheet)
-    if recipe.cost.table and not Path(recipe.cost.table).is_file():
-        raise UserError(f"cost.table {recipe.cost.table}: no such file; expected a costs.jsonl of an earlier run")
-    asked = {name: getattr(recipe.search, name) for name in search.KINDS}
-    if not any(asked.values()):
-        names = ", ".join(search.KINDS)
-        raise UserError(f"search: no constraint is set; set at least one of {names}, for example throughput: 2x")
-    for name, text in asked.items():
-        if text is not None:
-            search.parse_quantity(name, text)
+    if recipe.cost.table:
+        cost.reuse(run, Path(recipe.cost.table))
+    search.check(recipe.search)
     corpus.source_marks(recipe.corpus)
     assert run.space.layers
 

@@ -126,7 +126,7 @@ class Run:
             progress=self.progress,
         )
 
-    @property
+    @cached_property
     def data_inputs(self) -> dict[str, Any]:
         """What decides the tokens and the arithmetic of a training or evaluation stage."""
         return {

@@ -90,6 +90,16 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     return number * units[unit], False
 
 
+def check(settings: SearchConfig) -> None:
+    """Raise `UserError` where nothing is asked for or a quantity is unclear; needs no costs."""
+    asked = {name: text for name in KINDS if (text := getattr(settings, name)) is not None}
+    if not asked:
+        names = ", ".join(KINDS)
+        raise UserError(f"search: no constraint is set; set at least one of {names}, for example throughput: 2x")
+    for name, text in asked.items():
+        parse_quantity(name, text)
+
+
 def constraints(settings: SearchConfig, table: CostTable, parent: Architecture) -> list[Constraint]:
     """What was asked, as limits on resources of the whole model."""
     found, reference = [], table.predict(parent)
@@ -237,11 +247,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     settings, table = run.recipe.search, cost.read(run)
     layers = [list(options.blocks) for options in run.space.layers]
     parent = Architecture.of_parent(run.parent.shape)
+    check(settings)
     asked = constraints(settings, table, parent)
-    if not asked:
-        raise UserError(
-            f"search: no constraint is set; set at least one of {', '.join(KINDS)}, for example throughput: 2x"
-        )
     scores = column_scores(run, layers)
     factor = max([1.0, *(c["time_factor"] for c in corrections(run))])
     limits = [(c.kind, _aimed(c, settings, factor)) for c in asked]
