@@ -27,7 +27,7 @@ def write_child(tiny, folder, names):
         prefix = f"model.layers.{index}."
         own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
         for variant in (block.attention, block.ffn):
-            made = subblocks.initial_state(own, variant, tiny.shape, contribution)
+            made = subblocks.initial_state(own, variant, tiny.shape, subblocks.Calibration(contribution))
             state |= {prefix + name: tensor for name, tensor in made.items()}
     child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
     return folder

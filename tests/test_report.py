@@ -7,7 +7,7 @@ pytestmark = pytest.mark.training
 
 def test_the_page_stands_alone_and_shows_every_row_of_the_table(finished_run):
     html = report.page(finished_run).read_text()
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
     assert "<script" not in html and 'src="' not in html and "<link" not in html
     for row in evaluate.table(evaluate.read(finished_run)):
         assert all(f"<td>{cell}</td>" in html for cell in row)

@@ -21,7 +21,7 @@ def test_every_score_is_the_loss_of_a_really_swapped_model(finished_run):
         variants = score.Variants(finished_run, layer, parent.model.layers[layer])
         for block in options.blocks:
             swapped = copy.deepcopy(parent)
-            attention, ffn = variants.modules[block.attention], variants.modules[block.ffn]
+            attention, ffn = variants.halves[block]
             swapped.model.layers[layer].forward = lambda x, a=attention, f=ffn, **context: f(a(x, **context))
             with torch.no_grad():
                 logits = swapped(tokens, use_cache=False).logits[:, :-1]
@@ -78,9 +78,9 @@ def test_a_block_shares_its_subblocks_with_the_library(finished_run):
     block = parse_block("gqa_1+gated_64")
     layer = finished_run.parent_model.model.layers[1]
     variants = score.Variants(finished_run, 1, layer)
-    for variant in (block.attention, block.ffn):
+    for variant, module in zip((block.attention, block.ffn), variants.halves[block], strict=True):
         stored = library.read_state(finished_run, 1, variant, layer.state_dict())
-        assert all(t.equal(stored[n]) for n, t in variants.modules[variant].state_dict().items())
+        assert all(t.equal(stored[n]) for n, t in module.state_dict().items())
 
 
 def test_records_carry_what_the_error_bars_need(finished_run):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -5,66 +6,107 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle import pipeline, search
-from puzzle.architecture import FFN, Attention, Block
+from puzzle import baselines, mip, pipeline, search
+from puzzle.architecture import parse_block
 from puzzle.errors import Infeasible, UserError
-
-BLOCKS = [Block(a, f) for a in (Attention("gqa", 2), Attention("no_op")) for f in (FFN("gated", 8), FFN("no_op"))]
 
 
 @st.composite
-def problems(draw):
-    """2 to 4 layers of 2 to 4 blocks, 0 to 2 constraints; small integers make ties and tight limits common."""
-    sizes = draw(st.lists(st.integers(2, 4), min_size=2, max_size=4))
+def programs(draw):
+    """2 to 5 layers of 2 to 4 columns, 0 to 3 limits; small integers make ties and tight limits common.
+
+    Half of them have the same resources in every layer, as measured costs do: these are solved by counting.
+    """
+    sizes = draw(st.lists(st.integers(2, 4), min_size=2, max_size=5))
     columns = sum(sizes)
-    numbers = st.lists(st.integers(0, 9), min_size=columns, max_size=columns)
-    rows = draw(st.lists(numbers, max_size=2))
+    numbers = st.lists(st.integers(-3, 9), min_size=columns, max_size=columns)
+    if draw(st.booleans()):
+        kinds = draw(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), max_size=3))
+        rows = [[kind[j] for n in sizes for j in range(n)] for kind in kinds]
+    else:
+        rows = draw(st.lists(numbers, max_size=3))
     limits = [draw(st.integers(0, 9 * len(sizes))) for _ in rows]
+    costs = np.array(draw(numbers)) * draw(st.sampled_from([1.0, 1e-4, 1e5]))
     resources = np.array(rows, dtype=float).reshape(len(rows), columns)
-    return search.Problem(
-        [BLOCKS[:n] for n in sizes], np.array(draw(numbers), dtype=float), resources, np.array(limits, dtype=float)
-    )
+    return mip.Program(mip.starts_of(sizes), costs, resources, np.array(limits, dtype=float))
 
 
-def brute_force(problem, avoid=(), overlap=0):
-    starts = problem.starts
+def brute_force(program):
     best = None
-    for choice in itertools.product(*(range(a, b) for a, b in itertools.pairwise(starts))):
+    for choice in itertools.product(*(range(a, b) for a, b in itertools.pairwise(program.starts))):
         index = list(choice)
-        if any(problem.resources[r][index].sum() > problem.limits[r] + 1e-9 for r in range(len(problem.limits))):
+        if any(program.resources[r][index].sum() > program.limits[r] + 1e-9 for r in range(len(program.limits))):
             continue
-        if any(len(set(choice) & set(earlier.tolist())) > overlap for earlier in avoid):
+        picked = np.bincount(index, minlength=len(program.costs))
+        if any(picked[row.columns] @ row.values > row.limit + 1e-9 for row in program.extra):
             continue
-        value = problem.scores[index].sum()
+        value = program.costs[index].sum()
         best = value if best is None else min(best, value)
     return best
 
 
+def check_against_brute_force(program):
+    found, expected = mip.solve(program, gap=0.0), brute_force(program)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        size = np.abs(program.costs).max(initial=1e-9)
+        assert found.objective == pytest.approx(expected, abs=1e-8 * size)
+        assert found.objective == pytest.approx(program.costs[found.chosen].sum())
+        assert found.bound <= expected + 1e-8 * size and found.objective - found.bound <= 1e-6 * size
+        assert program.feasible(found.chosen)
+    return found
+
+
+@settings(max_examples=2000, deadline=None)
+@given(programs())
+def test_the_program_equals_brute_force_infeasible_ones_too(program):
+    check_against_brute_force(program)
+
+
 @settings(max_examples=300, deadline=None)
-@given(problems())
-def test_the_program_equals_brute_force_infeasible_ones_too(problem):
-    found = search.solve(problem, gap=0.0, time_limit_s=60)
-    expected = brute_force(problem)
-    if expected is None:
-        assert found is None
-    else:
-        chosen, solution = found
-        assert solution.objective == pytest.approx(expected) == pytest.approx(problem.scores[chosen].sum())
-        assert solution.gap <= 1e-9
-        assert all(problem.resources @ np.bincount(chosen, minlength=len(problem.scores)) <= problem.limits + 1e-6)
+@given(programs(), st.integers(0, 4))
+def test_the_next_solutions_equal_brute_force_over_what_is_different_enough(program, overlap):
+    for _ in range(2):
+        found = check_against_brute_force(program)
+        if found is None:
+            return
+        row = mip.overlap_row(found.chosen, overlap)
+        program = dataclasses.replace(program, extra=(*program.extra, row))
+    check_against_brute_force(program)
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs())
+def test_no_baseline_beats_the_exact_search_and_none_breaks_a_limit(program):
+    found = mip.solve(program, gap=0.0)
+    every = np.ones(len(program.costs), dtype=bool)
+    for name, chosen in baselines.choices(program, np.arange(len(program.costs)) * 1.0, every).items():
+        assert chosen is None or found is not None, name
+        if chosen is not None:
+            assert program.feasible(chosen), name
+            assert program.costs[chosen].sum() >= found.objective - 1e-8 * np.abs(program.costs).max(), name
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(0, 3))
-def test_the_next_solution_equals_brute_force_over_what_is_different_enough(problem, overlap):
-    first = search.solve(problem, gap=0.0, time_limit_s=60)
-    if first is None:
+@given(programs())
+def test_the_nearest_relaxation_is_that_of_brute_force(program):
+    if not len(program.limits):
         return
-    second = search.solve(problem, gap=0.0, time_limit_s=60, avoid=[first[0]], overlap=overlap)
-    expected = brute_force(problem, [first[0]], overlap)
-    assert (second is None) == (expected is None)
-    if second is not None:
-        assert second[1].objective == pytest.approx(expected)
+    sizes = np.maximum(np.abs(program.limits), np.abs(program.resources).max(axis=1))
+    sizes[sizes == 0] = 1e-12
+
+    def excess(index):
+        return max(0.0, ((program.resources[:, index].sum(axis=1) - program.limits) / sizes).max())
+
+    every = itertools.product(*(range(a, b) for a, b in itertools.pairwise(program.starts)))
+    assert excess(mip.nearest(program, 10.0)) == pytest.approx(min(excess(list(i)) for i in every), abs=2e-3)
+
+
+def test_greedy_is_the_papers():
+    """Two layers, budget 10 each: the layer with the lower mean goes first; what it leaves lets the other keep more."""
+    resources = np.array([[9.0, 4.0, 16.0, 4.0]])
+    program = mip.Program(mip.starts_of([2, 2]), np.array([0.0, 1.0, 0.0, 5.0]), resources, np.array([20.0]))
+    assert baselines.greedy(program).tolist() == [0, 3]  # 9, then 10 + 1 left over is not enough for 16
 
 
 @pytest.mark.parametrize(
@@ -130,11 +172,41 @@ def test_diverse_solutions_differ_in_enough_layers_and_get_no_better(finished_ru
 
 @pytest.mark.training
 def test_the_frontier_never_gets_better_with_more_throughput(finished_run):
-    again(finished_run, throughput="1.3x")
-    points = search.artifacts.read_json(finished_run.stage_folder("search") / "frontier.json")
+    points = again(finished_run, throughput="1.3x")["frontier"]
     assert len(points) > 2
     objectives = [p["objective"] for p in points]
     assert objectives == sorted(objectives) and objectives[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.training
+def test_a_limit_on_changed_layers_order_of_widths_and_one_block_everywhere(finished_run):
+    parent = finished_run.parent.shape.parent_block.name
+    free = again(finished_run, throughput="1.15x")["solutions"][0]
+    few = again(finished_run, throughput="1.15x", changed_layers=2)["solutions"][0]
+    assert sum(name != parent for name in few["blocks"]) <= 2 and few["objective"] >= free["objective"] - 1e-9
+    ordered = again(finished_run, throughput="1.15x", monotone=True)["solutions"][0]
+    widths = [parse_block(name).ffn.intermediate_size for name in ordered["blocks"]]
+    assert widths == sorted(widths, reverse=True) and ordered["objective"] >= free["objective"] - 1e-9
+    same = again(finished_run, throughput="1.15x", homogeneous=True)["solutions"][0]
+    assert len(set(same["blocks"])) == 1 and same["objective"] >= free["objective"] - 1e-9
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("kind", ["memory", "latency", "kv_cache"])
+def test_a_frontier_of_any_resource_has_no_dominated_point(finished_run, kind):
+    points = again(finished_run, throughput="1.1x", frontier=kind, points=8)["frontier"]
+    figure = {"memory": "memory_bytes", "latency": "latency_s", "kv_cache": "kv_cache_bytes"}[kind]
+    values = [(p[figure], p["objective"]) for p in points]
+    assert len(values) > 2
+    assert not [a for a in values for b in values if a != b and b[0] <= a[0] and b[1] <= a[1]]
+
+
+@pytest.mark.training
+def test_the_baselines_are_recorded_beside_the_solution(finished_run):
+    rows = again(finished_run, throughput="1.2x")["baselines"]
+    names = {row["name"] for row in rows}
+    assert names == {"greedy", "most parameters", "random", "no-op only", "evolutionary", "homogeneous"}
+    assert sum(row["objective"] is not None for row in rows) >= 4
 
 
 @pytest.mark.training
@@ -150,6 +222,8 @@ def again(run, **constraints):
     other = type(run)(run.recipe.model_copy(update={"search": config}), run.folder, run.progress)
     try:
         pipeline.execute_stage(other, "search")
-        return search.artifacts.read_json(run.stage_folder("search") / "solutions.json")
+        files = {name: run.stage_folder("search") / f"{name}.json" for name in ("solutions", "frontier", "baselines")}
+        found = {name: search.artifacts.read_json(path) for name, path in files.items()}
+        return found.pop("solutions") | found
     finally:
         pipeline.execute_stage(run, "search")

@@ -10,10 +10,11 @@ def layer(tiny):
     return tiny.load(torch.float32, torch.device("cpu")).model.layers[1]
 
 
-def made(tiny, layer, variant, contribution=None):
+def made(tiny, layer, variant, contribution=None, found=None):
     contribution = torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
+    found = found or subblocks.Calibration(contribution)
     module = subblocks.module(tiny, variant, "sdpa")
-    module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, contribution))
+    module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found))
     return module.eval()
 
 
@@ -41,7 +42,9 @@ def test_merging_equal_kv_heads_changes_nothing(tiny, layer):
 
 
 def test_merged_heads_are_the_mean_of_their_group(tiny, layer):
-    state = subblocks.initial_state(layer.state_dict(), Attention("gqa", 1), tiny.shape, torch.ones(96))
+    state = subblocks.initial_state(
+        layer.state_dict(), Attention("gqa", 1), tiny.shape, subblocks.Calibration(torch.ones(96))
+    )
     heads = layer.self_attn.k_proj.weight.view(2, 16, 64)
     torch.testing.assert_close(state["self_attn.k_proj.weight"], (heads[0] + heads[1]) / 2)
 
@@ -71,3 +74,67 @@ def test_the_channel_contribution_is_the_papers_formula():
     expected = [(x[:, i].abs().mean() * down[:, i].norm()).item() for i in range(8)]
     found = subblocks.channel_contribution(x.abs().sum(0), 50, down)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_as_many_kv_heads_as_the_parent_is_the_identity(tiny, layer):
+    state = subblocks.initial_state(
+        layer.state_dict(), Attention("gqa", 2), tiny.shape, subblocks.Calibration(torch.ones(96))
+    )
+    assert all(t.equal(layer.state_dict()[name]) for name, t in state.items())
+
+
+@torch.no_grad()
+def test_pruning_no_channel_is_the_identity(tiny, layer):
+    h = torch.randn(3, 5, 64)
+    assert made(tiny, layer, FFN("gated", 96)).feed_forward(h).equal(layer.feed_forward(h))
+
+
+@torch.no_grad()
+def test_the_parents_subblocks_reproduce_its_block_bitwise(tiny, layer):
+    whole = subblocks.block_module(tiny, tiny.shape.parent_block, "sdpa")
+    halves = (subblocks.subblock_state(layer.state_dict(), kind) for kind in (Attention, FFN))
+    whole.load_state_dict({name: t for state in halves for name, t in state.items()})
+    x = torch.randn(2, 7, 64)
+    assert whole(x, **context(7)).equal(layer(x, **context(7)))
+
+
+def calibrated(layer, least_squares=True):
+    torch.manual_seed(1)
+    batches = [torch.randn(4, 7, 64) for _ in range(30)]
+    return batches, subblocks.calibrate(layer, batches, context(7), least_squares)
+
+
+@torch.no_grad()
+def test_calibration_sees_the_activation_before_the_down_projection(tiny, layer):
+    batches, found = calibrated(layer, least_squares=False)
+    h = torch.cat([layer.attention(x, **context(7)) for x in batches])
+    normed = layer.post_attention_layernorm(h)
+    x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+    expected = subblocks.channel_contribution(x.abs().sum((0, 1)), 30 * 28, layer.mlp.down_proj.weight)
+    torch.testing.assert_close(found.contribution_I, expected)
+    assert found.intermediate_II is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [FFN("linear"), FFN("gated", 40), Attention("linear")], ids=lambda v: v.name)
+def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, monkeypatch):
+    """Oracle: numpy.linalg.lstsq on the activations themselves."""
+    import numpy as np
+
+    monkeypatch.setattr(subblocks, "RIDGE", 1e-9)
+    batches, found = calibrated(layer)
+    x = torch.cat(batches)
+    if isinstance(variant, Attention):
+        given = layer.input_layernorm(x)
+        wanted = layer.attention(x, **context(7)) - x
+    else:
+        h = layer.attention(x, **context(7))
+        given, wanted = layer.post_attention_layernorm(h), layer.feed_forward(h) - h
+    if variant.kind == "gated":
+        kept = found.contribution_I.topk(40).indices.sort().values
+        given = (layer.mlp.act_fn(layer.mlp.gate_proj(given)) * layer.mlp.up_proj(given))[..., kept]
+    expected, *_ = np.linalg.lstsq(given.flatten(0, 1).double().numpy(), wanted.flatten(0, 1).double().numpy())
+    state = subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found)
+    matrix = next(t for name, t in state.items() if "linear_" in name or "down_proj" in name)
+    torch.testing.assert_close(matrix.double(), torch.from_numpy(expected.T), rtol=1e-3, atol=1e-4)

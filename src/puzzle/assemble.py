@@ -32,9 +32,8 @@ class ChildState(Mapping[str, torch.Tensor]):
         for index, block in enumerate(architecture):
             prefix = f"model.layers.{index}."
             own = {n.removeprefix(prefix): parent[n] for n in parent if n.startswith(prefix)}
-            for variant in (block.attention, block.ffn):
-                for name, tensor in library.read_state(run, index, variant, own).items():
-                    self._state[prefix + name] = tensor
+            for name, tensor in library.read_block(run, index, block, own).items():
+                self._state[prefix + name] = tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._state[name]

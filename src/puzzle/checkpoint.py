@@ -6,6 +6,7 @@ Random numbers need no saving: batches are a pure function of (seed, step) and n
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,9 +21,9 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save(
-    path: Path, step: int, modules: Modules, optimizers: Optimizers, counters: Mapping[str, int] | None = None
+    path: Path, step: int, modules: Modules, optimizers: Optimizers, notes: Mapping[str, Any] | None = None
 ) -> None:
-    """`counters` are small numbers that must survive an interruption, such as skipped steps."""
+    """`notes` are small values (JSON) that must survive an interruption, such as skipped steps."""
     tensors: dict[str, torch.Tensor] = {}
     for key, module in modules.items():
         tensors |= {f"module/{key}/{name}": value for name, value in module.named_parameters()}
@@ -31,12 +32,12 @@ def save(
             tensors |= {f"optimizer/{key}/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
     with artifacts.atomic_path(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"step": str(step), "counters": json.dumps(dict(counters or {}))})
+        save_file(contiguous, temporary, metadata={"step": str(step), "notes": json.dumps(dict(notes or {}))})
 
 
 @torch.no_grad()
-def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, dict[str, int]]:
-    """Load in place; (the step to go on from, counters), which is (0, {}) where there is no checkpoint."""
+def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
+    """Load in place; (the step to go on from, notes), which is (0, {}) where there is no checkpoint."""
     if not path.exists():
         return 0, {}
     with safe_open(path, framework="pt") as file:
@@ -50,7 +51,21 @@ def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, 
                     index, name = full_name.removeprefix(f"optimizer/{key}/").split("/")
                     state_dict["state"].setdefault(int(index), {})[name] = file.get_tensor(full_name)
             optimizer.load_state_dict(state_dict)
-        return int(file.metadata()["step"]), json.loads(file.metadata()["counters"])
+    return peek(path)
+
+
+def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """The weights of one of the modules of a checkpoint."""
+    with safe_open(path, framework="pt") as file:
+        prefix = f"module/{key}/"
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def peek(path: Path) -> tuple[int, dict[str, Any]]:
+    """(step, notes) of a checkpoint, without its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"]), json.loads(file.metadata()["notes"])
 
 
 def cosine_schedule(step: int, steps: int, warmup_share: float) -> float:

@@ -31,15 +31,21 @@ def build(
     attention: str = "sdpa",
 ) -> PuzzleForCausalLM:
     """A model of `config` with tensors from `state`, moved one at a time: never two copies of the weights."""
-    with torch.device("meta"):
-        config._attn_implementation = attention
-        model = PuzzleForCausalLM(config)
+    model = skeleton(config, device, attention)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     names = [name for name in model.state_dict() if name not in tied]
     # clone: a float32 tensor on the CPU would otherwise stay a view of the checkpoint's memory map
     tensors = {name: state[name].to(device=device, dtype=dtype).clone() for name in names}
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
+    return model
+
+
+def skeleton(config: PuzzleConfig, device: torch.device, attention: str) -> PuzzleForCausalLM:
+    """A model without weights (on the meta device) that can already compute positions and masks."""
+    with torch.device("meta"):
+        config._attn_implementation = attention
+        model = PuzzleForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.eval()
 

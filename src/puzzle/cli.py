@@ -84,7 +84,9 @@ def plan(recipe: RecipeArgument = "pocket", set_: Set = None, as_json: Json = Fa
     this = Run(settings, Path(settings.out), Progress(quiet))
     pipeline.preflight(this)
     needs = planning.estimate(this)
-    planning.print_plan(needs)
+    if not quiet:
+        planning.print_plan(needs)
+        print(planning.library_memory(this))
     _finish(planning.as_dict(needs), as_json)
 
 
@@ -142,7 +144,7 @@ Limit = Annotated[str | None, typer.Option(help="Absolute with a unit, or relati
 
 @app.command()
 def search(
-    run_directory: RunArgument,
+    run_directory: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run directory.")] = None,
     throughput: Limit = None,
     latency: Limit = None,
     time_to_first_token: Limit = None,
@@ -150,23 +152,76 @@ def search(
     parameters: Limit = None,
     kv_cache: Limit = None,
     solutions: Annotated[int | None, typer.Option(help="How many architectures.")] = None,
-    diversity: Annotated[float | None, typer.Option(help="The share of layers in which they must differ.")] = None,
+    diversity: Annotated[
+        float | None, typer.Option(help="In how many layers they must differ: a share, or a number from 1 on.")
+    ] = None,
+    frontier: Annotated[str | None, typer.Option(help="The resource to sweep, e.g. throughput or memory.")] = None,
+    points: Annotated[int | None, typer.Option(help="Points of the frontier.")] = None,
+    gap: Annotated[float | None, typer.Option(help="Relative gap to prove; 0 is exact.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Search a published block-library table instead of a run.")] = None,
+    minimize: Annotated[str | None, typer.Option(metavar="KEY", help="With --table: what to minimise.")] = None,
+    maximize: Annotated[str | None, typer.Option(metavar="KEY", help="With --table: what to maximise.")] = None,
+    max_: Annotated[
+        list[str] | None, typer.Option("--max", metavar="KEY=VALUE", help="With --table: an upper bound of a sum.")
+    ] = None,
+    min_: Annotated[
+        list[str] | None, typer.Option("--min", metavar="KEY=VALUE", help="With --table: a lower bound of a sum.")
+    ] = None,
     set_: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose one block per layer within the constraints. Naming a constraint replaces the recipe's constraints."""
-    from puzzle.search import KINDS
-
     asked = {
         "throughput": throughput, "latency": latency, "time_to_first_token": time_to_first_token, "memory": memory,
         "parameters": parameters, "kv_cache": kv_cache,
     }  # fmt: skip
+    if table is not None:
+        if run_directory is not None or set_ or frontier or any(asked.values()):
+            raise UserError(
+                "search --table: takes --minimize or --maximize, --max, --min, --gap, --solutions, --diversity"
+            )
+        _search_table(table, minimize, maximize, max_ or [], min_ or [], gap, solutions, diversity, as_json)
+        return
+    if run_directory is None or minimize or maximize or max_ or min_:
+        raise UserError("search: give a run directory, or --table FILE with --minimize KEY --max KEY=VALUE")
     assignments = list(set_ or [])
     if any(value is not None for value in asked.values()):
-        assignments += [f"search.{name}={asked[name] or 'null'}" for name in KINDS]
-    assignments += [f"search.{k}={v}" for k, v in (("solutions", solutions), ("diversity", diversity)) if v is not None]
+        assignments += [f"search.{name}={value or 'null'}" for name, value in asked.items()]
+    more = {"solutions": solutions, "diversity": diversity, "frontier": frontier, "points": points, "gap": gap}
+    assignments += [f"search.{name}={value}" for name, value in more.items() if value is not None]
     _run_stage("search", run_directory, assignments, as_json, quiet)
+
+
+def _search_table(
+    path: Path, minimize: str | None, maximize: str | None, most: list[str], least: list[str], gap: float | None,
+    solutions: int | None, diversity: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    from puzzle import table
+
+    target = minimize or maximize
+    if target is None or (minimize and maximize):
+        raise UserError(
+            "search --table: expected one of --minimize KEY and --maximize KEY, e.g. --minimize metrics.kl_div"
+        )
+    if (gap is not None and not gap >= 0) or (solutions is not None and solutions < 1):
+        raise UserError(f"search --table: got gap {gap}, solutions {solutions}; expected at least 0 and at least 1")
+    upper, lower = table.bounds(most, "--max"), table.bounds(least, "--min")
+    found = table.read(path)
+    share = 0.2 if diversity is None else diversity
+    differ = round(share if share >= 1 else share * len(found.layers)) if (solutions or 1) > 1 else 1
+    if not 0 < differ <= len(found.layers):
+        raise UserError(f"--diversity: got {diversity}, expected a share, or 1 to {len(found.layers)} layers")
+    answers = table.search(
+        found, target=target, maximize=maximize is not None, most=upper, least=lower,
+        gap=1e-4 if gap is None else gap, solutions=solutions or 1, differ=differ,
+    )  # fmt: skip
+    for answer in answers:
+        totals = ", ".join(f"{key} {value:.8g}" for key, value in answer["totals"].items())
+        print(
+            f"objective {answer['objective']:.8g}, proven gap {answer['gap']:.1e}, {answer['seconds']:.2f} s; {totals}"
+        )
+    _finish(answers[0] if len(answers) == 1 else {**answers[0], "solutions": answers}, as_json)
 
 
 def main() -> None:

@@ -79,18 +79,24 @@ class LibraryConfig(Section):
 
     kv_heads: Literal["divisors"] | list[Positive] = "divisors"
     attention_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
-    ffn_percent: list[Annotated[float, Field(gt=0, le=100)]] = [75, 50, 25, 10]
+    ffn_percent: list[Annotated[float, Field(gt=0, le=100)]] = [87, 75, 62, 50, 37, 25, 20, 10]
     ffn_multiple: Positive = 32
     ffn_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
     layers: dict[int, LayerOverride] = {}
+    coupled: int = Field(default=0, ge=0)  # blocks a layer kept by a first search and then trained as pairs; 0: none
+    initialization: Literal["training_free", "least_squares"] = "least_squares"
     tokens: Positive = 600_000
+    budgets: dict[str, Positive] = {}  # tokens by variant name where they differ, e.g. {linear: 1_000_000}
+    stop_when_flat: float = Field(default=0.0, ge=0, lt=1)  # stop below this relative gain a chunk; 0: never
+    stop_patience: Positive = 2
     batch_sequences: Positive = 16
-    learning_rate: float = Field(default=1.5e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)  # of variants that start at FULL_RATE_NMSE or above (bld.py)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
     validation_sequences: Positive = 32
-    checkpoint_steps: Positive = 20
+    chunk_steps: Positive = 32  # so many batches go through a layer before the next: the unit of loss and of streaming
+    memory: Literal["auto", "resident", "streamed"] = "auto"
 
 
 class ScoreConfig(Section):
@@ -134,9 +140,14 @@ class SearchConfig(Section):
     memory: str | None = None
     parameters: str | None = None
     kv_cache: str | None = None
+    changed_layers: int | None = Field(default=None, ge=0)  # at most so many may differ from the parent's
+    homogeneous: bool = False  # one block everywhere, as in Minitron
+    monotone: bool = False  # FFN widths never grow with depth
+    frontier: Literal["throughput", "latency", "time_to_first_token", "memory", "parameters", "kv_cache"] = "throughput"
+    points: Positive = 25
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
-    diversity: Annotated[float, Field(gt=0, le=1)] = 0.2
+    diversity: Annotated[float, Field(gt=0)] = 0.2  # in how many layers: a share, or a number of layers from 1 on
     margin: float = Field(default=0.05, ge=0, lt=0.5)
     attempts: Positive = 3
     time_limit_s: float = Field(default=60.0, gt=0)

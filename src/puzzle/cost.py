@@ -105,9 +105,17 @@ def header(run: Run) -> dict[str, Any]:
     }
 
 
+def given_table(run: Run) -> Path | None:
+    """A table to take instead of measuring: the recipe's, or that of the decoupled run inside a coupled one."""
+    if run.recipe.cost.table:
+        return Path(run.recipe.cost.table)
+    return run.first.stage_folder("cost") / "costs.jsonl" if run.first else None
+
+
 def inputs(run: Run) -> dict[str, Any]:
     settings = run.recipe.cost
-    table = artifacts.file_fingerprint(Path(settings.table)) if settings.table and Path(settings.table).exists() else ""
+    path = given_table(run)
+    table = artifacts.file_fingerprint(path) if path and path.exists() else ""
     names = [[subblocks.slot(v), v.name] for v in distinct_variants(run)]
     return header(run) | {"repeats": settings.repeats, "variants": names, "table": table}
 
@@ -120,7 +128,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         run.progress.say("  vLLM is not installed or not in deploy: speeds are measured on the built-in torch engine")
     if not engine.MEASURED:
         run.progress.say("  no hardware is measured: every speed is modelled from a device sheet")
-    records = reuse(run, Path(run.recipe.cost.table)) if run.recipe.cost.table else measure(run, folder)
+    table = given_table(run)
+    records = reuse(run, table) if table else measure(run, folder)
     artifacts.write_jsonl(path, records)
     return {"costs": artifacts.file_fingerprint(path)}
 

@@ -4,6 +4,7 @@ Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,26 @@ def normalized_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
     """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect. Paper: section 3, the BLD loss."""
     parent = parent.float()
     return (child.float() - parent).square().mean() / parent.square().mean()
+
+
+class _SquaredError(torch.autograd.Function):
+    """Keeps the difference only, in the child's dtype: two passes over memory instead of autograd's five."""
+
+    @staticmethod
+    def forward(ctx: Any, child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+        difference = child - parent.to(child.dtype)
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * grad).to(difference.dtype), None
+
+
+def squared_error(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """Sum of squared differences, a float32 scalar; no gradient for the parent."""
+    return _SquaredError.apply(child, parent)
 
 
 def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ tensor by tensor, into the child's own model class with every block the parent's
 bitwise those of transformers. Stages therefore know one model class.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from puzzle import artifacts, child
 from puzzle.architecture import Architecture, ModelShape
 from puzzle.errors import UserError
 from puzzle.families import family
-from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer, PuzzleForCausalLM
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -49,6 +50,15 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def __enter__(self) -> "Weights":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unmap the files; what was read of them no longer counts as memory of this process."""
+        for file, _name in self._where.values():
+            file.__exit__(None, None, None)
+        self._where = {}
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,53 @@ class Parent:
         config = self.child_config(Architecture.of_parent(self.shape))
         model = child.build(config, self.weights(), dtype, device, attention)
         return model.requires_grad_(False)
+
+
+class ParentLayers:
+    """The frozen parent, layer by layer, from a model that is in memory."""
+
+    on_host = False  # whether activations that wait are kept in host memory
+
+    def __init__(self, model: PuzzleForCausalLM) -> None:
+        self.model = model
+
+    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Layer 0's input [B, S, D] and the keyword arguments every layer takes."""
+        return self.model.model.embed(tokens_BS)
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
+        yield self.model.model.layers[index]
+
+
+class StreamedLayers(ParentLayers):
+    """The frozen parent with at most one layer in memory, read from its files each time."""
+
+    on_host = True
+
+    def __init__(self, parent: Parent, dtype: torch.dtype, device: torch.device, attention: str) -> None:
+        self.parent, self.dtype, self.device = parent, dtype, device
+        config = parent.child_config(Architecture.of_parent(parent.shape))
+        super().__init__(child.skeleton(config, device, attention))
+
+    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        with self.parent.weights() as weights:
+            rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]  # touches only the rows it needs
+        return self.model.model.embed(inputs_embeds=rows_BSD.to(device=self.device, dtype=self.dtype))
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
+        module = self.model.model.layers[index]
+        prefix = f"model.layers.{index}."
+        with self.parent.weights() as weights:
+            state = {
+                name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
+                for name in module.state_dict()
+            }
+        module.load_state_dict(state, assign=True)
+        del state
+        yield module.requires_grad_(False)
+        module.to("meta")
 
 
 def _weights_mark(path: Path) -> str:

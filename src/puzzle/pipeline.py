@@ -18,6 +18,11 @@ def execute(run: Run) -> dict[str, Any]:
     """From a parent to a measured, uptrained, evaluated child with a report. Returns the outputs of `evaluate`."""
     preflight(run)
     run.write_recipe()
+    if run.first is not None:  # coupled BLD: a decoupled library and a search narrow the space first
+        run.progress.say("first: decoupled library, scores, costs and search")
+        run.first.write_recipe()
+        for stage in ("library", "score", "cost", "search"):
+            execute_stage(run.first, stage)
     for stage in ("library", "score", "cost"):
         execute_stage(run, stage)
     for attempt in range(run.recipe.search.attempts):  # a missed promise corrects the costs; then search again
@@ -59,7 +64,7 @@ def preflight(run: Run) -> None:
         cost.reuse(run, Path(recipe.cost.table))
     search.check(recipe.search)
     corpus.source_marks(recipe.corpus)
-    assert run.space.layers
+    assert run.full_space.layers
 
 
 def execute_stage(run: Run, stage: str, again: bool = False) -> dict[str, Any]:

@@ -53,11 +53,55 @@ def _library_flops_per_token(run: Run, shape: ModelShape) -> float:
     return total
 
 
+def _trained_parameters(run: Run, shape: ModelShape) -> list[int]:
+    """Parameters of everything the library trains: subblocks, or pairs with `library.coupled`."""
+    if run.recipe.library.coupled:
+        pairs = (b for options in run.space.layers for b in options.blocks if b != shape.parent_block)
+        return [shape.parameters(b.attention) + shape.parameters(b.ffn) for b in pairs]
+    return [shape.parameters(v) for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape)]
+
+
+def library_memory_bytes(run: Run, streamed: bool) -> float:
+    """Peak memory of BLD beside the process itself.
+
+    Resident: the parent, 16 bytes (weight, gradient, two moments) per trained parameter of all variants.
+    Streamed: one layer of the parent (and its pages on disk while it is read), 16 bytes per parameter of the largest
+    variant; the embedding's pages only while a chunk is embedded. Both: the chunk's activations, and what one variant
+    keeps for one batch: its inputs and outputs, three intermediates forward and two backward, and its folded weights.
+    """
+    recipe, shape = run.recipe, run.parent.shape
+    settings, sequence = recipe.library, recipe.corpus.sequence_length
+    size = run.placement[0].itemsize
+    batch, D = settings.batch_sequences * sequence, shape.hidden_size
+    block = shape.parent_block
+    layer = shape.parameters(block.attention) + shape.parameters(block.ffn)
+    trained = _trained_parameters(run, shape)
+    kept = (settings.chunk_steps * batch + settings.validation_sequences * sequence) * D * 4
+    product = 2 if run.bfloat16 else 4
+    scores = settings.batch_sequences * shape.num_attention_heads * sequence**2 * 10 if run.attention == "eager" else 0
+    step = batch * (10 * D * 4 + 5 * shape.intermediate_size * product) + scores + 12 * max(trained, default=0)
+    gram = (shape.intermediate_size**2 + 4 * D**2) * 8 if settings.initialization == "least_squares" else 0
+    if not streamed:
+        parameters = Architecture.of_parent(shape).parameters(shape)
+        return parameters * size + 16 * sum(trained) + kept + step + gram
+    embedding = shape.vocab_size * D * run.parent.dtype.itemsize
+    return (
+        max(layer * (size + run.parent.dtype.itemsize), embedding) + 16 * max(trained, default=0) + kept + step + gram
+    )
+
+
+def is_streamed(run: Run) -> bool:
+    """Whether BLD holds one layer at a time: as the recipe says, or where all of it would not fit comfortably."""
+    if run.recipe.library.memory != "auto":
+        return run.recipe.library.memory == "streamed"
+    return library_memory_bytes(run, streamed=False) > 0.7 * run.memory_bytes
+
+
 def estimate(run: Run) -> list[Need]:
     recipe, shape = run.recipe, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape)
     per_layer = (parent - shape.constant_parameters) / shape.num_hidden_layers
-    trained = sum(shape.parameters(v) for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape))
+    trained = sum(_trained_parameters(run, shape))
     sequence = recipe.corpus.sequence_length
     weights = parent * (4 if run.device.type == "cpu" else run.parent.dtype.itemsize)
     rate = EFFICIENCY * matmul_flops_per_s(run.device, torch.bfloat16 if run.bfloat16 else torch.float32)
@@ -65,7 +109,7 @@ def estimate(run: Run) -> list[Need]:
     suffix = sum(n * (len(blocks) - i) for i, n in enumerate(blocks)) * per_layer
     scored = recipe.score.sequences * sequence
     batch = recipe.uptrain.batch_sequences * sequence
-    activations = recipe.library.batch_sequences * sequence * shape.hidden_size * 4
+    streamed = is_streamed(run)
     score_flops = 2.0 * scored * (suffix + sum(blocks) * shape.vocab_size * shape.hidden_size)
     scenario = recipe.cost.scenario
     served = scenario.batch_size * (scenario.input_length + scenario.output_length)
@@ -81,7 +125,7 @@ def estimate(run: Run) -> list[Need]:
     served_s = ENGINE_START_S + 2 * batch_s
     return [
         stage("library", recipe.library.tokens, recipe.library.tokens * _library_flops_per_token(run, shape),
-              weights + 16.0 * trained + 24 * activations, 4.0 * trained * 4),
+              library_memory_bytes(run, streamed), 4.0 * trained * 4),
         stage("score", scored, score_flops, weights + (len(blocks) + 1) * scored * shape.hidden_size * 4, 1e6),
         stage("cost", 0, 0.0, engine_memory, child_bytes, served_s * (1 + recipe.cost.repeats / 10)),
         stage("search", 0, 0.0, 2e8, 1e6, 5.0),
@@ -91,6 +135,16 @@ def estimate(run: Run) -> list[Need]:
               child_bytes + 12.0 * parent),
         stage("evaluate", checked, 3 * 2.0 * checked * parent, max(2 * weights, engine_memory), 1e6, served_s),
     ]  # fmt: skip
+
+
+def library_memory(run: Run) -> str:
+    """One line: what BLD takes either way, and which way the recipe and this machine give."""
+    streamed, resident = (library_memory_bytes(run, streamed=way) / 2**30 for way in (True, False))
+    word = "streamed" if is_streamed(run) else "resident"
+    return (
+        f"library: {word} (library.memory: {run.recipe.library.memory}); resident {resident:.2f} GiB, "
+        f"streamed layer by layer {streamed:.2f} GiB, of {run.memory_bytes / 2**30:.1f} GiB"
+    )
 
 
 def as_dict(needs: list[Need]) -> dict[str, Any]:

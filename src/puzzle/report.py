@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from puzzle import artifacts, evaluate, library, score
+from puzzle import artifacts, assemble, evaluate, library, score
 from puzzle.architecture import Architecture, parse_block
 from puzzle.progress import duration
 from puzzle.run import Run
@@ -38,6 +38,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         "frontier": frontier_picture(run, results),
         "scores": scores_picture(run),
         "library": library_picture(run),
+        "bld": bld_picture(run),
         "uptrain": uptrain_picture(run),
     }
     import jinja2
@@ -47,7 +48,8 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     html = jinja2.Environment(autoescape=True).from_string(template).render(
         recipe=run.recipe, results=results, rows=evaluate.table(results), pictures=pictures, space=run.space,
         stages=[(name, duration(s["seconds"])) for name, s in status.items() if s.get("seconds") is not None],
-        versions=artifacts.versions(), shape=run.parent.shape,
+        versions=artifacts.versions(), shape=run.parent.shape, baselines=baselines_of(run),
+        solution=assemble.solutions(run)["solutions"][0],
     )  # fmt: skip
     artifacts.write_text(folder / "architecture.svg", pictures["architecture"])
     artifacts.write_text(page(run), html)
@@ -121,21 +123,29 @@ def architecture_picture(run: Run, results: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def baselines_of(run: Run) -> list[dict[str, Any]]:
+    return artifacts.read_json(run.stage_folder("search") / "baselines.json")
+
+
 def frontier_picture(run: Run, results: dict[str, Any]) -> str:
     from matplotlib import pyplot
 
     points = artifacts.read_json(run.stage_folder("search") / "frontier.json")
     predicted, parent = results["predicted"]["child"], results["predicted"]["parent"]
-    solution = artifacts.read_json(run.stage_folder("search") / "solutions.json")["solutions"][0]
+    solution = assemble.solutions(run)["solutions"][0]
     figure, axis = pyplot.subplots(figsize=(6.4, 3.6))
     axis.plot(
         [p["throughput_tok_per_s"] for p in points], [p["objective"] for p in points], "o-", color="#3b6ea8", ms=4
     )
     axis.plot(parent["throughput_tok_per_s"], 0, "s", color="#222222", label="parent")
     axis.plot(predicted["throughput_tok_per_s"], solution["objective"], "D", color=ACCENT, label="chosen child")
+    for row, marker in zip(baselines_of(run), "v^<>xP", strict=False):
+        if row["objective"] is not None:
+            place = row["throughput_tok_per_s"], row["objective"]
+            axis.plot(*place, marker, color=FFN_COLOUR, ms=5, label=row["name"], linestyle="none")
     axis.set_xlabel("predicted output tokens per second")
     axis.set_ylabel("sum of block scores")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     return _svg(figure)
 
 
@@ -166,13 +176,40 @@ def scores_picture(run: Run) -> str:
 
 
 def library_picture(run: Run) -> str:
-    """Normalised MSE of every trained variant in every layer, after training."""
+    """Normalised MSE of every variant in every layer, after training; no-ops for comparison."""
     index = library.read_index(run)
     if not index:
         return ""
     values = {(r["layer"], f"{r['slot']} {r['variant']}"): r["nmse_after"] for r in index}
     columns = list(dict.fromkeys(column for _, column in values))
     return _heat_map(values, columns, run.parent.shape.num_hidden_layers, "normalised MSE of the block output")
+
+
+def bld_picture(run: Run) -> str:
+    """Validation loss of every kind of variant while it was trained: the median over layers, from its first value."""
+    from matplotlib import pyplot
+
+    kinds: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for record in library.read_curve(run):
+        points = kinds.setdefault((record["slot"], record["variant"]), {})
+        points.setdefault(record["tokens"], []).append(record["validation"])
+    if not kinds:
+        return ""
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.6))
+    slots = [slot for slot, _ in kinds]
+    for index, ((slot, variant), points) in enumerate(kinds.items()):
+        colour = ATTENTION_COLOUR if slot == "attention" else FFN_COLOUR
+        place = slots[:index].count(slot)
+        axis.plot(
+            list(points), [statistics.median(losses) for losses in points.values()], label=f"{slot} {variant}",
+            color=colour, linestyle=("-", "--", ":", "-.")[place % 4], alpha=1 - 0.6 * place / slots.count(slot),
+        )  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("normalised MSE, held out")
+    if len(kinds) <= 14:
+        axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+    return _svg(figure)
 
 
 def uptrain_picture(run: Run) -> str:

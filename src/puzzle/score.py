@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from puzzle import artifacts, library, subblocks
-from puzzle.architecture import Block
+from puzzle.architecture import FFN, Attention, Block
 from puzzle.losses import METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.run import Run
@@ -65,24 +65,37 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
 
 
 class Variants:
-    """The subblock modules of one layer, by name, ready to run."""
+    """The blocks of one layer as modules, ready to run: two subblocks composed, or a pair trained together."""
 
     def __init__(self, run: Run, layer: int, parent_layer: PuzzleDecoderLayer) -> None:
-        options = run.space.layers[layer]
-        self.blocks = options.blocks
-        self.modules = {}
-        for variant in options.subblocks:
-            module = subblocks.module(run.parent, variant, run.attention)
-            module.load_state_dict(library.read_state(run, layer, variant, parent_layer.state_dict()), strict=True)
-            self.modules[variant] = module.to(run.device).requires_grad_(False).eval()
+        own = parent_layer.state_dict()
+
+        def load(block: Block, state: dict[str, torch.Tensor]) -> PuzzleDecoderLayer:
+            module = subblocks.block_module(run.parent, block, run.attention)
+            module.load_state_dict(state, strict=True)
+            return module.to(run.device).requires_grad_(False).eval()
+
+        blocks = run.space.layers[layer].blocks
+        if run.recipe.library.coupled:
+            whole = {b: load(b, library.read_block(run, layer, b, own)) for b in blocks}
+            self.halves = {block: (module, module) for block, module in whole.items()}
+            return
+        no_attention, no_ffn = Attention("no_op"), FFN("no_op")
+        attention = {a: load(Block(a, no_ffn), library.read_state(run, layer, a, own)) for a, _ in map(_pair, blocks)}
+        ffn = {f: load(Block(no_attention, f), library.read_state(run, layer, f, own)) for _, f in map(_pair, blocks)}
+        self.halves = {block: (attention[block.attention], ffn[block.ffn]) for block in blocks}
 
     def outputs(self, x_BSD: torch.Tensor, context: dict[str, Any]) -> Iterator[tuple[Block, torch.Tensor]]:
-        """Every block's output [B, S, D]; a shared attention half is computed once."""
-        attended: dict[Any, torch.Tensor] = {}
-        for block in self.blocks:
-            if block.attention not in attended:
-                attended = {block.attention: self.modules[block.attention].attention(x_BSD, **context)}
-            yield block, self.modules[block.ffn].feed_forward(attended[block.attention])
+        """Every block's output [B, S, D]; an attention half shared by neighbours is computed once."""
+        last: PuzzleDecoderLayer | None = None
+        for block, (attention, ffn) in self.halves.items():
+            if attention is not last:
+                attended_BSD, last = attention.attention(x_BSD, **context), attention
+            yield block, ffn.feed_forward(attended_BSD)
+
+
+def _pair(block: Block) -> tuple[Attention, FFN]:
+    return block.attention, block.ffn
 
 
 def layers_with_variants(run: Run, parent: PuzzleForCausalLM) -> Iterator[tuple[int, Variants]]:

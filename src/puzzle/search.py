@@ -5,14 +5,12 @@
               sum_ij resource_ij x_ij <= limit        one row per constraint
               sum_i x_i,y_i <= (1 - diversity) L      for every earlier solution y
 
-A mixed-integer program for HiGHS, built as sparse rows without a modelling layer. Every solution carries its
-objective, proven bound, gap and seconds. No solution is an answer too: `Infeasible` says what binds and the best
-attainable value.
+Solved exactly on HiGHS (`mip.py`). Every solution carries its objective, proven bound, gap and seconds. No solution is
+an answer too: `Infeasible` says what binds, the best attainable value of each and the nearest possible relaxation.
 
-Reads: scores and costs. Writes: `search/solutions.json` and `frontier.json`.
+Reads: scores and costs. Writes: `search/solutions.json`, `frontier.json` and `baselines.json`.
 """
 
-import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import highspy
 import numpy as np
 
-from puzzle import artifacts, cost, score
-from puzzle.architecture import Architecture, Block
+from puzzle import artifacts, baselines, cost, mip, score
+from puzzle.architecture import FFN, Architecture, Attention, Block
 from puzzle.config import SearchConfig
 from puzzle.cost import Cost, CostTable
 from puzzle.errors import Infeasible, UserError
@@ -36,6 +33,9 @@ UNITS = {
     "tokens per second": {"tok/s": 1.0, "ktok/s": 1e3},
     "parameters": {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9},
 }  # fmt: skip
+
+
+NO_ATTENTION, NO_FFN = Attention("no_op"), FFN("no_op")
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,7 @@ def constraints(settings: SearchConfig, table: CostTable, parent: Architecture) 
 # ------------------------------------------------------------------------------------------------ the program
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The numbers of the program, over all (layer, block) columns in a row."""
-
-    layers: list[list[Block]]
-    scores: np.ndarray  # [columns]
-    resources: np.ndarray  # [constraints, columns], each row scaled so that its limit is 1
-    limits: np.ndarray  # [constraints]
-
-    @property
-    def starts(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self.layers)])
+Layers = list[list[Block]]
 
 
 @dataclass(frozen=True)
@@ -141,87 +130,81 @@ class Solution:
     gap: float
     seconds: float
 
+    @classmethod
+    def of(cls, found: mip.Optimum, layers: Layers) -> "Solution":
+        return cls(names(found.chosen, layers), found.objective, found.bound, found.gap, found.seconds)
+
+
+def names(chosen: np.ndarray, layers: Layers) -> tuple[str, ...]:
+    flat = [block.name for options in layers for block in options]
+    return tuple(flat[column] for column in chosen)
+
 
 def build(
-    layers: list[list[Block]], scores: np.ndarray, table: CostTable, limits: Sequence[tuple[Kind, float]]
-) -> Problem:
+    layers: Layers, scores: np.ndarray, table: CostTable, limits: Sequence[tuple[Kind, float]],
+    settings: SearchConfig | None = None,
+) -> mip.Program:  # fmt: skip
     """The program of a space. The model's constant part is taken off every limit."""
     costs = {block: table.block(block) for options in layers for block in options}
-    rows, rights = [], []
-    for kind, limit in limits:
-        row = np.array([kind.resource(costs[block]) for options in layers for block in options])
-        rows.append(row / limit)
-        rights.append(1.0 - kind.resource(table.constant) / limit)
-    return Problem(layers, scores, np.array(rows).reshape(len(rows), -1), np.array(rights))
+    flat = [block for options in layers for block in options]
+    rows = [[kind.resource(costs[block]) for block in flat] for kind, _ in limits]
+    rights = [limit - kind.resource(table.constant) for kind, limit in limits]
+    extra: tuple[mip.Row, ...] = ()
+    if settings is not None and settings.changed_layers is not None:
+        rows.append([float(block != options[0]) for options in layers for block in options])
+        rights.append(float(settings.changed_layers))
+    starts = mip.starts_of([len(options) for options in layers])
+    if settings is not None and settings.monotone:
+        widths = np.array([float(block.ffn.intermediate_size) for block in flat])
+        extra = tuple(_never_wider(starts, widths, layer) for layer in range(len(layers) - 1))
+    resources = np.array(rows, dtype=float).reshape(len(rows), len(flat))
+    return mip.Program(starts, scores, resources, np.array(rights, dtype=float), extra)
 
 
-def solve(
-    problem: Problem, *, gap: float, time_limit_s: float, avoid: Sequence[np.ndarray] = (), overlap: float = 0.0,
-    objective: np.ndarray | None = None,
-) -> tuple[np.ndarray, Solution] | None:  # fmt: skip
-    """(chosen column of every layer, solution), or None where the program is infeasible.
-
-    `avoid` holds earlier choices; at most `overlap` layers may equal each.
-    """
-    began = time.perf_counter()
-    starts, columns = problem.starts, len(problem.scores)
-    target = problem.scores if objective is None else objective
-    rows = [(1.0, 1.0, np.arange(a, b), np.ones(b - a)) for a, b in itertools.pairwise(starts)]
-    for values, limit in zip(problem.resources, problem.limits, strict=True):
-        used = np.flatnonzero(values)
-        rows.append((-np.inf, limit, used, values[used]))
-    rows += [(-np.inf, overlap, chosen, np.ones(len(chosen))) for chosen in avoid]
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = columns, len(rows)
-    lp.col_cost_ = target.astype(float)
-    lp.col_lower_, lp.col_upper_ = np.zeros(columns), np.ones(columns)
-    lp.row_lower_ = np.array([row[0] for row in rows])
-    lp.row_upper_ = np.array([row[1] for row in rows])
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.cumsum([0, *(len(row[2]) for row in rows)]).astype(np.int32)
-    lp.a_matrix_.index_ = np.concatenate([row[2] for row in rows]).astype(np.int32)
-    lp.a_matrix_.value_ = np.concatenate([row[3] for row in rows])
-    lp.integrality_ = [highspy.HighsVarType.kInteger] * columns
-    highs = highspy.Highs()
-    for option, value in (
-        ("output_flag", False),
-        ("mip_rel_gap", gap),
-        ("time_limit", time_limit_s),
-        ("random_seed", 0),
-    ):
-        highs.setOptionValue(option, value)
-    highs.passModel(lp)
-    highs.run()
-    status = highs.getModelStatus()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        return None
-    values = np.array(highs.getSolution().col_value)
-    if not len(values):
-        raise UserError(f"search: HiGHS stopped with {status.name} before any solution; raise search.time_limit_s")
-    chosen = np.array([a + int(values[a:b].argmax()) for a, b in itertools.pairwise(starts)])
-    info = highs.getInfo()
-    flat = [block for options in problem.layers for block in options]
-    value, bound = float(target[chosen].sum()), float(info.mip_dual_bound)
-    proven = max(0.0, (value - bound) / max(abs(value), 1e-12))
-    return chosen, Solution(tuple(flat[i].name for i in chosen), value, bound, proven, time.perf_counter() - began)
+def _never_wider(starts: np.ndarray, widths: np.ndarray, layer: int) -> mip.Row:
+    """width(layer + 1) - width(layer) <= 0, in units of the widest."""
+    columns = np.arange(starts[layer], starts[layer + 2])
+    sign = np.where(columns >= starts[layer + 1], 1.0, -1.0)
+    return mip.Row(columns, sign * widths[columns] / max(widths.max(), 1.0), 0.0)
 
 
-def explain_infeasible(problem: Problem, asked: Sequence[Constraint], table: CostTable, settings: SearchConfig) -> str:
-    """One line: which constraint cannot be met and the best attainable value of each."""
+def homogeneous(program: mip.Program, layers: Layers) -> np.ndarray | None:
+    """The best choice of one and the same block in every layer (the Minitron way), or None."""
+    best, choice = np.inf, None
+    for block in layers[0]:
+        if all(block in options for options in layers):
+            chosen = np.array(
+                [start + options.index(block) for start, options in zip(program.starts, layers, strict=False)]
+            )
+            if program.feasible(chosen) and program.costs[chosen].sum() < best:
+                best, choice = program.costs[chosen].sum(), chosen
+    return choice
+
+
+def explain_infeasible(
+    program: mip.Program, asked: Sequence[Constraint], table: CostTable, settings: SearchConfig
+) -> str:
+    """One line: which constraint cannot be met, the best attainable of each alone, the nearest relaxation of all."""
     lines = []
     tokens = table.scenario.batch_size * table.scenario.output_length
+
+    def value(constraint: Constraint, used: float) -> float:
+        return tokens / used if constraint.kind.at_least else used
+
     for row, constraint in enumerate(asked):
-        free = Problem(problem.layers, problem.scores, problem.resources[:0], problem.limits[:0])
-        found = solve(free, gap=0.0, time_limit_s=settings.time_limit_s, objective=problem.resources[row])
-        assert found is not None
-        least = problem.resources[row][found[0]].sum()
-        allowed = problem.limits[row]
-        best = (least + (1 - allowed)) * constraint.limit
-        best = tokens / best if constraint.kind.at_least else best
-        reachable = "reachable alone" if least <= allowed else "out of reach"
+        constant = constraint.kind.resource(table.constant)
+        least = program.least[row]
+        reachable = "reachable alone" if least <= program.limits[row] else "out of reach"
         lines.append(
-            f"{constraint.name} {constraint.text} is {reachable} (best attainable: {best:.6g} {constraint.kind.unit})"
+            f"{constraint.name} {constraint.text} is {reachable} "
+            f"(best attainable: {value(constraint, least + constant):.6g} {constraint.kind.unit})"
         )
+    if (chosen := mip.nearest(program, settings.time_limit_s)) is not None:
+        totals = [
+            f"{c.name} {value(c, program.resources[row][chosen].sum() + c.kind.resource(table.constant)):.6g}"
+            for row, c in enumerate(asked)
+        ]
+        lines.append(f"the nearest that is possible: {', '.join(totals)}")
     return "search: no architecture meets the constraints: " + "; ".join(lines)
 
 
@@ -252,10 +235,10 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     scores = column_scores(run, layers)
     factor = max([1.0, *(c["time_factor"] for c in corrections(run))])
     limits = [(c.kind, _aimed(c, settings, factor)) for c in asked]
-    problem = build(layers, scores, table, limits)
-    solutions = _diverse(problem, settings)
+    program = build(layers, scores, table, limits, settings)
+    solutions = _solutions(program, layers, settings)
     if not solutions:
-        raise Infeasible(explain_infeasible(problem, asked, table, settings))
+        raise Infeasible(explain_infeasible(program, asked, table, settings))
     records = [asdict(s) | {"predicted": _figures(table, Architecture.from_names(s.blocks))} for s in solutions]
     answer = {
         "constraints": [asdict(c) for c in asked],
@@ -265,7 +248,10 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         "solutions": records,
     }
     artifacts.write_json(folder / "solutions.json", answer)
-    artifacts.write_json(folder / "frontier.json", frontier(layers, scores, table, parent, settings))
+    held = [(c.kind, limit) for c, (_, limit) in zip(asked, limits, strict=True)]
+    points = frontier(layers, scores, table, parent, settings, held)
+    artifacts.write_json(folder / "frontier.json", points)
+    artifacts.write_json(folder / "baselines.json", _baselines(run, program, layers, table))
     best = records[0]
     speeds = [f"{side['throughput_tok_per_s']:,.0f} tok/s" for side in (best["predicted"], answer["parent"])]
     proof = f"score sum {best['objective']:.4f}, proven gap {best['gap']:.2%}, {best['seconds']:.2f} s"
@@ -277,7 +263,7 @@ def _aimed(constraint: Constraint, settings: SearchConfig, factor: float) -> flo
     return constraint.limit * (1 - settings.margin) / factor if constraint.kind.timed else constraint.limit
 
 
-def column_scores(run: Run, layers: list[list[Block]]) -> np.ndarray:
+def column_scores(run: Run, layers: Layers) -> np.ndarray:
     """The score of every column, as a loss: the parent's own block costs 0."""
     scores, metric = score.read(run), run.recipe.score.metric
     parent = run.parent.shape.parent_block.name
@@ -288,17 +274,38 @@ def column_scores(run: Run, layers: list[list[Block]]) -> np.ndarray:
     return np.array(columns)
 
 
-def _diverse(problem: Problem, settings: SearchConfig) -> list[Solution]:
-    chosen: list[np.ndarray] = []
-    solutions: list[Solution] = []
-    overlap = np.floor((1 - settings.diversity) * len(problem.layers) + 1e-9)
-    while len(solutions) < settings.solutions:
-        found = solve(problem, gap=settings.gap, time_limit_s=settings.time_limit_s, avoid=chosen, overlap=overlap)
-        if found is None:
-            break
-        chosen.append(found[0])
-        solutions.append(found[1])
-    return solutions
+def _solutions(program: mip.Program, layers: Layers, settings: SearchConfig) -> list[Solution]:
+    if settings.homogeneous:
+        began = time.perf_counter()
+        chosen = homogeneous(program, layers)
+        if chosen is None:
+            return []
+        value = float(program.costs[chosen].sum())  # all of them were tried
+        return [Solution(names(chosen, layers), value, value, 0.0, time.perf_counter() - began)]
+    differ = settings.diversity if settings.diversity >= 1 else settings.diversity * len(layers)
+    overlap = int(np.floor(len(layers) - differ + 1e-9))
+    found = mip.diverse(
+        program, solutions=settings.solutions, overlap=overlap, gap=settings.gap, time_limit_s=settings.time_limit_s
+    )
+    return [Solution.of(one, layers) for one in found]
+
+
+def _baselines(run: Run, program: mip.Program, layers: Layers, table: CostTable) -> list[dict[str, Any]]:
+    """What other ways of choosing reach within the same limits."""
+    shape, flat = run.parent.shape, [block for options in layers for block in options]
+    parameters = np.array([float(shape.parameters(b.attention) + shape.parameters(b.ffn)) for b in flat])
+    parent = shape.parent_block
+    plain = np.array([b.attention in (parent.attention, NO_ATTENTION) and b.ffn in (parent.ffn, NO_FFN) for b in flat])
+    choices = baselines.choices(program, parameters, plain) | {"homogeneous": homogeneous(program, layers)}
+    records = []
+    for name, chosen in choices.items():
+        record: dict[str, Any] = {"name": name, "objective": None}
+        if chosen is not None:
+            blocks = names(chosen, layers)
+            record |= {"objective": float(program.costs[chosen].sum()), "blocks": blocks}
+            record |= _figures(table, Architecture.from_names(blocks))
+        records.append(record)
+    return records
 
 
 def _figures(table: CostTable, architecture: Architecture) -> dict[str, float]:
@@ -314,16 +321,40 @@ def _figures(table: CostTable, architecture: Architecture) -> dict[str, float]:
 
 
 def frontier(
-    layers: list[list[Block]], scores: np.ndarray, table: CostTable, parent: Architecture, settings: SearchConfig
-) -> list[dict[str, Any]]:
-    """The best score sum for a range of throughputs, from the parent's up to what the space can reach."""
-    reference = table.predict(parent).total_s
-    points = []
-    for speedup in np.arange(1.0, 4.01, 0.125):
-        problem = build(layers, scores, table, [(KINDS["latency"], float(reference / speedup))])
-        found = solve(problem, gap=settings.gap, time_limit_s=settings.time_limit_s)
+    layers: Layers, scores: np.ndarray, table: CostTable, parent: Architecture, settings: SearchConfig,
+    held: Sequence[tuple[Kind, float]] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The best score sum for a range of `settings.frontier`, from the parent's to the best attainable.
+
+    Other constraints hold, except timed ones while a timed one is swept (they limit the same seconds). Points that
+    another one dominates are left out.
+    """
+    kind = KINDS[settings.frontier]
+    held = [(k, limit) for k, limit in held if k is not kind and not (k.timed and kind.timed)]
+    costs = [[kind.resource(table.block(block)) for block in options] for options in layers]
+    constant = kind.resource(table.constant)
+    most, least = kind.resource(table.predict(parent)), constant + sum(map(min, costs))
+    if kind.at_least:  # equal steps of throughput, not of seconds
+        limits = 1 / np.linspace(1 / most, 1 / least, settings.points)
+    else:
+        limits = np.linspace(most, least, settings.points)
+    points: list[tuple[float, dict[str, Any]]] = []
+    for limit in limits * (1 + 1e-12):
+        program = build(layers, scores, table, [(kind, float(limit)), *held], settings)
+        found = mip.solve(program, gap=settings.gap, time_limit_s=settings.time_limit_s)
         if found is None:
-            break
-        figures = _figures(table, Architecture.from_names(found[1].blocks))
-        points.append({"objective": found[1].objective, "blocks": found[1].blocks, **figures})
-    return points
+            continue
+        architecture = Architecture.from_names(names(found.chosen, layers))
+        record = {"objective": found.objective, "gap": found.gap, "blocks": architecture.names}
+        used = kind.resource(table.predict(architecture))
+        points.append((used, record | _figures(table, architecture)))
+    return _undominated(points)
+
+
+def _undominated(points: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """By falling use of the resource; a point stays only where nothing that uses as little has as good an objective."""
+    kept: list[dict[str, Any]] = []
+    for _, point in sorted(points, key=lambda pair: (pair[0], pair[1]["objective"])):
+        if not kept or point["objective"] < kept[-1]["objective"]:
+            kept.append(point)
+    return kept[::-1]

@@ -5,6 +5,7 @@ the facts were checked in the engines' sources and stand in docs/architecture.md
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,22 @@ class SearchSpace:
         counts = sorted({len(layer.blocks) for layer in self.layers})
         per_layer = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         return f"{len(self.layers)} layers, {per_layer} blocks a layer, 10^{self.log10_size:.1f} architectures"
+
+
+def narrow(space: SearchSpace, architectures: Sequence[Sequence[str]], count: int) -> SearchSpace:
+    """The parent's block and the `count` others that the architectures use most, layer by layer (appendix F.1.1)."""
+    layers = []
+    for index, layer in enumerate(space.layers):
+        uses = Counter(names[index] for names in architectures)
+        ranked = sorted(layer.blocks[1:], key=lambda block: -uses[block.name])  # stable: the space's order breaks ties
+        kept = {layer.blocks[0], *(block for block in ranked[:count] if uses[block.name])}
+        layers.append(_layer_space([block for block in layer.blocks if block in kept]))
+    return SearchSpace(tuple(layers), space.left_out)
+
+
+def _layer_space(blocks: Sequence[Block]) -> LayerSpace:
+    attention = dict.fromkeys(block.attention for block in blocks)
+    return LayerSpace(tuple(attention), tuple(dict.fromkeys(block.ffn for block in blocks)), tuple(blocks))
 
 
 def attention_variants(config: LibraryConfig, shape: ModelShape) -> list[Attention]:
@@ -88,6 +105,13 @@ def build(config: LibraryConfig, shape: ModelShape, deploy: Sequence[str]) -> Se
     if unknown:
         last = shape.num_hidden_layers - 1
         raise UserError(f"library.layers: got layer {min(unknown)}, expected 0 to {last} (the parent's layers)")
+    names = {v.name for v in attention} | {v.name for v in ffn} | {f"attention.{v.name}" for v in attention}
+    names |= {f"ffn.{v.name}" for v in ffn}
+    for name in config.budgets:
+        if name not in names:
+            raise UserError(
+                f"library.budgets: got {name!r}, expected a variant of the space: {', '.join(sorted(names))}"
+            )
     layers, left_out = [], {}
     for index in range(shape.num_hidden_layers):
         blocks = [Block(a, f) for a in attention for f in ffn]
@@ -107,11 +131,5 @@ def build(config: LibraryConfig, shape: ModelShape, deploy: Sequence[str]) -> Se
             left_out.update(dict.fromkeys(reasons))
             if not reasons or block == parent:
                 kept.append(block)
-        layers.append(
-            LayerSpace(
-                tuple(a for a in attention if any(b.attention == a for b in kept)),
-                tuple(f for f in ffn if any(b.ffn == f for b in kept)),
-                tuple(kept),
-            )
-        )
+        layers.append(_layer_space(kept))
     return SearchSpace(tuple(layers), tuple(left_out))

@@ -8,10 +8,15 @@ names as in a child's layer. `initial_state` makes its weights from the parent's
 - narrower FFN: keep the channels with the largest contribution, mean |x_i| * ||W_down[:, i]||_2;
 - linear FFN: the product of down and up, gate ignored.
 
+With `library.initialization: least_squares` the linear variants and the down projection that is left after pruning
+solve a ridge regression on calibration activations instead: ours, not the paper's (docs/log.md measures both).
+
 Shape legend: D hidden, I intermediate, H heads, K KV heads, d head dimension.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +43,13 @@ def is_trained(variant: Subblock, shape: ModelShape) -> bool:
 
 def module(parent: Parent, variant: Subblock, attention_implementation: str) -> PuzzleDecoderLayer:
     """An uninitialised layer with just this subblock."""
-    block = Block(variant, FFN("no_op")) if isinstance(variant, Attention) else Block(Attention("no_op"), variant)
+    no_op = FFN("no_op") if isinstance(variant, Attention) else Attention("no_op")
+    block = Block(variant, no_op) if isinstance(variant, Attention) else Block(no_op, variant)  # type: ignore[arg-type]
+    return block_module(parent, block, attention_implementation)
+
+
+def block_module(parent: Parent, block: Block, attention_implementation: str) -> PuzzleDecoderLayer:
+    """An uninitialised layer of this block."""
     config: PuzzleConfig = parent.child_config(Architecture((block,)))
     config._attn_implementation = attention_implementation
     return PuzzleDecoderLayer(config, 0, 0)
@@ -49,34 +60,113 @@ def subblock_state(layer_state: Mapping[str, torch.Tensor], kind: type[Subblock]
     return {name: tensor for name, tensor in layer_state.items() if name.startswith(PREFIXES[kind])}
 
 
+@dataclass
+class Calibration:
+    """What the initialisers need to know of one layer, from calibration tokens.
+
+    `contribution_I` is the paper's channel contribution. The Gram matrices (sums over tokens of outer products, None
+    where least squares is not asked for) are of the FFN's intermediate activation, of its normed input, of its
+    normed input with its output, and the last two again for attention.
+    """
+
+    contribution_I: torch.Tensor
+    intermediate_II: torch.Tensor | None = None
+    ffn_in_DD: torch.Tensor | None = None
+    ffn_out_DD: torch.Tensor | None = None
+    attention_in_DD: torch.Tensor | None = None
+    attention_out_DD: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def calibrate(
+    layer: PuzzleDecoderLayer, batches: Iterable[torch.Tensor], context: Mapping[str, Any], least_squares: bool = False
+) -> Calibration:
+    """Run the parent's layer on calibration inputs [B, S, D] and sum up."""
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+
+    def add_product(name: str, left_TN: torch.Tensor, right_TM: torch.Tensor) -> None:
+        if name not in sums:
+            sums[name] = torch.zeros(left_TN.shape[1], right_TM.shape[1], device=left_TN.device)
+        sums[name].addmm_(left_TN.T, right_TM)
+
+    def seen(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            output = output[0] if isinstance(output, tuple) else output
+            x_TD, y_TD = given.flatten(0, 1).float(), output.flatten(0, 1).float()
+            if name == "down":
+                total_I = x_TD.abs().sum(dim=0)
+                sums["activation_I"] = sums["activation_I"] + total_I if "activation_I" in sums else total_I
+            if least_squares:
+                with torch.autocast(x_TD.device.type, enabled=False):
+                    add_product(f"{name}_in", x_TD, x_TD)
+                    if name != "down":
+                        add_product(f"{name}_out", x_TD, y_TD)
+
+        return hook
+
+    watched = {"down": layer.mlp.down_proj, "ffn": layer.mlp, "attention": layer.self_attn}
+    hooks = [module.register_forward_hook(seen(name), with_kwargs=True) for name, module in watched.items()]
+    for x_BSD in batches:
+        layer(x_BSD, **context)
+        tokens += x_BSD.shape[0] * x_BSD.shape[1]
+    for hook in hooks:
+        hook.remove()
+    contribution_I = channel_contribution(sums["activation_I"], tokens, layer.mlp.down_proj.weight)
+    names = ("down_in", "ffn_in", "ffn_out", "attention_in", "attention_out")
+    return Calibration(contribution_I, *(sums.get(name) for name in names))
+
+
+RIDGE = 1e-3  # of the mean diagonal
+
+
+def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor) -> torch.Tensor:
+    """argmin_W |X W^T - Y|^2 + ridge |W|^2, [M, N], from X^T X and X^T Y; in float64."""
+    gram = gram_NN.double() if gram_NN.dtype != torch.double else gram_NN  # in place where it is a copy already
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    factor = torch.linalg.cholesky(gram, out=gram)
+    return torch.cholesky_solve(cross_NM.double(), factor).T.float().contiguous()
+
+
 def initial_state(
-    layer_state: Mapping[str, torch.Tensor], variant: Subblock, shape: ModelShape, contribution_I: torch.Tensor
+    layer_state: Mapping[str, torch.Tensor], variant: Subblock, shape: ModelShape, found: Calibration
 ) -> State:
     """Weights of a variant from those of the parent's layer (names relative to the layer), float32."""
     own = {name: t.float() for name, t in subblock_state(layer_state, type(variant)).items()}
     if variant.kind == "no_op":
         return {}
     if isinstance(variant, Attention):
-        if variant.kind == "linear":
-            return {
-                "input_layernorm.weight": own["input_layernorm.weight"].clone(),
-                "self_attn.linear_attn.weight": linear_attention(own, shape),
-            }
-        return {
-            name: pool_kv_heads(t, shape, variant.kv_heads) if ".k_proj." in name or ".v_proj." in name else t.clone()
-            for name, t in own.items()
-        }
+        return _initial_attention(own, variant, shape, found)
+    norm = {"post_attention_layernorm.weight": own["post_attention_layernorm.weight"].clone()}
+    down_DI = own["mlp.down_proj.weight"]
     if variant.kind == "linear":
-        return {
-            "post_attention_layernorm.weight": own["post_attention_layernorm.weight"].clone(),
-            "mlp.linear_mlp.weight": own["mlp.down_proj.weight"] @ own["mlp.up_proj.weight"],
-        }
-    kept = contribution_I.topk(variant.intermediate_size).indices.sort().values
-    return {
-        "post_attention_layernorm.weight": own["post_attention_layernorm.weight"].clone(),
+        if found.ffn_in_DD is not None and found.ffn_out_DD is not None:
+            return norm | {"mlp.linear_mlp.weight": solve(found.ffn_in_DD, found.ffn_out_DD)}
+        return norm | {"mlp.linear_mlp.weight": down_DI @ own["mlp.up_proj.weight"]}
+    kept = found.contribution_I.topk(variant.intermediate_size).indices.sort().values
+    down = down_DI[:, kept].clone()
+    if found.intermediate_II is not None and len(kept) < down_DI.shape[1]:
+        cross_KD = found.intermediate_II[kept] @ down_DI.T
+        down = solve(found.intermediate_II[kept][:, kept].double(), cross_KD)
+    return norm | {
         "mlp.gate_proj.weight": own["mlp.gate_proj.weight"][kept].clone(),
         "mlp.up_proj.weight": own["mlp.up_proj.weight"][kept].clone(),
-        "mlp.down_proj.weight": own["mlp.down_proj.weight"][:, kept].clone(),
+        "mlp.down_proj.weight": down,
+    }
+
+
+def _initial_attention(own: State, variant: Attention, shape: ModelShape, found: Calibration) -> State:
+    if variant.kind == "linear":
+        if found.attention_in_DD is not None and found.attention_out_DD is not None:
+            matrix = solve(found.attention_in_DD, found.attention_out_DD)
+        else:
+            matrix = linear_attention(own, shape)
+        return {"input_layernorm.weight": own["input_layernorm.weight"].clone(), "self_attn.linear_attn.weight": matrix}
+    pooled = (".k_proj.", ".v_proj.")
+    return {
+        name: pool_kv_heads(t, shape, variant.kv_heads) if any(p in name for p in pooled) else t.clone()
+        for name, t in own.items()
     }
 
 
