@@ -31,11 +31,14 @@ from puzzle.run import Run
 VARIANTS = {"kv_heads": [1], "ffn_percent": [50], "ffn_replacements": ["linear", "no_op"]}
 
 
-def make_parent(folder: Path, hidden: int, layers: int, dtype: torch.dtype) -> int:
+def make_parent(folder: Path, hidden: int, layers: int, dtype: torch.dtype, vocabulary: int = 2048, **more: int) -> int:
     """A random Llama in shards of one layer, never whole in memory; its size in bytes."""
-    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    shape = {
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256, "head_dim": 64,
+    } | more  # fmt: skip
     settings = LlamaConfig(
-        vocab_size=2048, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, head_dim=64,
+        vocab_size=vocabulary,
         tie_word_embeddings=True, dtype=str(dtype).removeprefix("torch."), bos_token_id=0, eos_token_id=0, **shape,
     )  # fmt: skip
     settings.save_pretrained(folder)
@@ -45,8 +48,8 @@ def make_parent(folder: Path, hidden: int, layers: int, dtype: torch.dtype) -> i
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, dtype=dtype) * columns**-0.5
 
-    D, I, kv = hidden, 3 * hidden, hidden // 4  # noqa: E741
-    table = {"model.embed_tokens.weight": matrix(2048, D), "model.norm.weight": torch.ones(D, dtype=dtype)}
+    D, I, kv = hidden, shape["intermediate_size"], shape["num_key_value_heads"] * shape["head_dim"]  # noqa: E741
+    table = {"model.embed_tokens.weight": matrix(vocabulary, D), "model.norm.weight": torch.ones(D, dtype=dtype)}
     save_file(table, folder / "model-00000.safetensors", metadata={"format": "pt"})
     for layer in range(layers):
         state = {
@@ -87,8 +90,13 @@ def work(parent: str, folder: str, memory: str, tokens: str) -> None:
     else:
         run = open_run(Path(parent), Path(folder), memory, int(tokens))
         pipeline.execute_stage(run, "library")
+    print(peak_bytes())
+
+
+def peak_bytes() -> int:
+    """The largest resident set this process has had (Linux)."""
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) * 1024)
+    return int(peak.split()[1]) * 1024
 
 
 def difference(a: Path, b: Path) -> float:

@@ -1,6 +1,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 
 from puzzle import artifacts, cost, pipeline
@@ -20,11 +21,11 @@ def test_predictions_equal_the_engine_on_random_architectures(costed, tmp_path):
     table, rng = cost.read(costed), random.Random(0)
     for index in range(10):
         architecture = Architecture(tuple(rng.choice(layer.blocks) for layer in costed.space.layers))
-        cost.write_probe(costed, tmp_path / str(index), architecture)
+        cost.write_checkpoint(costed, tmp_path / str(index), architecture)
         sheet = costed.recipe.cost.device_sheet
         session = roofline_engine.RooflineSession(tmp_path / str(index), table.scenario, sheet)
         assert table.predict(architecture).total_s == pytest.approx(
-            session.time_batch(table.scenario).total_s, rel=1e-9
+            session.time_batch(table.scenario).total_s, rel=1e-7
         )
 
 
@@ -36,16 +37,37 @@ def test_the_predicted_parent_is_the_measured_parent(costed):
     assert (predicted.prefill_s, predicted.decode_s) == pytest.approx((timing.prefill_s, timing.decode_s))
 
 
-def test_the_probe_measures_every_costly_variant_the_same_number_of_times(costed):
-    variants = cost.distinct_variants(costed)
-    architecture, measures = cost.probe_architecture(variants, costed.parent.shape)
-    assert architecture.blocks[0] == costed.parent.shape.parent_block and measures[0] is None
-    for block, measured in zip(architecture.blocks[1:], measures[1:], strict=True):
-        assert measured in (block.attention, block.ffn)
-        other = block.ffn if isinstance(measured, Attention) else block.attention
-        assert other.kind == "no_op"
-    counts = {v: measures.count(v) for v in variants}
-    assert {n for v, n in counts.items() if v.kind != "no_op"} == {cost.COPIES}
+def test_the_probe_holds_every_costly_variant_alone_and_equally_often(costed):
+    shape, variants = costed.parent.shape, cost.distinct_variants(costed)
+    probe = cost.Probe.of(variants, shape, 4)
+    assert probe.architecture.blocks[0] == shape.parent_block
+    assert set(probe.places) == {v for v in variants if v.kind != "no_op"}
+    assert len({len(places) for places in probe.places.values()}) == 1
+    for variant, places in probe.places.items():
+        for block in (probe.architecture.blocks[place] for place in places):
+            other = block.ffn if isinstance(variant, Attention) else block.attention
+            assert variant in (block.attention, block.ffn) and other.kind == "no_op"
+
+
+def test_layers_of_the_probe_make_up_the_architecture(costed):
+    probe, rng = cost.Probe.of(cost.distinct_variants(costed), costed.parent.shape, 4), random.Random(1)
+    for _ in range(20):
+        architecture = probe.random(rng)
+        layers = probe.layers_of(architecture, rng)
+        run = Architecture(tuple(probe.architecture.blocks[index] for index in layers))
+        assert layers[0] == 0 and probe.counts(run) == probe.counts(architecture)
+
+
+def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
+    rng = np.random.default_rng(0)
+    true = np.array([0.3, 0.1, 0.05, 1.0])
+    samples = cost.Samples()
+    for _ in range(400):
+        counts = [*rng.integers(0, 6, size=3), 1]
+        noise = 3.0 if rng.random() < 0.05 else rng.normal(1, 0.05)  # one in twenty is disturbed
+        samples.add(counts, float(counts @ true * noise))
+    found, error = samples.fit()
+    assert np.abs(found - true).max() < 0.03 and (np.abs(found - true) < 5 * error).all()
 
 
 def test_memory_is_weights_plus_cache(costed):
@@ -72,7 +94,7 @@ def test_a_table_can_be_reused(costed):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenario", {})],
+    [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenarios", {})],
 )
 def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
     records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")

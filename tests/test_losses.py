@@ -56,6 +56,8 @@ def test_token_metrics_equal_plain_torch(sides, chunk):
         torch.testing.assert_close(metrics[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-4, atol=1e-5)
         assert metrics[2].bool().equal(logits.argmax(-1) == targets)
         assert metrics[3].bool().equal(top5)
+        assert metrics[4].bool().equal((logits.topk(10).indices == targets[:, None]).any(-1))
+        torch.testing.assert_close(metrics[5], 1 - F.cosine_similarity(candidate, parent, dim=-1))
 
 
 def test_metrics_stay_float32_under_autocast():

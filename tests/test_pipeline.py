@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -73,11 +74,11 @@ def test_a_run_of_another_parent_is_not_overwritten(tiny_run):
 def test_a_missed_promise_corrects_the_costs_and_searches_again(tiny_run, monkeypatch):
     real, calls = cost.measure_pair, []
 
-    def slow_child_at_first(run, folder, pairs, log):
+    def slow_child_at_first(run, folder, scenarios, pairs, log):
         calls.append(log)
-        paired = real(run, folder, pairs, log)
-        factor = 0.8 if calls.count("assemble") == 1 and log == "assemble" else 1.0
-        return cost.Paired(paired.parent, paired.child, paired.speedup * factor, [], paired.time_to_first_token_ratio)
+        paired = real(run, folder, scenarios, pairs, log)
+        factor = 0.8 if calls.count("assemble-main") == 1 and log == "assemble-main" else 1.0
+        return dataclasses.replace(paired, speedup=paired.speedup * factor)
 
     monkeypatch.setattr(cost, "measure_pair", slow_child_at_first)
     pipeline.execute(tiny_run)
@@ -85,7 +86,7 @@ def test_a_missed_promise_corrects_the_costs_and_searches_again(tiny_run, monkey
     assert len(corrections) == 1 and corrections[0]["time_factor"] == pytest.approx(1.25, rel=1e-3)
     solved = artifacts.read_json(tiny_run.stage_folder("search") / "solutions.json")
     assert solved["time_factor"] == corrections[0]["time_factor"]
-    predicted = solved["parent"]["latency_s"] / solved["solutions"][0]["predicted"]["latency_s"]
+    predicted = solved["parent"]["main"]["latency_s"] / solved["solutions"][0]["predicted"]["main"]["latency_s"]
     assert predicted >= 1.3 * 1.25
 
 
@@ -93,8 +94,7 @@ def test_a_child_that_keeps_missing_is_never_called_done(tiny_run, monkeypatch):
     real = cost.measure_pair
 
     def never_faster(*args):
-        paired = real(*args)
-        return cost.Paired(paired.parent, paired.child, 1.1, [], paired.time_to_first_token_ratio)
+        return dataclasses.replace(real(*args), speedup=1.1)
 
     monkeypatch.setattr(cost, "measure_pair", never_faster)
     with pytest.raises(Infeasible, match=r"still misses: asked throughput 1.3x, measured 1.100x|no architecture meets"):

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_every_constraint_of_an_impossible_wish_is_judged_on_its_own(finished_ru
 )  # fmt: skip
 def test_every_kind_of_constraint_is_kept_by_the_solution(finished_run, name, text, figure, share):
     answer = again(finished_run, **{name: text})
-    assert answer["solutions"][0]["predicted"][figure] <= share * answer["parent"][figure] * (1 + 1e-9)
+    assert answer["solutions"][0]["predicted"]["main"][figure] <= share * answer["parent"]["main"][figure] * (1 + 1e-9)
 
 
 @pytest.mark.training
@@ -207,6 +208,70 @@ def test_the_baselines_are_recorded_beside_the_solution(finished_run):
     names = {row["name"] for row in rows}
     assert names == {"greedy", "most parameters", "random", "no-op only", "evolutionary", "homogeneous"}
     assert sum(row["objective"] is not None for row in rows) >= 4
+
+
+@pytest.fixture(scope="module")
+def served_in_many_ways(finished_run, tmp_path_factory):
+    """The finished run's library and scores with more scenarios and batch sizes measured."""
+    folder = tmp_path_factory.mktemp("ways") / "run"
+    shutil.copytree(finished_run.folder, folder, ignore=shutil.ignore_patterns("cost", "search"))
+    sheet = folder.parent / "memory_bound.yaml"  # here a larger batch gives throughput for nothing
+    sheet.write_text("{flops_per_s: 1.0e+12, bytes_per_s: 1.0e+9, step_overhead_s: 1.0e-6}")
+    more = {
+        "device_sheet": str(sheet),
+        "batch_sizes": [2, 32],
+        "scenarios": {"long": {"batch_size": 2, "input_length": 128, "output_length": 8}},
+    }
+    recipe = finished_run.recipe
+    costs = recipe.cost.model_validate(recipe.cost.model_dump() | more)
+    run = type(finished_run)(recipe.model_copy(update={"cost": costs}), folder, finished_run.progress)
+    for stage in ("cost", "search"):
+        pipeline.execute_stage(run, stage)
+    return run
+
+
+@pytest.mark.training
+def test_one_text_holds_in_every_scenario(served_in_many_ways):
+    answer = again(served_in_many_ways, latency="80%")
+    for scenario in ("main", "long"):
+        predicted, parent = answer["solutions"][0]["predicted"][scenario], answer["parent"][scenario]
+        assert predicted["latency_s"] <= 0.8 * parent["latency_s"] * (1 + 1e-9)
+
+
+@pytest.mark.training
+def test_constraints_can_name_their_scenario(served_in_many_ways):
+    free = again(served_in_many_ways, throughput={"main": "1.1x"})
+    both = again(served_in_many_ways, throughput={"main": "1.1x", "long": "1.5x"})
+    speed = both["solutions"][0]["predicted"]["long"]["throughput_tok_per_s"]
+    assert speed >= 1.5 * both["parent"]["long"]["throughput_tok_per_s"] * (1 - 1e-9)
+    assert both["solutions"][0]["objective"] >= free["solutions"][0]["objective"]
+    with pytest.raises(UserError, match="no scenario 'short'; expected one of main, long"):
+        again(served_in_many_ways, throughput={"short": "1.1x"})
+
+
+@pytest.mark.training
+def test_the_best_batch_size_wins_and_is_compared_with_the_parent_at_its_own(served_in_many_ways):
+    answer = again(served_in_many_ways, throughput={"main": "1.5x"})
+    sweep = {row["batch_size"]: row["objective"] for row in answer["sweep"]}
+    assert set(sweep) == {8, 2, 32}
+    reached = {size: objective for size, objective in sweep.items() if objective is not None}
+    assert answer["solutions"][0]["objective"] == min(reached.values()) == reached[answer["batch_size"]]
+    speed = answer["solutions"][0]["predicted"]["main"]["throughput_tok_per_s"]
+    assert speed >= 1.5 * answer["parent"]["main"]["throughput_tok_per_s"] * (1 - 1e-9)
+    assert answer["batch_size"] == 32
+    small = again(served_in_many_ways, throughput={"main": "1.2x"}, kv_cache={"main": "30%"})
+    assert small["batch_size"] != 32  # but not cache
+
+
+@pytest.mark.training
+def test_a_child_at_another_batch_size_is_measured_there(served_in_many_ways):
+    run = served_in_many_ways
+    found = search.artifacts.read_json(run.stage_folder("search") / "solutions.json")
+    outcome = pipeline.execute_stage(run, "assemble")
+    measured = search.artifacts.read_json(run.stage_folder("assemble") / "measured.json")
+    assert outcome["met"] and set(measured["scenarios"]) == {"main", "long"}
+    assert found["batch_size"] != run.recipe.cost.scenario.batch_size
+    assert all(abs(one["prediction_error"]) < 1e-6 for one in measured["scenarios"].values())  # modelled: exact
 
 
 @pytest.mark.training

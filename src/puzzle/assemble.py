@@ -63,57 +63,83 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     config = run.parent.child_config(architecture)
     state = ChildState(run, architecture)
     child.save(folder, config, architecture, state, run.parent.folder, card(run, architecture))
-    paired = cost.measure_pair(run, folder, PAIRS, "assemble")
+    paired = measure(run, folder, PAIRS, "assemble")
     promises = check(run, paired)
-    artifacts.write_json(folder / "measured.json", {**asdict(paired), "promises": promises})
-    met = all(promise["met"] for promise in promises)
+    errors = {name: prediction_error(run, name, one) for name, one in paired.items()}
+    measured = {name: asdict(one) | {"prediction_error": errors[name]} for name, one in paired.items()}
+    artifacts.write_json(folder / "measured.json", {"scenarios": measured, "promises": promises})
+    for name, error in errors.items():
+        run.progress.say(f"  {name}: measured {paired[name].speedup:.3f}x, predicted {error:+.1%} of that")
     for promise in promises:
         run.progress.say(
             f"  asked {promise['asked']}, measured {promise['measured']}: {'met' if promise['met'] else 'missed'}"
         )
+    met = all(promise["met"] for promise in promises)
     if not met:
-        correct(run, architecture, paired, promises)
+        correct(run, architecture, paired["main"], promises)
     return {"met": met, "weights": weights_fingerprint(folder)}
+
+
+def measure(run: Run, folder: Path, pairs: int, log: str) -> dict[str, Paired]:
+    """Child against parent in every scenario: `main` at the batch size that the search chose, the parent at its own."""
+    settings, batch_size = run.recipe.cost, solutions(run)["batch_size"]
+    scenarios = {"main": (settings.scenario, settings.scenario.model_copy(update={"batch_size": batch_size}))}
+    scenarios |= {name: (scenario, scenario) for name, scenario in settings.scenarios.items()}
+    return {name: cost.measure_pair(run, folder, both, pairs, f"{log}-{name}") for name, both in scenarios.items()}
+
+
+def prediction_error(run: Run, scenario: str, paired: Paired) -> float:
+    """Predicted over measured speed-up, minus 1."""
+    figures = solutions(run)
+    sides = (figures["solutions"][0]["predicted"], figures["parent"])
+    predicted = [side[scenario]["throughput_tok_per_s"] for side in sides]
+    return predicted[0] / predicted[1] / paired.speedup - 1
 
 
 def weights_fingerprint(folder: Path) -> str:
     return artifacts.fingerprint([artifacts.file_fingerprint(p) for p in sorted(folder.glob("*.safetensors"))])
 
 
-def check(run: Run, paired: Paired) -> list[dict[str, Any]]:
-    """Every constraint against what was measured. Relative ones are judged by the paired ratio.
+def check(run: Run, paired: dict[str, Paired]) -> list[dict[str, Any]]:
+    """Every constraint against what was measured. Relative speeds are judged by the paired ratio.
 
-    Sizes (memory, parameters, KV cache) are counted, not timed. `slower_than_predicted` is what a correction needs.
+    Parameters are counted; the KV cache is what the engine allocated. A correction needs `slower_than_predicted`.
     """
-    promises, figures = [], solutions(run)
-    predicted, of_parent = figures["solutions"][0]["predicted"], figures["parent"]
-    ratios = {
-        "throughput": paired.speedup, "latency": 1 / paired.speedup,
-        "time_to_first_token": paired.time_to_first_token_ratio,
+    figures = solutions(run)
+    return [
+        _promise(asked, paired[asked["scenario"]], figures["solutions"][0]["predicted"], figures["parent"])
+        for asked in figures["constraints"]
+    ]
+
+
+def _promise(
+    asked: dict[str, Any], paired: Paired, predictions: dict[str, Any], parents: dict[str, Any]
+) -> dict[str, Any]:
+    name, relative, scenario = asked["name"], asked["relative"], asked["scenario"]
+    kind, predicted, of_parent = search.KINDS[name], predictions[scenario], parents[scenario]
+    slower = 1.0
+    if kind.timed:
+        ratios = {
+            "throughput": paired.speedup, "latency": paired.latency_ratio,
+            "time_to_first_token": paired.time_to_first_token_ratio,
+        }  # fmt: skip
+        key = f"{name}_tok_per_s" if kind.at_least else f"{name}_s"
+        expected = predicted[key] / of_parent[key] if relative is not None else predicted[key]
+        value = ratios[name] if relative is not None else paired.child[key]
+        wanted = relative if relative is not None else asked["value"]
+        met = value >= wanted if kind.at_least else value <= wanted
+        slower = expected / value if kind.at_least else value / expected
+    else:
+        cache = paired.child["kv_cache_bytes"]
+        weights = predicted["memory_bytes"] - predicted["kv_cache_bytes"]
+        value = {"parameters": predicted["parameters"], "kv_cache": cache, "memory": weights + cache}[name]
+        met = value <= asked["limit"]
+    shown = f"{value:.3f}x the parent's" if kind.timed and relative is not None else f"{value:,.4g} {kind.unit}"
+    where = "" if scenario == "main" else f" ({scenario})"
+    return {
+        "constraint": name, "scenario": scenario, "asked": f"{name} {asked['text']}{where}", "measured": shown,
+        "value": value, "met": met, "slower_than_predicted": slower,
     }  # fmt: skip
-    for asked in figures["constraints"]:
-        name, relative, kind = asked["name"], asked["relative"], search.KINDS[asked["name"]]
-        slower = 1.0
-        if kind.timed:
-            key = f"{name}_tok_per_s" if kind.at_least else f"{name}_s"
-            expected = predicted[key] / of_parent[key] if relative is not None else predicted[key]
-            value = ratios[name] if relative is not None else paired.child[key]
-            wanted = relative if relative is not None else asked["value"]
-            met = value >= wanted if kind.at_least else value <= wanted
-            slower = expected / value if kind.at_least else value / expected
-        else:
-            value = predicted[name if name == "parameters" else f"{name}_bytes"]
-            met = value <= asked["limit"]
-        shown = f"{value:.3f}x the parent's" if kind.timed and relative is not None else f"{value:,.4g} {kind.unit}"
-        promise = {
-            "constraint": name,
-            "asked": f"{name} {asked['text']}",
-            "measured": shown,
-            "value": value,
-            "met": met,
-        }
-        promises.append(promise | {"slower_than_predicted": slower})
-    return promises
 
 
 def correct(run: Run, architecture: Architecture, paired: Paired, promises: list[dict[str, Any]]) -> None:

@@ -130,7 +130,6 @@ def _stage_command(stage: str, summary: str) -> None:
 
 for _stage, _summary in {
     "library": "Train every subblock variant by blockwise local distillation.",
-    "score": "Measure the parent's quality with each single block replaced.",
     "cost": "Measure what every variant takes on the serving engine.",
     "assemble": "Put the chosen blocks together and measure the child.",
     "uptrain": "Global knowledge distillation of the child.",
@@ -139,7 +138,31 @@ for _stage, _summary in {
 }.items():
     _stage_command(_stage, _summary)
 
-Limit = Annotated[str | None, typer.Option(help="Absolute with a unit, or relative to the parent (2x, 50%).")]
+
+@app.command(name="score")
+def score_(
+    run_directory: RunArgument,
+    validate: Annotated[
+        int | None, typer.Option(help="Compare sums of scores with the KL of so many really assembled children.")
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the parent's quality with each single block replaced."""
+    _run_stage("score", run_directory, set_, as_json and validate is None, quiet)
+    if validate is not None:
+        from puzzle import validate as validation
+        from puzzle.progress import Progress
+        from puzzle.run import Run
+
+        _finish(validation.run(Run.open(run_directory, Progress(quiet)), validate), as_json)
+
+
+Limit = Annotated[
+    str | None,
+    typer.Option(help="Absolute with a unit, or relative to the parent (2x, 50%); or by scenario: main=2x,chat=1.5x."),
+]
 
 
 @app.command()
@@ -187,10 +210,17 @@ def search(
         raise UserError("search: give a run directory, or --table FILE with --minimize KEY --max KEY=VALUE")
     assignments = list(set_ or [])
     if any(value is not None for value in asked.values()):
-        assignments += [f"search.{name}={value or 'null'}" for name, value in asked.items()]
+        assignments += [f"search.{name}={_by_scenario(value)}" for name, value in asked.items()]
     more = {"solutions": solutions, "diversity": diversity, "frontier": frontier, "points": points, "gap": gap}
     assignments += [f"search.{name}={value}" for name, value in more.items() if value is not None]
     _run_stage("search", run_directory, assignments, as_json, quiet)
+
+
+def _by_scenario(text: str | None) -> str:
+    """The YAML of a constraint: `2x`, or `main=2x,chat=1.5x`."""
+    if text is None or "=" not in text:
+        return text or "null"
+    return "{" + ", ".join(f"{part.partition('=')[0]}: {part.partition('=')[2]}" for part in text.split(",")) + "}"
 
 
 def _search_table(

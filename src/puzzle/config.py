@@ -102,10 +102,23 @@ class LibraryConfig(Section):
 class ScoreConfig(Section):
     """Replace-1-block scores. `metric` is what the search adds up; the others are recorded beside it."""
 
-    metric: Literal["kl", "lm_loss"] = "kl"
+    method: Literal["exact", "fisher", "hybrid"] = "exact"
+    metric: Literal["kl", "lm_loss", "top1", "top5", "top10", "cosine", "task"] = "kl"
+    granularity: Literal["block", "subblock"] = "block"  # subblock: a block's loss is the sum of its two subblocks'
     sequences: Positive = 32
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
+    fisher_samples: Positive = 4  # predictions drawn for every sequence
+    task: str | None = None  # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval
+    task_questions: Positive = 64
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ScoreConfig":
+        if self.metric == "task" and self.task is None:
+            raise ValueError("metric task needs a task, for example task: held-out")
+        if self.method == "fisher" and self.metric != "kl":
+            raise ValueError(f"method fisher estimates the KL only; got metric {self.metric}, use exact or hybrid")
+        return self
 
 
 class ScenarioConfig(Section):
@@ -115,10 +128,10 @@ class ScenarioConfig(Section):
     input_length: Positive = 64
     output_length: Positive = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel: Positive = 1  # devices that serve together
 
-    @property
-    def name(self) -> str:
-        return f"b{self.batch_size}_i{self.input_length}_o{self.output_length}"
+    def __str__(self) -> str:
+        return f"batch {self.batch_size}, {self.input_length} tokens in, {self.output_length} out"
 
 
 class CostConfig(Section):
@@ -126,20 +139,44 @@ class CostConfig(Section):
 
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
     device_sheet: str = "this-cpu"
-    scenario: ScenarioConfig = ScenarioConfig()
-    repeats: Positive = 9
+    scenario: ScenarioConfig = ScenarioConfig()  # called `main`
+    batch_sizes: list[Positive] = []  # further ones of `main`; the search takes the one with the best child
+    scenarios: dict[str, ScenarioConfig] = {}  # further scenarios by name, in which the constraints must hold too
+    precision: float = Field(default=0.01, gt=0)  # standard error of a variant, as a share of a parent's block
+    seconds: float = Field(default=60.0, gt=0)  # of serving, for each scenario and batch size, unless precise before
     table: str | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> "CostConfig":
+        if wrong := [name for name in self.scenarios if name == "main" or not name.replace("-", "_").isidentifier()]:
+            raise ValueError(f"scenarios: a name is letters, digits, - and _, and not main; got {wrong[0]!r}")
+        return self
+
+    @property
+    def sweep(self) -> dict[str, ScenarioConfig]:
+        """The main scenario at each of its batch sizes, by the name its costs go under."""
+        others = [size for size in self.batch_sizes if size != self.scenario.batch_size]
+        swept = {f"main@{size}": self.scenario.model_copy(update={"batch_size": size}) for size in others}
+        return {"main": self.scenario} | swept
+
+    @property
+    def measured(self) -> dict[str, ScenarioConfig]:
+        """Everything that is measured, by name."""
+        return self.sweep | self.scenarios
+
+
+Quantity = str | dict[str, str] | None  # one text for every scenario, or a text by the scenario's name
 
 
 class SearchConfig(Section):
     """Constraints, absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent ("2x", "50%")."""
 
-    throughput: str | None = None
-    latency: str | None = None
-    time_to_first_token: str | None = None
-    memory: str | None = None
-    parameters: str | None = None
-    kv_cache: str | None = None
+    throughput: Quantity = None
+    latency: Quantity = None
+    time_to_first_token: Quantity = None
+    memory: Quantity = None
+    parameters: Quantity = None
+    kv_cache: Quantity = None
     changed_layers: int | None = Field(default=None, ge=0)  # at most so many may differ from the parent's
     homogeneous: bool = False  # one block everywhere, as in Minitron
     monotone: bool = False  # FFN widths never grow with depth

@@ -73,14 +73,17 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         figures["retention"] = figures["top1"] / best if best else None
         figures["parameters"] = own.parameters(shape)
         figures["kv_cache_bytes_per_token"] = own.kv_elements_per_token(shape) * element
-    paired = cost.measure_pair(run, folders["uptrained"], settings.pairs, "evaluate")
+    paired = assemble.measure(run, folders["uptrained"], settings.pairs, "evaluate")
     searched = assemble.solutions(run)
     promises = assemble.check(run, paired)
     results = {
         "models": models,
         "evaluated_tokens": int(tokens[:, 1:].numel()),
-        "speed": asdict(paired),
-        "predicted": {"parent": searched["parent"], "child": searched["solutions"][0]["predicted"]},
+        "speed": asdict(paired["main"]),
+        "batch_size": searched["batch_size"],
+        "scenarios": {name: asdict(one) for name, one in paired.items()},
+        "prediction_error": {name: assemble.prediction_error(run, name, one) for name, one in paired.items()},
+        "predicted": {"parent": searched["parent"]["main"], "child": searched["solutions"][0]["predicted"]["main"]},
         "promises": promises,
         "engine": cost.read(run).header,
         "architecture": architecture.names,
@@ -111,6 +114,7 @@ def table(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("output tok/s, predicted", f"{forecast['parent']:,.0f}", "", f"{forecast['child']:,.0f}"),
         (f"speed-up, {word} (median of pairs)", "1.00x", "", f"{speed['speedup']:.2f}x"),
         ("speed-up, predicted", "1.00x", "", f"{forecast['child'] / forecast['parent']:.2f}x"),
+        ("error of the prediction", "", "", f"{results['prediction_error']['main']:+.1%}"),
         row("parameters", "parameters", ",d"),
         row("KV cache, bytes per token", "kv_cache_bytes_per_token", ",d"),
         row("KL(parent || model), nats/token", "kl", ".4f"),

@@ -89,7 +89,8 @@ def distillation_losses(
     return kl, lm
 
 
-METRICS = ("kl", "lm_loss", "top1", "top5")
+METRICS = ("kl", "lm_loss", "top1", "top5", "top10", "cosine")
+ACCURACIES = ("top1", "top5", "top10", "task")  # more is better
 
 
 @torch.no_grad()
@@ -101,9 +102,10 @@ def token_metrics(
     targets_T: torch.Tensor,
     chunk_tokens: int = 2048,
 ) -> torch.Tensor:
-    """`METRICS` of C candidates per token, float32 [C, 4, T]; the parent's side is computed once per chunk.
+    """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once per chunk.
 
-    KL in nats per token; LM loss is the cross entropy of the next token; top1/top5 are 0 or 1.
+    KL in nats per token; LM loss is the cross entropy of the next token; top1, top5 and top10 are 0 or 1; cosine is
+    1 - cos of the final hidden states.
     """
     chunks = [
         torch.stack([_metrics(parent, child, targets) for child in children])
@@ -111,16 +113,17 @@ def token_metrics(
             parent_TD, parent_head_VD, child_CTD, child_head_VD, targets_T, chunk_tokens
         )
     ]
-    return torch.cat(chunks, dim=-1)
+    cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
+    return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
 
 
 def _metrics(parent_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """[4, T] of one candidate; `parent_TV` holds log-probabilities."""
+    """[5, T] of one candidate, all but the cosine; `parent_TV` holds log-probabilities."""
     child_TV = F.log_softmax(logits_TV, dim=-1)
     kl = (parent_TV.exp() * (parent_TV - child_TV)).sum(-1)
     own = child_TV.gather(-1, targets_T[:, None])
     rank = (child_TV > own).sum(-1)
-    return torch.stack([kl, -own[:, 0], (rank < 1).float(), (rank < 5).float()])
+    return torch.stack([kl, -own[:, 0], (rank < 1).float(), (rank < 5).float(), (rank < 10).float()])
 
 
 def _logit_chunks(

@@ -46,11 +46,9 @@ def preflight(run: Run) -> None:
     if earlier.exists() and (other := Run.open(run.folder, run.progress).recipe.parent) != recipe.parent:
         raise UserError(f"run directory {run.folder}: holds a run of parent {other!r}; choose another --out")
     positions = parent.hf_config.max_position_embeddings
-    scenario = recipe.cost.scenario
-    lengths = {
-        "corpus.sequence_length": recipe.corpus.sequence_length,
-        "cost.scenario (input_length + output_length)": scenario.input_length + scenario.output_length,
-    }
+    lengths = {"corpus.sequence_length": recipe.corpus.sequence_length}
+    for name, scenario in recipe.cost.measured.items():
+        lengths[f"cost scenario {name} (input_length + output_length)"] = scenario.input_length + scenario.output_length
     for name, length in lengths.items():
         if length > positions:
             raise UserError(f"{name}: got {length}, but the parent takes at most {positions} positions")
@@ -62,7 +60,7 @@ def preflight(run: Run) -> None:
     run.engine.describe(recipe.cost.device_sheet)
     if recipe.cost.table:
         cost.reuse(run, Path(recipe.cost.table))
-    search.check(recipe.search)
+    search.check(recipe.search, ["main", *recipe.cost.scenarios])
     corpus.source_marks(recipe.corpus)
     assert run.full_space.layers
 

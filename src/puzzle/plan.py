@@ -127,7 +127,7 @@ def estimate(run: Run) -> list[Need]:
         stage("library", recipe.library.tokens, recipe.library.tokens * _library_flops_per_token(run, shape),
               library_memory_bytes(run, streamed), 4.0 * trained * 4),
         stage("score", scored, score_flops, weights + (len(blocks) + 1) * scored * shape.hidden_size * 4, 1e6),
-        stage("cost", 0, 0.0, engine_memory, child_bytes, served_s * (1 + recipe.cost.repeats / 10)),
+        stage("cost", 0, 0.0, engine_memory, child_bytes, len(recipe.cost.measured) * recipe.cost.seconds),
         stage("search", 0, 0.0, 2e8, 1e6, 5.0),
         stage("assemble", 0, 0.0, engine_memory, child_bytes, served_s),
         stage("uptrain", recipe.uptrain.tokens, uptrain_flops,

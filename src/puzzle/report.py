@@ -21,7 +21,10 @@ PARENT_COLOUR, ATTENTION_COLOUR, FFN_COLOUR, ACCENT = "#c9ced6", "#3b6ea8", "#d9
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    return {"evaluate": run.fingerprint_of("evaluate"), "search": run.fingerprint_of("search")}
+    return {
+        "evaluate": run.fingerprint_of("evaluate"), "search": run.fingerprint_of("search"),
+        "validation": validation_of(run),
+    }  # fmt: skip
 
 
 def page(run: Run) -> Path:
@@ -37,6 +40,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         "architecture": architecture_picture(run, results),
         "frontier": frontier_picture(run, results),
         "scores": scores_picture(run),
+        "validation": validation_picture(run),
         "library": library_picture(run),
         "bld": bld_picture(run),
         "uptrain": uptrain_picture(run),
@@ -49,7 +53,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         recipe=run.recipe, results=results, rows=evaluate.table(results), pictures=pictures, space=run.space,
         stages=[(name, duration(s["seconds"])) for name, s in status.items() if s.get("seconds") is not None],
         versions=artifacts.versions(), shape=run.parent.shape, baselines=baselines_of(run),
-        solution=assemble.solutions(run)["solutions"][0],
+        searched=assemble.solutions(run), validation=validation_of(run),
     )  # fmt: skip
     artifacts.write_text(folder / "architecture.svg", pictures["architecture"])
     artifacts.write_text(page(run), html)
@@ -173,6 +177,31 @@ def scores_picture(run: Run) -> str:
     scores = {key: value.kl for key, value in score.read(run).items()}
     columns = sorted({name for _, name in scores}, key=parse_block, reverse=True)
     return _heat_map(scores, columns, run.parent.shape.num_hidden_layers, "KL, nats per token")
+
+
+def validation_of(run: Run) -> dict[str, Any] | None:
+    """What `puzzle score --validate` has found, if it was asked."""
+    path = run.stage_folder("score") / "validation.json"
+    return artifacts.read_json(path) if path.exists() else None
+
+
+def validation_picture(run: Run) -> str:
+    """Sums of scores against the KL of assembled children."""
+    from matplotlib import pyplot
+
+    found = validation_of(run)
+    if found is None or found["correlations"]["all"]["spearman"] is None:
+        return ""
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.6))
+    for origin, colour in (("random", FFN_COLOUR), ("searched", ACCENT)):
+        own = [p for p in found["points"] if p["origin"] == origin]
+        axis.plot([p["sum"] for p in own], [p["kl"] for p in own], "o", color=colour, ms=4, label=origin)
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_xlabel("sum of block scores")
+    axis.set_ylabel("KL of the assembled child, nats per token")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
 
 
 def library_picture(run: Run) -> str:

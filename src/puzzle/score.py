@@ -1,81 +1,195 @@
 """Stage `score`: replace-1-block scores, the quality of the parent with one block replaced (paper: section 4.2).
 
-The parent's activations at every block input are computed once. A replacement starts from there; the blocks of a
-layer go through the layers after it together, batched to `tokens_per_pass`. Logits are chunked over tokens; the
-parent's log-probabilities are recomputed from its final hidden state. Memory beside the parent: its activations
-((L + 1) x tokens x D, on the host), one layer's variants, one pass.
+Exact: the parent's activations at every block input are computed once per shard of sequences. A replacement starts
+from there; the blocks of a layer go through the layers after it together, batched to `tokens_per_pass`. Logits are
+chunked over tokens; the parent's log-probabilities are recomputed from its final hidden state.
+
+Fisher (`fisher.py`): a second-order estimate of the KL from a few backward passes of the parent; no suffix is run.
+Hybrid: Fisher for every block, then exact scores of those that a search could choose (`candidates`).
+
+Memory beside the parent: the activations of one shard ((L + 1) x tokens x D, on the host), the library where it is
+small beside the memory and otherwise one layer of it, one pass.
 
 Reads: the parent, the library, the validation side of the corpus. Writes: `score/scores.jsonl`, append-only, one
-record per (layer, block, shard) with sums over tokens; `read` adds them up. The parent's own block
-is among them: its KL is 0, its LM loss the parent's.
+record per (method, layer, block, shard) with sums over tokens; `read` adds them up, and `losses` is what a search
+adds up. The parent's own block is among them: its KL is 0, its LM loss the parent's.
 """
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from puzzle import artifacts, library, subblocks
-from puzzle.architecture import FFN, Attention, Block
-from puzzle.losses import METRICS, token_metrics
+from puzzle import artifacts, fisher, library, subblocks, tasks
+from puzzle.architecture import FFN, Attention, Block, ModelShape
+from puzzle.losses import ACCURACIES, METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.run import Run
+
+RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
+ERROR_OF_FISHER = 0.3  # hybrid: a block counts as a candidate unless it loses even when estimates err by this share
 
 
 @dataclass(frozen=True)
 class Score:
-    """Means per token over all shards; `kl_stderr` is over sequences."""
+    """Means of every metric over tokens (`task`: over questions), and their standard errors over sequences."""
 
-    kl: float
-    kl_stderr: float
-    lm_loss: float
-    top1: float
-    top5: float
+    means: dict[str, float]
+    stderrs: dict[str, float]
+
+    def __getattr__(self, name: str) -> float:
+        try:
+            return self.means[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sequences that are scored together: of text, or the rows of questions."""
+
+    name: int | str
+    tokens_BS: torch.Tensor
+    questions: tasks.Rows | None = None
 
 
 def inputs(run: Run) -> dict[str, Any]:
+    settings = run.recipe.score.model_dump(mode="json", exclude={"tokens_per_pass", "metric"})  # the same scores
     return run.data_inputs | {
-        "library": run.fingerprint_of("library"), "score": run.recipe.score.model_dump(mode="json"),
+        "library": run.fingerprint_of("library"), "score": settings, "task": tasks.fingerprint(run.recipe.score.task),
     }  # fmt: skip
 
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
     settings, parent = run.recipe.score, run.parent_model
     path = folder / "scores.jsonl"
-    done = {(r["layer"], r["block"], r["shard"]) for r in artifacts.read_jsonl(path)}
-    shards = run.corpus["validation"].head(settings.sequences).split(settings.shard_sequences)
-    states = [parent_states(run, parent, tokens_BS) for tokens_BS in shards]
-    names = [[block.name for block in options.blocks] for options in run.space.layers]
-    with run.progress.task("scoring blocks", len(shards) * sum(map(len, names)), "blocks") as task:
-        for layer, replaced in layers_with_variants(run, parent):
-            for shard, tokens_BS in enumerate(shards):
-                if all((layer, name, shard) in done for name in names[layer]):
-                    task.skip(len(names[layer]))
-                    continue
-                sums = score_layer(run, parent, layer, replaced, states[shard], tokens_BS.to(run.device))
-                for name, record in sums.items():
-                    if (layer, name, shard) not in done:
-                        artifacts.append_jsonl(path, {"layer": layer, "block": name, "shard": shard} | record)
-                task.advance(len(sums))
+    shards = all_shards(run)
+    library_of = Library(run, parent)
+    wanted = [scored_blocks(options.blocks, settings.granularity) for options in run.space.layers]
+    if settings.method != "exact":
+        text = [shard for shard in shards if shard.questions is None]
+        _score(run, path, parent, library_of, text, wanted, "fisher")
+    if settings.method == "hybrid":
+        estimates = {key: found.kl for key, found in _read(path, "fisher").items()}
+        names = [
+            candidates(options, [estimates[i, b.name] for b in options], run.parent.shape)
+            for i, options in enumerate(wanted)
+        ]
+        kept, total = sum(map(len, names)), sum(map(len, wanted))
+        run.progress.say(f"  a search could choose {kept} of {total} blocks: these are scored exactly")
+        wanted = names
+    if settings.method != "fisher":
+        _score(run, path, parent, library_of, shards, wanted, "exact")
     return {"scores": artifacts.file_fingerprint(path)}
+
+
+def all_shards(run: Run) -> list[Shard]:
+    """The text that is scored, and the task's questions if there is one."""
+    settings = run.recipe.score
+    text = run.corpus["validation"].head(settings.sequences).split(settings.shard_sequences)
+    shards = [Shard(index, tokens_BS) for index, tokens_BS in enumerate(text)]
+    if settings.task is not None:
+        for index, rows in enumerate(tasks.batches(run, settings.task)):
+            shards.append(Shard(f"task-{index}", rows.tokens_RS, rows))
+    return shards
+
+
+def scored_blocks(blocks: Sequence[Block], granularity: str) -> list[Block]:
+    """All blocks of a layer, or those that change one subblock of the parent's block, which comes first."""
+    if granularity == "block":
+        return list(blocks)
+    parent = blocks[0]
+    return [b for b in blocks if b.attention == parent.attention or b.ffn == parent.ffn]
+
+
+def candidates(blocks: Sequence[Block], losses: Sequence[float], shape: ModelShape) -> list[Block]:
+    """The blocks of a layer that some search could choose, if the losses are right to `ERROR_OF_FISHER`.
+
+    Whatever a search limits (seconds, bytes, parameters), an attention and an FFN have a price each in it, so it
+    minimises loss + prices * sizes for prices of at least 0. A block stays unless another one is surely better at
+    every such price.
+    """
+    sizes = np.array([[_size(b.attention, shape), _size(b.ffn, shape)] for b in blocks])
+    loss = np.maximum(np.array(losses), 0.0)
+    slack = ERROR_OF_FISHER * loss
+    scale = max(loss.max(), 1e-9)
+    kept = np.zeros(len(blocks), dtype=bool)
+    kept[0] = True
+    for share, price in itertools.product(np.linspace(0, 1, 11), scale * np.logspace(-4, 2, 49)):
+        priced = price * sizes @ np.array([share, 1 - share])
+        kept |= loss - slack + priced <= (loss + slack + priced).min()
+    return [block for block, keep in zip(blocks, kept, strict=True) if keep]
+
+
+def _size(variant: Attention | FFN, shape: ModelShape) -> float:
+    parent = shape.parent_block.attention if isinstance(variant, Attention) else shape.parent_block.ffn
+    return shape.parameters(variant) / shape.parameters(parent)
+
+
+def _score(
+    run: Run, path: Path, parent: PuzzleForCausalLM, library_of: "Library", shards: list[Shard],
+    wanted: list[list[Block]], method: str,
+) -> None:  # fmt: skip
+    """Every wanted block of every layer on every shard that has no record yet."""
+    done = {(r["method"], r["layer"], r["block"], r["shard"]) for r in artifacts.read_jsonl(path)}
+    verb = "scoring blocks" if method == "exact" else "estimating blocks (Fisher)"
+    with run.progress.task(verb, len(shards) * sum(map(len, wanted)), "blocks") as task:
+        for shard in shards:
+            missing = [[b for b in bs if (method, i, b.name, shard.name) not in done] for i, bs in enumerate(wanted)]
+            task.skip(sum(map(len, wanted)) - sum(map(len, missing)))
+            if not any(missing):
+                continue
+            states = parent_states(run, parent, shard.tokens_BS)
+            estimator = fisher.Estimator(run, parent, shard.tokens_BS, states) if method == "fisher" else None
+            for layer in reversed(range(len(wanted))):  # the order in which gradients travel
+                blocks = missing[layer]
+                variants = library_of.layer(layer, blocks)
+                if estimator is not None:
+                    found = estimator.estimate(layer, variants)
+                else:
+                    found = score_layer(run, parent, layer, variants, states, shard)
+                for block in blocks:
+                    name = {"method": method, "layer": layer, "block": block.name, "shard": shard.name}
+                    artifacts.append_jsonl(path, name | found[block.name])
+                task.advance(len(blocks))
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+class Library:
+    """The blocks of the library as modules; all layers are kept where they are small beside the memory."""
+
+    def __init__(self, run: Run, parent: PuzzleForCausalLM) -> None:
+        self.run, self.parent = run, parent
+        shape = run.parent.shape
+        variants = (v for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape))
+        size = 4 * sum(map(shape.parameters, variants))
+        self.kept: dict[int, Variants] | None = {} if size < RESIDENT_SHARE * run.memory_bytes else None
+
+    def layer(self, index: int, blocks: Sequence[Block]) -> "Variants":
+        module = self.parent.model.layers[index]
+        if self.kept is None:
+            return Variants(self.run, index, module, blocks)
+        if index not in self.kept:
+            self.kept[index] = Variants(self.run, index, module, self.run.space.layers[index].blocks)
+        return self.kept[index].only(blocks)
 
 
 class Variants:
     """The blocks of one layer as modules, ready to run: two subblocks composed, or a pair trained together."""
 
-    def __init__(self, run: Run, layer: int, parent_layer: PuzzleDecoderLayer) -> None:
+    def __init__(self, run: Run, layer: int, parent_layer: PuzzleDecoderLayer, blocks: Sequence[Block]) -> None:
         own = parent_layer.state_dict()
 
         def load(block: Block, state: dict[str, torch.Tensor]) -> PuzzleDecoderLayer:
-            module = subblocks.block_module(run.parent, block, run.attention)
-            module.load_state_dict(state, strict=True)
-            return module.to(run.device).requires_grad_(False).eval()
+            return subblocks.load(run.parent, block, run.attention, state, run.device)
 
-        blocks = run.space.layers[layer].blocks
         if run.recipe.library.coupled:
             whole = {b: load(b, library.read_block(run, layer, b, own)) for b in blocks}
             self.halves = {block: (module, module) for block, module in whole.items()}
@@ -84,6 +198,11 @@ class Variants:
         attention = {a: load(Block(a, no_ffn), library.read_state(run, layer, a, own)) for a, _ in map(_pair, blocks)}
         ffn = {f: load(Block(no_attention, f), library.read_state(run, layer, f, own)) for _, f in map(_pair, blocks)}
         self.halves = {block: (attention[block.attention], ffn[block.ffn]) for block in blocks}
+
+    def only(self, blocks: Sequence[Block]) -> "Variants":
+        chosen = object.__new__(Variants)
+        chosen.halves = {block: self.halves[block] for block in blocks}
+        return chosen
 
     def outputs(self, x_BSD: torch.Tensor, context: dict[str, Any]) -> Iterator[tuple[Block, torch.Tensor]]:
         """Every block's output [B, S, D]; an attention half shared by neighbours is computed once."""
@@ -98,98 +217,123 @@ def _pair(block: Block) -> tuple[Attention, FFN]:
     return block.attention, block.ffn
 
 
-def layers_with_variants(run: Run, parent: PuzzleForCausalLM) -> Iterator[tuple[int, Variants]]:
-    for layer, module in enumerate(parent.model.layers):
-        yield layer, Variants(run, layer, module)
+# ------------------------------------------------------------------------------------------------ exact
 
 
 @torch.no_grad()
 def parent_states(run: Run, parent: PuzzleForCausalLM, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
-    """The parent's input of every layer and, last, its normed final hidden state: L + 1 host tensors [B, S, D]."""
+    """The parent's input of every layer and, last, the last layer's output: L + 1 host tensors [B, S, D]."""
     with run.autocast():
         hidden, context = parent.model.embed(tokens_BS.to(run.device))
-        states = []
+        states = [hidden.cpu()]
         for module in parent.model.layers:
-            states.append(hidden.cpu())
             hidden = module(hidden, **context)
-        return [*states, parent.model.norm(hidden).cpu()]
+            states.append(hidden.cpu())
+        return states
 
 
 @torch.no_grad()
 def score_layer(
-    run: Run,
-    parent: PuzzleForCausalLM,
-    layer: int,
-    variants: Variants,
-    states: list[torch.Tensor],
-    tokens_BS: torch.Tensor,
+    run: Run, parent: PuzzleForCausalLM, layer: int, variants: Variants, states: list[torch.Tensor], shard: Shard
 ) -> dict[str, dict[str, float]]:
-    """Sums over the tokens of `tokens_BS` of every metric, for every block of one layer."""
-    x_BSD, final_BSD = states[layer].to(run.device), states[-1].to(run.device)
+    """Sums over the tokens of a shard of every metric, for every block of one layer."""
+    tokens_BS = shard.tokens_BS.to(run.device)
+    x_BSD = states[layer].to(run.device)
     per_pass = max(1, run.recipe.score.tokens_per_pass // tokens_BS.numel())
     results: dict[str, dict[str, float]] = {}
     with run.autocast():
+        final_BSD = parent.model.norm(states[-1].to(run.device))
         _, context = parent.model.embed(tokens_BS[:1])  # a batch of one fits any number of variants
         outputs = variants.outputs(x_BSD, context)
         while pending := list(itertools.islice(outputs, per_pass)):
-            results |= _finish(parent, layer, pending, context, final_BSD, tokens_BS)
+            metrics = finish(parent, layer, [output for _, output in pending], context, final_BSD, tokens_BS)
+            for (block, _), metrics_MBS in zip(pending, metrics, strict=True):
+                rows = shard.questions
+                results[block.name] = _sums(metrics_MBS) if rows is None else rows.sums(metrics_MBS)
     return results
 
 
-def _finish(
-    parent: PuzzleForCausalLM,
-    layer: int,
-    pending: list[tuple[Block, torch.Tensor]],
-    context: dict[str, Any],
-    final_BSD: torch.Tensor,
-    tokens_BS: torch.Tensor,
-) -> dict[str, dict[str, float]]:
-    """Run several replaced blocks through the layers after them at once and measure each."""
-    count, (B, S) = len(pending), tokens_BS.shape
-    hidden = torch.cat([output for _, output in pending])
+def finish(
+    parent: PuzzleForCausalLM, layer: int, outputs: list[torch.Tensor], context: dict[str, Any],
+    final_BSD: torch.Tensor, tokens_BS: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Run several outputs [B, S, D] of one layer through the layers after it at once: metrics [C, M, B, S - 1]."""
+    count, (B, S) = len(outputs), tokens_BS.shape
+    hidden = torch.cat(outputs)
     for module in parent.model.layers[layer + 1 :]:
         hidden = module(hidden, **context)
     child_CTD = parent.model.norm(hidden).view(count, B, S, -1)[:, :, :-1].flatten(1, 2)
     head = parent.lm_head.weight
     targets = tokens_BS[:, 1:].flatten()
     metrics_CMT = token_metrics(final_BSD[:, :-1].flatten(0, 1), head, child_CTD, head, targets)
-    return {
-        block.name: _sums(metrics_MT.view(len(METRICS), B, S - 1).double())
-        for (block, _), metrics_MT in zip(pending, metrics_CMT, strict=True)
-    }
+    return metrics_CMT.view(count, len(METRICS), B, S - 1).double()
 
 
 def _sums(metrics_MBS: torch.Tensor) -> dict[str, float]:
+    """Sums over tokens, and of the squares of every sequence's mean."""
+    squares_M = metrics_MBS.mean(dim=-1).square().sum(dim=-1)
     sums = dict(zip(METRICS, metrics_MBS.sum(dim=(1, 2)).tolist(), strict=True))
-    kl_B = metrics_MBS[0].mean(dim=-1)
-    return sums | {
-        "tokens": metrics_MBS[0].numel(), "sequences": len(kl_B), "kl_mean_sum": kl_B.sum().item(),
-        "kl_mean_square_sum": kl_B.square().sum().item(),
-    }  # fmt: skip
+    squares = {f"{name}_squares": value for name, value in zip(METRICS, squares_M.tolist(), strict=True)}
+    return {"tokens": metrics_MBS[0].numel(), "sequences": metrics_MBS.shape[1]} | sums | squares
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def read(run: Run) -> dict[tuple[int, str], Score]:
-    """Scores by (layer, block name)."""
+    """Scores by (layer, block name): exact ones, or Fisher's estimates where `score.method` says so."""
+    method = "fisher" if run.recipe.score.method == "fisher" else "exact"
+    return _read(run.stage_folder("score") / "scores.jsonl", method)
+
+
+def read_estimates(run: Run) -> dict[tuple[int, str], Score]:
+    """Fisher's estimates, also where exact scores stand beside them."""
+    return _read(run.stage_folder("score") / "scores.jsonl", "fisher")
+
+
+def _read(path: Path, method: str) -> dict[tuple[int, str], Score]:
     totals: dict[tuple[int, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for record in artifacts.read_jsonl(run.stage_folder("score") / "scores.jsonl"):
-        total = totals[record.pop("layer"), record.pop("block")]
-        record.pop("shard")
-        for key, value in record.items():
-            total[key] += value
+    for record in artifacts.read_jsonl(path):
+        if record.pop("method") == method:
+            total = totals[record.pop("layer"), record.pop("block")]
+            record.pop("shard")
+            for key, value in record.items():
+                total[key] += value
     return {key: _mean(total) for key, total in totals.items()}
 
 
 def _mean(total: dict[str, float]) -> Score:
-    tokens, sequences = total["tokens"], total["sequences"]
-    mean = total["kl_mean_sum"] / sequences
-    variance = max(0.0, total["kl_mean_square_sum"] / sequences - mean**2) / max(1, sequences - 1)
-    return Score(
-        kl=total["kl"] / tokens,
-        kl_stderr=variance**0.5,
-        lm_loss=total["lm_loss"] / tokens,
-        top1=total["top1"] / tokens,
-        top5=total["top5"] / tokens,
-    )
+    tokens, sequences = total.pop("tokens"), total.pop("sequences")
+    questions = total.pop("questions", 0.0)
+    means, stderrs = {}, {}
+    for name in [name for name in total if not name.endswith("_squares")]:
+        count = questions if name == "task" else tokens
+        means[name] = total[name] / count
+        independent = questions if name == "task" else sequences
+        variance = max(0.0, total[f"{name}_squares"] / independent - means[name] ** 2) / max(1, independent - 1)
+        stderrs[name] = variance**0.5
+    return Score(means, stderrs)
+
+
+def losses(run: Run) -> dict[tuple[int, str], float]:
+    """What the search adds up, by (layer, block name): the loss against the parent's own block, which has 0.
+
+    With `granularity: subblock` a block's loss is the sum of its two subblocks'. Blocks without a score are missing.
+    """
+    settings, scores = run.recipe.score, read(run)
+    metric = settings.metric
+    sign = -1.0 if metric in ACCURACIES else 1.0
+    parent = run.parent.shape.parent_block
+
+    def loss(layer: int, block: Block) -> float:
+        return sign * (getattr(scores[layer, block.name], metric) - getattr(scores[layer, parent.name], metric))
+
+    found: dict[tuple[int, str], float] = {}
+    for layer, options in enumerate(run.space.layers):
+        for block in options.blocks:
+            parts = [block]
+            if settings.granularity == "subblock" and (layer, block.name) not in scores:
+                parts = [Block(block.attention, parent.ffn), Block(parent.attention, block.ffn)]
+            if all((layer, part.name) in scores for part in parts):
+                found[layer, block.name] = sum(loss(layer, part) for part in parts)
+    return found

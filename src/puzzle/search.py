@@ -2,18 +2,19 @@
 
     minimise  sum_ij score_ij x_ij
     subject   sum_j x_ij = 1                          every layer i takes one block j
-              sum_ij resource_ij x_ij <= limit        one row per constraint
+              sum_ij resource_ij x_ij <= limit        one row per constraint and scenario
               sum_i x_i,y_i <= (1 - diversity) L      for every earlier solution y
 
 Solved exactly on HiGHS (`mip.py`). Every solution carries its objective, proven bound, gap and seconds. No solution is
 an answer too: `Infeasible` says what binds, the best attainable value of each and the nearest possible relaxation.
+With `cost.batch_sizes` there is one program per batch size of the main scenario, and the best sum of scores wins.
 
 Reads: scores and costs. Writes: `search/solutions.json`, `frontier.json` and `baselines.json`.
 """
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,18 @@ class Constraint:
     value: float
     relative: float | None
     limit: float
+    scenario: str = "main"
 
     @property
     def kind(self) -> Kind:
         return KINDS[self.name]
+
+    @property
+    def label(self) -> str:
+        return self.name if self.scenario == "main" else f"{self.scenario} {self.name}"
+
+
+Tables = dict[str, CostTable]  # by scenario; `main` at the batch size that is looked at
 
 
 def parse_quantity(name: str, text: str) -> tuple[float, bool]:
@@ -90,29 +99,41 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     return number * units[unit], False
 
 
-def check(settings: SearchConfig) -> None:
+def check(settings: SearchConfig, scenarios: Sequence[str]) -> None:
     """Raise `UserError` where nothing is asked for or a quantity is unclear; needs no costs."""
-    asked = {name: text for name in KINDS if (text := getattr(settings, name)) is not None}
-    if not asked:
+    found = list(_asked(settings, scenarios))
+    if not found:
         names = ", ".join(KINDS)
         raise UserError(f"search: no constraint is set; set at least one of {names}, for example throughput: 2x")
-    for name, text in asked.items():
+    for name, scenario, text in found:
+        if scenario not in scenarios:
+            raise UserError(f"search.{name}: no scenario {scenario!r}; expected one of {', '.join(scenarios)}")
         parse_quantity(name, text)
 
 
-def constraints(settings: SearchConfig, table: CostTable, parent: Architecture) -> list[Constraint]:
-    """What was asked, as limits on resources of the whole model."""
-    found, reference = [], table.predict(parent)
-    tokens = table.scenario.batch_size * table.scenario.output_length
-    for name, kind in KINDS.items():
-        text = getattr(settings, name)
-        if text is None:
-            continue
+def _asked(settings: SearchConfig, scenarios: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(constraint, scenario, text). One text holds in every scenario; the number of parameters knows none."""
+    for name in KINDS:
+        given = getattr(settings, name)
+        if isinstance(given, str):
+            given = dict.fromkeys(scenarios[:1] if name == "parameters" else scenarios, given)
+        for scenario, text in (given or {}).items():
+            yield name, scenario, str(text)
+
+
+def constraints(settings: SearchConfig, tables: Tables, reference: CostTable, parent: Architecture) -> list[Constraint]:
+    """What was asked, as limits on resources of the whole model. `reference`: `main` at its own batch size, where
+    the parent is served that "2x" compares with."""
+    found = []
+    for name, scenario, text in _asked(settings, list(tables)):
+        kind, table = KINDS[name], tables[scenario]
+        compared = reference if scenario == "main" else table
         number, relative = parse_quantity(name, text)
-        of_parent = tokens / kind.resource(reference) if kind.at_least else kind.resource(reference)
+        resource = kind.resource(compared.predict(parent))
+        of_parent = compared.tokens / resource if kind.at_least else resource
         value = number * of_parent if relative else number
-        limit = tokens / value if kind.at_least else value
-        found.append(Constraint(name, str(text), value, number if relative else None, limit))
+        limit = table.tokens / value if kind.at_least else value
+        found.append(Constraint(name, text, value, number if relative else None, limit, scenario))
     return found
 
 
@@ -120,6 +141,7 @@ def constraints(settings: SearchConfig, table: CostTable, parent: Architecture) 
 
 
 Layers = list[list[Block]]
+Limit = tuple[Kind, CostTable, float]  # of the whole model
 
 
 @dataclass(frozen=True)
@@ -141,14 +163,15 @@ def names(chosen: np.ndarray, layers: Layers) -> tuple[str, ...]:
 
 
 def build(
-    layers: Layers, scores: np.ndarray, table: CostTable, limits: Sequence[tuple[Kind, float]],
-    settings: SearchConfig | None = None,
-) -> mip.Program:  # fmt: skip
+    layers: Layers, scores: np.ndarray, limits: Sequence[Limit], settings: SearchConfig | None = None
+) -> mip.Program:
     """The program of a space. The model's constant part is taken off every limit."""
-    costs = {block: table.block(block) for options in layers for block in options}
     flat = [block for options in layers for block in options]
-    rows = [[kind.resource(costs[block]) for block in flat] for kind, _ in limits]
-    rights = [limit - kind.resource(table.constant) for kind, limit in limits]
+    rows, rights = [], []
+    for kind, table, limit in limits:
+        costs = {block: kind.resource(table.block(block)) for block in dict.fromkeys(flat)}
+        rows.append([costs[block] for block in flat])
+        rights.append(limit - kind.resource(table.constant))
     extra: tuple[mip.Row, ...] = ()
     if settings is not None and settings.changed_layers is not None:
         rows.append([float(block != options[0]) for options in layers for block in options])
@@ -182,28 +205,25 @@ def homogeneous(program: mip.Program, layers: Layers) -> np.ndarray | None:
 
 
 def explain_infeasible(
-    program: mip.Program, asked: Sequence[Constraint], table: CostTable, settings: SearchConfig
+    program: mip.Program, asked: Sequence[Constraint], tables: Tables, settings: SearchConfig
 ) -> str:
     """One line: which constraint cannot be met, the best attainable of each alone, the nearest relaxation of all."""
     lines = []
-    tokens = table.scenario.batch_size * table.scenario.output_length
 
     def value(constraint: Constraint, used: float) -> float:
-        return tokens / used if constraint.kind.at_least else used
+        table = tables[constraint.scenario]
+        used += constraint.kind.resource(table.constant)
+        return table.tokens / used if constraint.kind.at_least else used
 
     for row, constraint in enumerate(asked):
-        constant = constraint.kind.resource(table.constant)
         least = program.least[row]
         reachable = "reachable alone" if least <= program.limits[row] else "out of reach"
         lines.append(
-            f"{constraint.name} {constraint.text} is {reachable} "
-            f"(best attainable: {value(constraint, least + constant):.6g} {constraint.kind.unit})"
+            f"{constraint.label} {constraint.text} is {reachable} "
+            f"(best attainable: {value(constraint, least):.6g} {constraint.kind.unit})"
         )
     if (chosen := mip.nearest(program, settings.time_limit_s)) is not None:
-        totals = [
-            f"{c.name} {value(c, program.resources[row][chosen].sum() + c.kind.resource(table.constant)):.6g}"
-            for row, c in enumerate(asked)
-        ]
+        totals = [f"{c.label} {value(c, program.resources[row][chosen].sum()):.6g}" for row, c in enumerate(asked)]
         lines.append(f"the nearest that is possible: {', '.join(totals)}")
     return "search: no architecture meets the constraints: " + "; ".join(lines)
 
@@ -221,57 +241,87 @@ def inputs(run: Run) -> dict[str, Any]:
         "score": run.fingerprint_of("score"),
         "cost": run.fingerprint_of("cost"),
         "search": run.recipe.search.model_dump(mode="json"),
-        "metric": run.recipe.score.metric,
+        "metric": [run.recipe.score.metric, run.recipe.score.granularity],
+        "batch_sizes": run.recipe.cost.batch_sizes,
         "corrections": corrections(run),
     }
 
 
+@dataclass(frozen=True)
+class Searched:
+    """One batch size of the main scenario, searched."""
+
+    scenario: str
+    tables: Tables
+    asked: list[Constraint]
+    limits: list[Limit]
+    program: mip.Program
+    solutions: list[Solution]
+
+
 def run(run: Run, folder: Path) -> dict[str, Any]:
-    settings, table = run.recipe.search, cost.read(run)
-    layers = [list(options.blocks) for options in run.space.layers]
-    parent = Architecture.of_parent(run.parent.shape)
-    check(settings)
-    asked = constraints(settings, table, parent)
-    scores = column_scores(run, layers)
+    settings, configured = run.recipe.search, run.recipe.cost
+    check(settings, ["main", *configured.scenarios])
+    losses = score.losses(run)
+    layers = [[b for b in o.blocks if (i, b.name) in losses] for i, o in enumerate(run.space.layers)]
+    scores = np.array([losses[i, block.name] for i, options in enumerate(layers) for block in options])
     factor = max([1.0, *(c["time_factor"] for c in corrections(run))])
-    limits = [(c.kind, _aimed(c, settings, factor)) for c in asked]
-    program = build(layers, scores, table, limits, settings)
-    solutions = _solutions(program, layers, settings)
-    if not solutions:
-        raise Infeasible(explain_infeasible(program, asked, table, settings))
-    records = [asdict(s) | {"predicted": _figures(table, Architecture.from_names(s.blocks))} for s in solutions]
+    swept = [_search_one(run, name, layers, scores, factor) for name in configured.sweep]
+    solved = [one for one in swept if one.solutions]
+    if not solved:
+        first = swept[0]
+        raise Infeasible(explain_infeasible(first.program, first.asked, first.tables, settings))
+    best = min(solved, key=lambda one: one.solutions[0].objective)
+    parent = Architecture.of_parent(run.parent.shape)
+    reference = {"main": cost.read(run)} | {name: best.tables[name] for name in configured.scenarios}
+    records = [
+        asdict(s) | {"predicted": _every(best.tables, Architecture.from_names(s.blocks))} for s in best.solutions
+    ]
     answer = {
-        "constraints": [asdict(c) for c in asked],
+        "constraints": [asdict(c) for c in best.asked],
         "time_factor": factor,
         "margin": settings.margin,
-        "parent": _figures(table, parent),
+        "batch_size": best.tables["main"].scenario.batch_size,
+        "sweep": [_swept(one) for one in swept],
+        "parent": _every(reference, parent),
         "solutions": records,
     }
     artifacts.write_json(folder / "solutions.json", answer)
-    held = [(c.kind, limit) for c, (_, limit) in zip(asked, limits, strict=True)]
-    points = frontier(layers, scores, table, parent, settings, held)
+    points = frontier(layers, scores, best.tables["main"], parent, settings, best.limits)
     artifacts.write_json(folder / "frontier.json", points)
-    artifacts.write_json(folder / "baselines.json", _baselines(run, program, layers, table))
-    best = records[0]
-    speeds = [f"{side['throughput_tok_per_s']:,.0f} tok/s" for side in (best["predicted"], answer["parent"])]
+    artifacts.write_json(folder / "baselines.json", _baselines(run, best.program, layers, best.tables["main"]))
+    _say(run, answer)
+    return {"blocks": records[0]["blocks"]}
+
+
+def _say(run: Run, answer: dict[str, Any]) -> None:
+    best = answer["solutions"][0]
+    speeds = [f"{side['main']['throughput_tok_per_s']:,.0f} tok/s" for side in (best["predicted"], answer["parent"])]
     proof = f"score sum {best['objective']:.4f}, proven gap {best['gap']:.2%}, {best['seconds']:.2f} s"
-    run.progress.say(f"  {proof}; predicted {speeds[0]} (parent {speeds[1]})")
-    return {"blocks": best["blocks"]}
+    batch = f" at batch {answer['batch_size']}" if len(answer["sweep"]) > 1 else ""
+    run.progress.say(f"  {proof}; predicted {speeds[0]}{batch} (parent {speeds[1]})")
+
+
+def _search_one(run: Run, name: str, layers: Layers, scores: np.ndarray, factor: float) -> Searched:
+    settings = run.recipe.search
+    tables = {"main": cost.read(run, name)} | {other: cost.read(run, other) for other in run.recipe.cost.scenarios}
+    asked = constraints(settings, tables, cost.read(run), Architecture.of_parent(run.parent.shape))
+    limits = [(c.kind, tables[c.scenario], _aimed(c, settings, factor)) for c in asked]
+    program = build(layers, scores, limits, settings)
+    return Searched(name, tables, asked, limits, program, _solutions(program, layers, settings))
+
+
+def _swept(one: Searched) -> dict[str, Any]:
+    objective = one.solutions[0].objective if one.solutions else None
+    return {"batch_size": one.tables["main"].scenario.batch_size, "objective": objective}
+
+
+def _every(tables: Tables, architecture: Architecture) -> dict[str, dict[str, float]]:
+    return {name: _figures(table, architecture) for name, table in tables.items()}
 
 
 def _aimed(constraint: Constraint, settings: SearchConfig, factor: float) -> float:
     return constraint.limit * (1 - settings.margin) / factor if constraint.kind.timed else constraint.limit
-
-
-def column_scores(run: Run, layers: Layers) -> np.ndarray:
-    """The score of every column, as a loss: the parent's own block costs 0."""
-    scores, metric = score.read(run), run.recipe.score.metric
-    parent = run.parent.shape.parent_block.name
-    columns = []
-    for index, options in enumerate(layers):
-        base = getattr(scores[index, parent], metric)
-        columns += [getattr(scores[index, block.name], metric) - base for block in options]
-    return np.array(columns)
 
 
 def _solutions(program: mip.Program, layers: Layers, settings: SearchConfig) -> list[Solution]:
@@ -311,7 +361,7 @@ def _baselines(run: Run, program: mip.Program, layers: Layers, table: CostTable)
 def _figures(table: CostTable, architecture: Architecture) -> dict[str, float]:
     total = table.predict(architecture)
     return {
-        "throughput_tok_per_s": total.throughput_tok_per_s(table.scenario),
+        "throughput_tok_per_s": table.tokens / total.total_s,
         "latency_s": total.total_s,
         "time_to_first_token_s": total.prefill_s,
         "memory_bytes": total.memory_bytes,
@@ -322,7 +372,7 @@ def _figures(table: CostTable, architecture: Architecture) -> dict[str, float]:
 
 def frontier(
     layers: Layers, scores: np.ndarray, table: CostTable, parent: Architecture, settings: SearchConfig,
-    held: Sequence[tuple[Kind, float]] = (),
+    held: Sequence[Limit] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The best score sum for a range of `settings.frontier`, from the parent's to the best attainable.
 
@@ -330,7 +380,7 @@ def frontier(
     another one dominates are left out.
     """
     kind = KINDS[settings.frontier]
-    held = [(k, limit) for k, limit in held if k is not kind and not (k.timed and kind.timed)]
+    held = [(k, t, limit) for k, t, limit in held if k is not kind and not (k.timed and kind.timed)]
     costs = [[kind.resource(table.block(block)) for block in options] for options in layers]
     constant = kind.resource(table.constant)
     most, least = kind.resource(table.predict(parent)), constant + sum(map(min, costs))
@@ -340,7 +390,7 @@ def frontier(
         limits = np.linspace(most, least, settings.points)
     points: list[tuple[float, dict[str, Any]]] = []
     for limit in limits * (1 + 1e-12):
-        program = build(layers, scores, table, [(kind, float(limit)), *held], settings)
+        program = build(layers, scores, [(kind, table, float(limit)), *held], settings)
         found = mip.solve(program, gap=settings.gap, time_limit_s=settings.time_limit_s)
         if found is None:
             continue

@@ -55,6 +55,16 @@ def block_module(parent: Parent, block: Block, attention_implementation: str) ->
     return PuzzleDecoderLayer(config, 0, 0)
 
 
+def load(
+    parent: Parent, block: Block, attention_implementation: str, state: Mapping[str, torch.Tensor], device: torch.device
+) -> PuzzleDecoderLayer:
+    """A frozen layer of this block with these weights, which it takes over without a copy."""
+    with torch.device("meta"):
+        layer = block_module(parent, block, attention_implementation)
+    layer.load_state_dict(state, strict=True, assign=True)
+    return layer.to(device).requires_grad_(False).eval()
+
+
 def subblock_state(layer_state: Mapping[str, torch.Tensor], kind: type[Subblock]) -> State:
     """The part of a layer's weights that belongs to its attention or its FFN subblock, norm included."""
     return {name: tensor for name, tensor in layer_state.items() if name.startswith(PREFIXES[kind])}

@@ -1,17 +1,19 @@
 """Engines: ways to serve a checkpoint and measure it. One module per engine, one small interface.
 
 An engine opens a *session* on a checkpoint folder; a session runs one batch of a scenario and says how long the
-prefill and the decode took, as a whole and per layer. Everything else (probe models, medians, constants) is
-`cost.py`'s and the same for all engines.
+prefill and every decode step took. It can be told to run only some of the checkpoint's layers, others in every
+step: so one engine start measures any architecture whose subblocks the checkpoint holds. Everything else (probe,
+random architectures, regression) is `cost.py`'s and the same for all engines.
 
 An engine module has: `NAME`, `MEASURED` (False where figures are modelled), `available() -> str | None` (None, or
 why not), `describe(device_sheet) -> dict` (what a cost table must name to be reusable) and
-`open_session(folder, scenario, log, device_sheet, time_layers) -> Session`. Timing layers may slow a device down, so
-only the cost stage asks for it; promises are judged without.
+`open_session(folder, scenario, log, device_sheet, probe) -> Session`. A probe changes its layers while it serves, so
+it runs without CUDA graphs; promises are judged by sessions that are no probes.
 """
 
 import os
 import platform
+import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,12 +30,14 @@ ENGINES = {name: f"puzzle.engines.{name}_engine" for name in ("vllm", "torch", "
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one batch: whole model, and per layer (empty where the engine does not time layers)."""
+    """Seconds of one batch: until every sequence has its first token, and of every step after that."""
 
     prefill_s: float
-    decode_s: float
-    layer_prefill_s: tuple[float, ...] = ()
-    layer_decode_s: tuple[float, ...] = ()
+    steps_s: tuple[float, ...]
+
+    @property
+    def decode_s(self) -> float:
+        return sum(self.steps_s)
 
     @property
     def total_s(self) -> float:
@@ -43,8 +47,21 @@ class Timing:
 class Session(AbstractContextManager["Session"], Protocol):
     """A checkpoint being served."""
 
-    def time_batch(self, scenario: ScenarioConfig) -> Timing:
-        """Serve `batch_size` prompts of `input_length` tokens and generate `output_length` tokens for each."""
+    pages: Sequence[tuple[int, int]]  # of every layer's KV cache, per sequence: (tokens, bytes) of a page
+
+    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
+        """Serve `batch_size` prompts of `input_length` tokens and generate `output_length` tokens for each.
+
+        `layers[0]` are the layers of the checkpoint to run in the prefill, `layers[i]` in decode step i (the last
+        entry from there on); empty: all of them. Layer 0 must be among them.
+        """
+
+
+def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list[list[int]]:
+    """Token ids, [batch_size][input_length]: speed does not depend on what is said."""
+    rng = random.Random(seed)
+    length = scenario.input_length
+    return [[rng.randrange(1, vocab_size) for _ in range(length)] for _ in range(scenario.batch_size)]
 
 
 def load(config: CostConfig, deploy: Sequence[str]) -> ModuleType:

@@ -5,6 +5,7 @@ KV cache read by attention. The sheets are in `devices.yaml` beside this file; `
 path of a user's own file with the same keys.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ class RooflineSession:
             self.architecture, self.shape, dtype = Architecture.of_parent(served.shape), served.shape, served.dtype
         self.sheet = sheet(device_sheet)
         name = str(dtype).removeprefix("torch.") if scenario.dtype == "auto" else scenario.dtype
-        self.bytes = BYTES.get(name, 4)
+        self.bytes, self.devices = BYTES.get(name, 4), scenario.tensor_parallel
+        kv = [self.shape.kv_elements_per_token(block.attention) for block in self.architecture]
+        self.pages = [(1, elements * self.bytes) for elements in kv]
 
     def __enter__(self) -> "RooflineSession":
         return self
@@ -69,7 +72,7 @@ class RooflineSession:
     def _seconds(self, parameters: int, tokens: int, cache_elements: float, attention_flops: float) -> float:
         flops = 2 * parameters * tokens + attention_flops
         moved = self.bytes * (parameters + cache_elements)
-        return max(flops / self.sheet["flops_per_s"], moved / self.sheet["bytes_per_s"])
+        return max(flops / self.sheet["flops_per_s"], moved / self.sheet["bytes_per_s"]) / self.devices
 
     def _subblock(self, variant: Subblock, batch: int, new: int, context: float) -> float:
         """One step: `new` tokens per sequence, `context` earlier tokens to attend to (a mean)."""
@@ -82,18 +85,20 @@ class RooflineSession:
         attention = 4.0 * batch * new * (context + (new + 1) / 2) * width if real else 0.0
         return self._seconds(shape.parameters(variant), batch * new, cache, attention)
 
-    def time_batch(self, scenario: ScenarioConfig) -> Timing:
+    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
+        """Every decode step counts as one at the middle of the output: attention grows linearly with the context."""
         B, I, O = scenario.batch_size, scenario.input_length, scenario.output_length  # noqa: E741
-        middle = I + O / 2
-        prefill = [sum(self._subblock(v, B, I, 0) for v in (b.attention, b.ffn)) for b in self.architecture]
-        decode = [
-            (O - 1) * sum(self._subblock(v, B, 1, middle) for v in (b.attention, b.ffn)) for b in self.architecture
-        ]
         head = self._seconds(self.shape.vocab_size * self.shape.hidden_size, B, 0, 0) + self.sheet["step_overhead_s"]
-        return Timing(sum(prefill) + head, sum(decode) + (O - 1) * head, tuple(prefill), tuple(decode))
+
+        def step(chosen: Sequence[int], new: int, context: float) -> float:
+            blocks = [self.architecture.blocks[index] for index in chosen]
+            return head + sum(self._subblock(v, B, new, context) for b in blocks for v in (b.attention, b.ffn))
+
+        plans = layers or [range(len(self.architecture))]
+        decode = [step(chosen, 1, I + O / 2) for chosen in plans[1:O] or plans[:1]]
+        steps = [decode[min(index, len(decode) - 1)] for index in range(O - 1)]
+        return Timing(step(plans[0], I, 0), tuple(steps))
 
 
-def open_session(
-    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, time_layers: bool
-) -> RooflineSession:
+def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, probe: bool) -> RooflineSession:
     return RooflineSession(folder, scenario, device_sheet)

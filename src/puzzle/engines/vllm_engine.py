@@ -3,23 +3,25 @@
 Each session is a worker process (this module run with -m) that holds one in-process vLLM engine and answers one
 JSON line per request. Two sessions can live side by side, so that a parent and a child are timed in turn, A B A B,
 and the machine's drift cancels out of their ratio. Tokens go in and come out: neither tokenising nor detokenising
-is timed. Layers are timed inside the worker by wrapping their forward during real scheduled steps.
+is timed. The worker drives the engine step by step, so prefill and decode are times of one and the same batch; a
+probe exchanges the model's list of layers between steps.
 """
 
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Timing, machine
+from puzzle.engines import Timing, machine, random_prompts
 from puzzle.errors import UserError
 
 NAME, MEASURED = "vllm", True
@@ -42,14 +44,15 @@ def describe(device_sheet: str) -> dict[str, Any]:
 class VllmSession:
     """A worker process serving one checkpoint."""
 
-    def __init__(self, folder: Path, scenario: ScenarioConfig, log: Path, time_layers: bool) -> None:
+    def __init__(self, folder: Path, scenario: ScenarioConfig, log: Path, probe: bool) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         command = [sys.executable, "-m", "puzzle.engines.vllm_engine", str(folder), scenario.model_dump_json()]
-        command += ["--time-layers"] if time_layers else []
+        command += ["--probe"] if probe else []
         quiet = {
             "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # our own functions go to the workers of a tensor-parallel engine
         }  # fmt: skip
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -66,18 +69,28 @@ class VllmSession:
             if pipe:
                 pipe.close()
 
-    def time_batch(self, scenario: ScenarioConfig) -> Timing:
-        assert self.process.stdin and self.process.stdout
+    @cached_property
+    def pages(self) -> list[tuple[int, int]]:
+        """What the engine has allocated, not a formula."""
+        return [(tokens, size) for tokens, size in self._reply()["pages"]]  # the worker's first line
+
+    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
+        assert self.pages is not None and self.process.stdin
         try:
-            self.process.stdin.write((scenario.model_dump_json() + "\n").encode())
+            request = {"scenario": scenario.model_dump(mode="json"), "layers": [list(chosen) for chosen in layers]}
+            self.process.stdin.write((json.dumps(request) + "\n").encode())
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
+        reply = self._reply()
+        return Timing(reply["prefill_s"], tuple(reply["steps_s"]))
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith(REPLY.encode()):
-                reply = json.loads(line[len(REPLY) :])
-                parts = (tuple(reply[key]) for key in ("layer_prefill_s", "layer_decode_s"))
-                return Timing(reply["prefill_s"], reply["decode_s"], *parts)
+                found: dict[str, Any] = json.loads(line[len(REPLY) :])
+                return found
         raise self._died()
 
     def _died(self) -> UserError:
@@ -87,102 +100,107 @@ class VllmSession:
         return UserError(f"vllm stopped while serving: {last.strip()} (see {self.log}); or use cost.engine=torch")
 
 
-def open_session(
-    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, time_layers: bool
-) -> VllmSession:
-    return VllmSession(folder, scenario, log, time_layers)
+def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, probe: bool) -> VllmSession:
+    return VllmSession(folder, scenario, log, probe)
 
 
 # ------------------------------------------------------------------------------------------------ worker
 
 
-class LayerClock:
-    """Adds up the seconds spent inside each decoder layer."""
-
-    def __init__(self, model: Any) -> None:
-        self.seconds = [0.0] * len(model.model.layers)
-        for index, layer in enumerate(model.model.layers):
-            layer.forward = self._timed(index, layer.forward)
-
-    def _timed(self, index: int, forward: Any) -> Any:
-        import torch
-
-        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            synchronize()
-            began = time.perf_counter()
-            result = forward(*args, **kwargs)
-            synchronize()
-            self.seconds[index] += time.perf_counter() - began
-            return result
-
-        return timed
-
-    def take(self) -> list[float]:
-        taken, self.seconds[:] = list(self.seconds), [0.0] * len(self.seconds)
-        return taken
+def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
+    """(tokens, bytes) of one page of every layer's KV cache, as the engine allocates it."""
+    pages = []
+    for layer in model.model.layers:
+        attention = getattr(getattr(layer, "self_attn", None), "attn", None)
+        spec = attention.get_kv_cache_spec(vllm_config) if attention is not None else None
+        pages.append((spec.block_size, spec.page_size_bytes) if spec is not None else (1, 0))
+    return pages
 
 
-def serve(folder: Path, scenario: ScenarioConfig, time_layers: bool) -> None:
-    """The worker: start the engine, then one timing per request line."""
+def choose_layers(layers: list[int], model: Any) -> None:
+    """Let a model run just these of the layers it was loaded with, in this order."""
+    import torch
+
+    inner = model.model
+    if not hasattr(inner, "all_layers"):
+        object.__setattr__(inner, "all_layers", list(inner.layers))  # beside the module's own registry
+    inner.layers = torch.nn.ModuleList([inner.all_layers[index] for index in layers])
+    inner.start_layer, inner.end_layer = 0, len(layers)
+
+
+def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
+    """The worker: start the engine, print its cache pages, then one timing per request line."""
     import torch
     from transformers import AutoConfig
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     from puzzle.modeling_puzzle import PuzzleConfig
 
     AutoConfig.register(PuzzleConfig.model_type, PuzzleConfig)
     length = scenario.input_length + scenario.output_length
     config = AutoConfig.from_pretrained(folder)
-    tokens = scenario.batch_size * (length + 64)  # room for whole cache pages
+    tokens = scenario.batch_size * (length + 256)  # room for whole cache pages
     element = 4 if scenario.dtype == "float32" else 2
     per_token = 2 * element * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    # On GPUs two engines share the device, and only timed layers need the slower eager mode. On CPUs compiling takes
+    # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs compiling takes
     # longer than what is measured.
     on_gpu: dict[str, Any] = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
-    eager = time_layers or not torch.cuda.is_available()
     llm = LLM(
-        str(folder), dtype=scenario.dtype, enforce_eager=eager, skip_tokenizer_init=True, max_model_len=length + 1,
-        max_num_seqs=scenario.batch_size, kv_cache_memory_bytes=tokens * per_token + (64 << 20), seed=0,
-        enable_prefix_caching=False, disable_log_stats=True, **on_gpu,
+        str(folder), dtype=scenario.dtype, enforce_eager=probe or not torch.cuda.is_available(),
+        skip_tokenizer_init=True, max_model_len=length + 1, max_num_seqs=scenario.batch_size, seed=0,
+        kv_cache_memory_bytes=tokens * per_token // scenario.tensor_parallel + (64 << 20),
+        enable_prefix_caching=False, disable_log_stats=True, tensor_parallel_size=scenario.tensor_parallel, **on_gpu,
     )  # fmt: skip
-    clocks: list[LayerClock] = []
-    if time_layers:
-        llm.apply_model(lambda model: clocks.append(LayerClock(model)))
-    rng = random.Random(0)
-    for line in sys.stdin:
-        asked = ScenarioConfig.model_validate_json(line)
-        prompts: Any = [
-            {"prompt_token_ids": [rng.randrange(1, config.vocab_size) for _ in range(asked.input_length)]}
-            for _ in range(asked.batch_size)
-        ]
+    pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
+    pages = [(tokens, size * scenario.tensor_parallel) for tokens, size in pages]
+    print(REPLY + json.dumps({"pages": pages}), flush=True)
+    for count, line in enumerate(sys.stdin):
+        request = json.loads(line)
+        asked = ScenarioConfig.model_validate(request["scenario"])
+        prompts = random_prompts(asked, config.vocab_size, count)
+        print(REPLY + json.dumps(serve_batch(llm, prompts, asked, request["layers"])), flush=True)
 
-        def seconds(output_length: int, prompts: Any = prompts) -> tuple[float, list[float]]:
-            sampling = SamplingParams(
-                max_tokens=output_length, min_tokens=output_length, ignore_eos=True, temperature=0.0, detokenize=False
-            )
-            for clock in clocks:
-                clock.take()
-            began = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
-            return time.perf_counter() - began, [s for clock in clocks for s in clock.take()]
 
-        prefill, layers_prefill = seconds(1)
-        total, layers_total = seconds(asked.output_length)
-        reply = {
-            "prefill_s": prefill,
-            "decode_s": max(0.0, total - prefill),
-            "layer_prefill_s": layers_prefill,
-            "layer_decode_s": [max(0.0, t - p) for t, p in zip(layers_total, layers_prefill, strict=True)],
-        }
-        print(REPLY + json.dumps(reply), flush=True)
+def serve_batch(
+    llm: Any, prompts: list[list[int]], scenario: ScenarioConfig, layers: list[list[int]]
+) -> dict[str, Any]:
+    """Generate for one batch, step by step, exchanging layers where they change."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, length = llm.llm_engine, scenario.output_length
+    sampling = SamplingParams(
+        max_tokens=length, min_tokens=length, ignore_eos=True, temperature=0.0, detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    running = layers[0] if layers else None
+    if running is not None:
+        llm.apply_model(partial(choose_layers, running))
+    began, prefill_s = time.perf_counter(), 0.0
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+    waiting = {str(index) for index in range(len(prompts))}
+    steps_s: list[float] = []
+    while engine.has_unfinished_requests():
+        if layers and not waiting:
+            chosen = layers[min(len(steps_s) + 1, len(layers) - 1)]
+            if chosen != running:
+                llm.apply_model(partial(choose_layers, chosen))
+                running = chosen
+        started = time.perf_counter()
+        outputs = engine.step()
+        if waiting:
+            waiting -= {output.request_id for output in outputs if output.outputs and output.outputs[0].token_ids}
+            prefill_s = time.perf_counter() - began
+        else:
+            steps_s.append(time.perf_counter() - started)
+    return {"prefill_s": prefill_s, "steps_s": steps_s}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenario", type=ScenarioConfig.model_validate_json)
-    parser.add_argument("--time-layers", action="store_true")
+    parser.add_argument("--probe", action="store_true")
     args = parser.parse_args()
-    serve(args.folder, args.scenario, args.time_layers)
+    serve(args.folder, args.scenario, args.probe)
