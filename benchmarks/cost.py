@@ -8,8 +8,9 @@
    because this machine's absolute speed drifts. Measured throughput is the parent's median times the median ratio;
    predicted throughput is the table's. The error of the ratio is what the product promises.
 3. One architecture served several times over, each in an engine of its own: the noise of the yardstick.
-4. The architectures a search would take for 1.5x and 2x: do they meet it? Scores are stood in for by the parameters
-   that are removed, since speed does not depend on quality.
+4. The architectures a search would take for 1.5x and 2x: do they meet it, in how many attempts? Scores are stood in
+   for by the parameters that are removed, since speed does not depend on quality: a search that is as lopsided as can
+   be, it drops attentions and keeps FFNs.
 
 With `--llama-8b` the parent has the shapes of Llama-3.1-8B and random weights; 128 tokens in, 1024 out, batch 128.
 """
@@ -41,15 +42,29 @@ def random_architecture(run: Run, rng: random.Random) -> Architecture:
     return Architecture(tuple(rng.choice(o.blocks) if rng.random() < share else parent for o in run.space.layers))
 
 
-def searched(run: Run, table: cost.CostTable, speedup: float) -> Architecture:
+def searched(run: Run, table: cost.CostTable, speedup: float, factor: float) -> Architecture:
+    """What a search takes for this speed-up, aimed `factor` further, as the product does after a miss."""
     layers, shape = [list(options.blocks) for options in run.space.layers], run.parent.shape
     parameters = [shape.parameters(b.attention) + shape.parameters(b.ffn) for options in layers for b in options]
     scores = max(parameters) - np.array(parameters, dtype=float)
     margin = run.recipe.search.margin
-    limit = table.predict(Architecture.of_parent(shape)).total_s / speedup * (1 - margin)
+    limit = table.predict(Architecture.of_parent(shape)).total_s / speedup * (1 - margin) / factor
     found = mip.solve(search.build(layers, scores, [(search.KINDS["throughput"], table, limit)]))
     assert found is not None
     return Architecture.from_names(search.names(found.chosen, layers))
+
+
+def keep_promise(run: Run, table: cost.CostTable, asked: float) -> list[dict[str, Any]]:
+    """Search, serve, and on a miss search again with corrected costs, as `puzzle run` does."""
+    attempts: list[dict[str, Any]] = []
+    factor = 1.0
+    for _ in range(run.recipe.search.attempts):
+        attempts.append(serve(run, table, searched(run, table, asked, factor), 5) | {"asked": asked})
+        show(f"searched {asked}x", attempts[-1])
+        if attempts[-1]["measured"] >= asked:
+            break
+        factor = max(factor, attempts[-1]["predicted"] / attempts[-1]["measured"])
+    return attempts
 
 
 def serve(run: Run, table: cost.CostTable, architecture: Architecture, pairs: int) -> dict[str, Any]:
@@ -103,18 +118,17 @@ def main() -> None:
         same = random_architecture(run, random.Random(0))
         again = [serve(run, table, same, args.pairs)["measured"] for _ in range(2 if args.quick else 4)]
         again.append(rows[0]["measured"])
-        promises = []
-        for asked in (1.5, 2.0):
-            promises.append(serve(run, table, searched(run, table, asked), 5) | {"asked": asked})
-            show(f"searched {asked}x", promises[-1])
+        promises = [keep_promise(run, table, asked) for asked in (1.5, 2.0)]
     errors = np.abs([row["error"] for row in rows])
     absolute = np.abs([row["predicted_tok_per_s"] / row["measured_tok_per_s"] - 1 for row in rows])
     noise = statistics.pstdev(again) / statistics.fmean(again)
-    met = [row["measured"] >= row["asked"] for row in promises]
+    met = [attempts[-1]["measured"] >= attempts[-1]["asked"] for attempts in promises]
     print(f"error of the predicted speed-up: median {np.median(errors):.1%}, worst {errors.max():.1%}")
     print(f"error of absolute tokens/s: median {np.median(absolute):.1%}, worst {absolute.max():.1%}")
     print(f"the same architecture in {len(again)} engines: {', '.join(f'{x:.3f}x' for x in again)} (sd {noise:.1%})")
-    print(f"searched for 1.5x and 2x: {', '.join('met' if one else 'missed' for one in met)} (median of 5 pairs)")
+    for attempts, one in zip(promises, met, strict=True):
+        word = "met" if one else "missed"
+        print(f"asked {attempts[0]['asked']}x: {word} in attempt {len(attempts)} (median of 5 pairs)")
     if args.json:
         figures = {
             "stage_s": stage_s, "median_error": float(np.median(errors)), "worst_error": float(errors.max()),

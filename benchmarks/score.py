@@ -38,10 +38,15 @@ from puzzle.run import Run
 VOCABULARY = 128_256
 
 
-def open_run(folder: Path, precision: str = "auto", parent: str = "pocket", **settings: Any) -> Run:
+WIDE = {"kv_heads": [1], "ffn_percent": [50], "attention_replacements": ["no_op"], "ffn_replacements": ["no_op"]}
+
+
+def open_run(
+    folder: Path, precision: str = "auto", parent: str = "pocket", tokens: int = 65_536, **settings: Any
+) -> Run:
     recipe = {
         "parent": parent, "deploy": ["transformers"], "precision": precision, "score": settings,
-        "library": {"tokens": 65_536, "kv_heads": "divisors"}, "corpus": {"train_tokens": 1_000_000},
+        "library": {"tokens": tokens} | (WIDE if parent != "pocket" else {}), "corpus": {"train_tokens": 1_000_000},
     }  # fmt: skip
     return Run(config.parse(recipe), folder, Progress(quiet=True))
 
@@ -109,7 +114,7 @@ def spearman(a: list[float], b: list[float]) -> float:
 def memory_child(parent: str, folder: str, method: str) -> None:
     """A process of its own: score the parent in `folder`, or (idle) only import."""
     if method != "idle":
-        run = open_run(Path(folder), parent=parent, method=method, sequences=8)
+        run = open_run(Path(folder), parent=parent, tokens=4096, method=method, sequences=8, shard_sequences=4)
         pipeline.execute_stage(run, "score")
     print(peak_bytes())
 
@@ -117,7 +122,7 @@ def memory_child(parent: str, folder: str, method: str) -> None:
 def memory(root: Path, quick: bool) -> dict[str, Any]:
     (root / "wide").mkdir()
     size = make_parent(root / "wide", 256 if quick else 768, 4, torch.float32, VOCABULARY)
-    run = open_run(root / "wide-run", parent=str(root / "wide"))
+    run = open_run(root / "wide-run", parent=str(root / "wide"), tokens=4096)
     pipeline.execute_stage(run, "library")
     peaks = {}
     for method in ("idle", "exact", "fisher"):
@@ -147,13 +152,10 @@ def main() -> None:
         pipeline.execute_stage(run, "library")
         L, blocks = len(run.space.layers), [len(o.blocks) for o in run.space.layers]
         print(f"{L} layers, {sum(blocks)} blocks, {sequences} sequences of {run.recipe.corpus.sequence_length} tokens")
-        precise = open_run(root / "run", "float32", sequences=8)
+        precise = open_run(root / "precise", "float32", tokens=4096, sequences=8)
         pipeline.execute_stage(precise, "library")
         difference = exactness(precise)
-        print(f"exact scores against swapped models, float32: largest relative difference {difference:.1e}")
-
-        run = open_run(root / "run", sequences=sequences)
-        pipeline.execute_stage(run, "library")
+        print(f"exact scores against swapped models, float32: largest relative difference {difference:.1e}", flush=True)
         names = [(i, b) for i, o in enumerate(run.space.layers) for b in o.blocks[1:]][::7]
         loop = SwappedModels(run)
         loop.kl(*names[0])
@@ -163,6 +165,7 @@ def main() -> None:
         seconds = {"swapped models": (time.perf_counter() - began) / len(names) * sum(blocks)}
         exact_s = timed(run)
         exact = score.losses(run)
+        meaning = validate.run(run, 8 if args.quick else 40)
         estimated = open_run(root / "run", sequences=sequences, method="fisher")
         fisher_s = timed(estimated)
         fisher = score.losses(estimated)
@@ -197,8 +200,6 @@ def main() -> None:
         kept = len(hybrid) / len(exact)
         print(f"objective lost by a search: fisher {lost['fisher']:.2%}, hybrid {lost['hybrid']:.2%}")
         print(f"hybrid scores {kept:.0%} of the blocks exactly")
-        timed(run)
-        meaning = validate.run(run, 8 if args.quick else 40)
         print(
             f"sums of scores against the KL of {meaning['count']} assembled children: "
             f"Spearman {meaning['spearman']:.3f}, Pearson {meaning['pearson']:.3f}"

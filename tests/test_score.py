@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle import artifacts, child, fisher, library, pipeline, score, tasks, validate
+from puzzle import artifacts, child, evaluate, fisher, library, pipeline, score, tasks, validate
 from puzzle.architecture import FFN, Attention, Block, ModelShape, parse_block
 from puzzle.errors import UserError
 from puzzle.run import Run
@@ -182,7 +182,7 @@ def test_a_search_never_wants_a_block_that_is_no_candidate(seed, share, power):
               for f in (FFN("gated", 96), FFN("gated", 64), FFN("gated", 32), FFN("no_op"))]  # fmt: skip
     rng = np.random.default_rng(seed)
     true = np.concatenate([[0.0], rng.exponential(size=len(blocks) - 1)])
-    estimate = true * rng.uniform(1 - 0.2, 1 + 0.2, size=len(blocks))
+    estimate = true * rng.uniform(1 - 0.04, 1 + 0.04, size=len(blocks))
     sizes = np.array([[score._size(b.attention, shape), score._size(b.ffn, shape)] for b in blocks])
     priced = true + estimate.max() * 10**power * sizes @ np.array([share, 1 - share])
     assert blocks[int(priced.argmin())] in score.candidates(blocks, estimate, shape)
@@ -224,6 +224,8 @@ def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run):
                 means.append(own.mean().item())
             right += means.index(max(means)) == question.answer
         assert scores[layer, name].task == pytest.approx(right / len(questions))
+    own = scores[0, run.parent.shape.parent_block.name].task
+    assert evaluate.task_accuracy(run, parent, "held-out") == pytest.approx(own)
 
 
 def test_a_local_file_of_questions_is_a_task(finished_run, tmp_path):

@@ -108,7 +108,7 @@ class ScoreConfig(Section):
     sequences: Positive = 32
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
-    fisher_samples: Positive = 4  # predictions drawn for every sequence
+    fisher_samples: Positive = 16  # predictions drawn for every sequence
     task: str | None = None  # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval
     task_questions: Positive = 64
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from puzzle import artifacts, assemble, child, cost
+from puzzle import artifacts, assemble, child, cost, tasks
 from puzzle.architecture import Architecture
 from puzzle.losses import METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleForCausalLM
@@ -27,6 +27,7 @@ def inputs(run: Run) -> dict[str, Any]:
         "uptrain": run.fingerprint_of("uptrain"),
         "cost": run.fingerprint_of("cost"),
         "evaluate": run.recipe.evaluate.model_dump(mode="json"),
+        "task": [run.recipe.score.task, tasks.fingerprint(run.recipe.score.task)],
     }
 
 
@@ -48,12 +49,31 @@ def quality(run: Run, model: PuzzleForCausalLM, tokens_NS: torch.Tensor) -> dict
     return dict(zip(METRICS, (sums / count).tolist(), strict=True))
 
 
+@torch.no_grad()
+def task_accuracy(run: Run, model: PuzzleForCausalLM, task: str) -> float:
+    """The share of the multiple-choice questions of `score.task` that a model answers rightly."""
+    right: list[bool] = []
+    for rows in tasks.batches(run, task):
+        tokens_RS = rows.tokens_RS.to(run.device)
+        with run.autocast():
+            hidden_TD = model.model(tokens_RS, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            head = model.lm_head.weight
+            metrics = token_metrics(hidden_TD, head, hidden_TD[None], head, tokens_RS[:, 1:].flatten())[0]
+        right += rows.right(metrics[METRICS.index("lm_loss")].view(len(tokens_RS), -1))
+    return sum(right) / len(right)
+
+
 def _qualities(run: Run, folders: dict[str, Path], tokens: torch.Tensor) -> dict[str, dict[str, float]]:
-    with run.progress.task("held-out quality", 3, "models") as task:
-        models = {"parent": quality(run, run.parent_model, tokens)}
-        task.advance()
-        for name, path in folders.items():
-            models[name] = quality(run, child.load(path, torch.float32, run.device, run.attention), tokens)
+    models = {}
+    with run.progress.task("held-out quality", 1 + len(folders), "models") as task:
+        for name in ("parent", *folders):
+            if name == "parent":
+                model = run.parent_model
+            else:
+                model = child.load(folders[name], torch.float32, run.device, run.attention)
+            models[name] = quality(run, model, tokens)
+            if run.recipe.score.task is not None:
+                models[name]["task"] = task_accuracy(run, model, run.recipe.score.task)
             task.advance()
     return models
 
@@ -121,5 +141,6 @@ def table(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         row("LM loss, nats/token", "lm_loss", ".4f"),
         row("top-1 token accuracy", "top1", ".2%"),
         row("top-5 token accuracy", "top5", ".2%"),
+        *([row("accuracy on the task", "task", ".2%")] if "task" in parent else []),
         row("retention of top-1", "retention", ".1%"),
     ]

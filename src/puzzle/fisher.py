@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from puzzle.losses import tokens_per_chunk
 from puzzle.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
 
 if TYPE_CHECKING:
     from puzzle.score import Variants
-
-CHUNK_TOKENS = 2048  # logits exist for so many tokens at once
 
 
 class Estimator:
@@ -52,8 +51,9 @@ class Estimator:
         gradients = torch.zeros(count, B, S, D, device=hidden.device)
         flat_KTD = torch.empty(count, len(normed_TD), D, device=hidden.device)
         with torch.no_grad():
-            for first in range(0, len(normed_TD), CHUNK_TOKENS):
-                rows = slice(first, first + CHUNK_TOKENS)
+            chunk = tokens_per_chunk(len(head))
+            for first in range(0, len(normed_TD), chunk):
+                rows = slice(first, first + chunk)
                 p_TV = F.softmax(normed_TD[rows].float() @ head.float().T, dim=-1)
                 expected_TD = p_TV @ head.float()
                 for sample in range(count):

@@ -3,7 +3,6 @@
 Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,6 +88,14 @@ def distillation_losses(
     return kl, lm
 
 
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
+
+
+def tokens_per_chunk(vocabulary: int) -> int:
+    """How many tokens' logits may exist at once."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
+
+
 METRICS = ("kl", "lm_loss", "top1", "top5", "top10", "cosine")
 ACCURACIES = ("top1", "top5", "top10", "task")  # more is better
 
@@ -100,47 +107,44 @@ def token_metrics(
     child_CTD: torch.Tensor,
     child_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once per chunk.
 
     KL in nats per token; LM loss is the cross entropy of the next token; top1, top5 and top10 are 0 or 1; cosine is
-    1 - cos of the final hidden states.
+    1 - cos of the final hidden states. At most `CHUNK_ELEMENTS` logits exist at a time, in four copies.
     """
-    chunks = [
-        torch.stack([_metrics(parent, child, targets) for child in children])
-        for parent, children, targets in _logit_chunks(
-            parent_TD, parent_head_VD, child_CTD, child_head_VD, targets_T, chunk_tokens
-        )
-    ]
+    chunks, chunk_tokens = [], chunk_tokens or tokens_per_chunk(len(parent_head_VD))
+    for first in range(0, len(parent_TD), chunk_tokens):
+        rows = slice(first, first + chunk_tokens)
+        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD), dim=-1)
+        p_TV = parent_TV.exp()
+        children = (_logits(child_TD[rows], child_head_VD) for child_TD in child_CTD)
+        chunks.append(torch.stack([_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]))
     cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
 
 
-def _metrics(parent_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """[5, T] of one candidate, all but the cosine; `parent_TV` holds log-probabilities."""
-    child_TV = F.log_softmax(logits_TV, dim=-1)
-    kl = (parent_TV.exp() * (parent_TV - child_TV)).sum(-1)
-    own = child_TV.gather(-1, targets_T[:, None])
-    rank = (child_TV > own).sum(-1)
-    return torch.stack([kl, -own[:, 0], (rank < 1).float(), (rank < 5).float(), (rank < 10).float()])
-
-
-def _logit_chunks(
-    parent_TD: torch.Tensor,
-    parent_head_VD: torch.Tensor,
-    child_CTD: torch.Tensor,
-    child_head_VD: torch.Tensor,
-    targets_T: torch.Tensor,
-    chunk_tokens: int,
-) -> Iterator[tuple[torch.Tensor, Iterator[torch.Tensor], torch.Tensor]]:
-    for part in range(0, len(parent_TD), chunk_tokens):
-        rows = slice(part, part + chunk_tokens)
-        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD), dim=-1)
-        yield parent_TV, (_logits(child[rows], child_head_VD) for child in child_CTD), targets_T[rows]
+def _metrics(
+    parent_TV: torch.Tensor, p_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor
+) -> torch.Tensor:
+    """[5, T] of one candidate, all but the cosine; the parent's log-probabilities and probabilities are given."""
+    normaliser_T = logits_TV.logsumexp(-1)
+    own_T1 = logits_TV.gather(-1, targets_T[:, None])
+    rank_T = (logits_TV > own_T1).sum(-1, dtype=torch.int32)
+    kl_T = torch.linalg.vecdot(p_TV, parent_TV - logits_TV) + normaliser_T
+    ranks = [(rank_T < first).float() for first in (1, 5, 10)]
+    return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
 
 
 def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-    """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank."""
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        return hidden_TD.float() @ head_VD.float().T
+    """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank. Autocast only rounds what goes
+    into the product, where the device can (half the time on a CPU with bfloat16 instructions)."""
+    device = hidden_TD.device.type
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if torch.is_autocast_enabled(device) else before)
+    try:
+        with torch.autocast(device, enabled=False):
+            return hidden_TD.float() @ head_VD.float().T
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from puzzle import subblocks
 from puzzle.architecture import Architecture, Attention, ModelShape
+from puzzle.losses import CHUNK_ELEMENTS
 from puzzle.run import Run
 
+RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
 EFFICIENCY = 0.4  # share of the matrix-product rate that whole training steps reach
 ENGINE_START_S, BATCH_OVERHEAD = 30.0, 3.0
 
@@ -97,6 +99,15 @@ def is_streamed(run: Run) -> bool:
     return library_memory_bytes(run, streamed=False) > 0.7 * run.memory_bytes
 
 
+def _score_memory_bytes(run: Run, weights: float, trained: int) -> float:
+    """The parent, a shard's activations, a pass, four copies of a chunk of logits, and the library where it is small."""
+    settings, shape = run.recipe.score, run.parent.shape
+    tokens = min(settings.sequences, settings.shard_sequences) * run.recipe.corpus.sequence_length
+    activations = ((shape.num_hidden_layers + 1) * tokens + 4 * settings.tokens_per_pass) * shape.hidden_size
+    library = trained * 4 if trained * 4 < RESIDENT_SHARE * run.memory_bytes else trained * 4 / shape.num_hidden_layers
+    return weights + 4 * activations + library + 4 * 4 * CHUNK_ELEMENTS
+
+
 def estimate(run: Run) -> list[Need]:
     recipe, shape = run.recipe, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape)
@@ -126,7 +137,7 @@ def estimate(run: Run) -> list[Need]:
     return [
         stage("library", recipe.library.tokens, recipe.library.tokens * _library_flops_per_token(run, shape),
               library_memory_bytes(run, streamed), 4.0 * trained * 4),
-        stage("score", scored, score_flops, weights + (len(blocks) + 1) * scored * shape.hidden_size * 4, 1e6),
+        stage("score", scored, score_flops, _score_memory_bytes(run, weights, trained), 1e6),
         stage("cost", 0, 0.0, engine_memory, child_bytes, len(recipe.cost.measured) * recipe.cost.seconds),
         stage("search", 0, 0.0, 2e8, 1e6, 5.0),
         stage("assemble", 0, 0.0, engine_memory, child_bytes, served_s),

@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from puzzle import artifacts, fisher, library, subblocks, tasks
+from puzzle import artifacts, fisher, library, plan, subblocks, tasks
 from puzzle.architecture import FFN, Attention, Block, ModelShape
 from puzzle.losses import ACCURACIES, METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.run import Run
 
-RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
-ERROR_OF_FISHER = 0.3  # hybrid: a block counts as a candidate unless it loses even when estimates err by this share
+ERROR_OF_FISHER = 0.05  # hybrid: a block is a candidate unless it loses even when estimates err by this share
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Library:
         shape = run.parent.shape
         variants = (v for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape))
         size = 4 * sum(map(shape.parameters, variants))
-        self.kept: dict[int, Variants] | None = {} if size < RESIDENT_SHARE * run.memory_bytes else None
+        self.kept: dict[int, Variants] | None = {} if size < plan.RESIDENT_SHARE * run.memory_bytes else None
 
     def layer(self, index: int, blocks: Sequence[Block]) -> "Variants":
         module = self.parent.model.layers[index]
