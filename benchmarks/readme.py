@@ -22,14 +22,14 @@ def result_section(run: Run) -> str:
     engine = results["engine"]
     lines = ["| | parent | child | uptrained |", "| --- | ---: | ---: | ---: |"]
     lines += ["| " + " | ".join(row) + " |" for row in evaluate.table(results)]
-    scenario = engine["scenario"]
+    scenario = run.recipe.cost.scenario
     stages = {name: record["seconds"] for name, record in status.items() if record.get("seconds") is not None}
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
     promises = "; ".join(f"asked {p['asked']}, measured {p['measured']}" for p in results["promises"])
     lines += [
         "",
         f"{engine['engine']} {engine['version']} on {engine['count']} cores of {engine['device']}, {engine['dtype']}, "
-        f"batch {scenario['batch_size']}, {scenario['input_length']} tokens in and {scenario['output_length']} out; "
+        f"{scenario}; "
         f"quality on {results['evaluated_tokens']:,} held-out tokens. {promises}. "
         f"Time: {duration(sum(stages.values()))} ({times}).",
     ]

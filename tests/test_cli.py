@@ -56,6 +56,13 @@ def test_search_options_replace_the_constraints_and_json_is_the_last_line(finish
     assert [c["name"] for c in asked] == ["parameters"]
 
 
+def test_a_constraint_can_be_given_by_scenario():
+    from puzzle.cli import _by_scenario
+
+    assert _by_scenario("main=2x,chat=1.5x") == "{main: 2x, chat: 1.5x}"
+    assert _by_scenario("2x") == "2x" and _by_scenario(None) == "null"
+
+
 @pytest.mark.training
 def test_plan_and_status_answer_without_spending_anything(finished_run):
     status = puzzle("status", finished_run.folder, "--json")

@@ -123,6 +123,13 @@ def test_a_bad_figure_is_one_clear_line(costed, value):
         cost.read(costed)
 
 
+def test_a_missing_variant_is_one_clear_line(costed):
+    path = costed.stage_folder("cost") / "costs.jsonl"
+    artifacts.write_jsonl(path, [r for r in artifacts.read_jsonl(path) if r.get("variant") != "gqa_1"])
+    with pytest.raises(UserError, match="scenario main has no attention gqa_1; run `puzzle cost` again"):
+        cost.read(costed)
+
+
 def test_costs_add_up():
     a, b = cost.Cost(1.0, 2.0, 3, 4, 5), cost.Cost(0.5, 0.25, 1, 1, 1)
     assert dataclasses.astuple(a + b) == (1.5, 2.25, 4, 5, 6)

@@ -201,6 +201,20 @@ def test_subblock_scores_add_up(finished_run):
             )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda records: [r | {"kl": float("nan")} for r in records], r"kl is nan; expected a number"),
+     (lambda records: [r for r in records if r["layer"] != 2], "layer 2 has no score of the parent's block")],
+)  # fmt: skip
+def test_bad_scores_are_one_clear_line(finished_run, tmp_path, change, message):
+    shutil.copytree(finished_run.folder, tmp_path / "run")
+    run = Run(finished_run.recipe, tmp_path / "run", finished_run.progress)
+    path = run.stage_folder("score") / "scores.jsonl"
+    artifacts.write_jsonl(path, change(artifacts.read_jsonl(path)))
+    with pytest.raises(UserError, match=message):
+        score.losses(run)
+
+
 # ------------------------------------------------------------------------------------------------ tasks
 
 
@@ -249,6 +263,24 @@ def test_a_bad_question_is_one_clear_line(tiny_run, tmp_path, text, message):
         tasks.load(tiny_run, str(tmp_path / "bad.jsonl"))
 
 
+def test_a_task_of_lm_eval_in_a_local_file(tiny_run, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"q": "def add(a, b):\n", "choices": ["    return a + b", "    zzz"], "a": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "task": "my_quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{a}}", "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "quiz.yaml").write_text(json.dumps(settings))
+    found = tasks.load(tiny_run, str(tmp_path / "quiz.yaml"))
+    decoded = [tiny_run.parent.tokenizer.decode(choice) for choice in found[0].choices]
+    assert len(found) == 6 and [q.answer for q in found] == [0, 1] * 3 and decoded == rows[0]["choices"]
+    with pytest.raises(UserError, match="lm-eval cannot load 'no_such_quiz'"):
+        tasks.load(tiny_run, "no_such_quiz")
+
+
 def test_an_unknown_task_says_what_is_expected(tiny_run, monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="expected held-out, a JSON Lines file"):
@@ -270,8 +302,9 @@ def test_the_kl_of_an_assembled_child_is_that_of_the_saved_one(finished_run):
 
 
 def test_validation_compares_sums_with_assembled_children(finished_run):
-    found = validate.run(finished_run, 10)
-    written = artifacts.read_json(finished_run.stage_folder("score") / "validation.json")
+    run = rescored(finished_run)  # a validation makes the report stale
+    found = validate.run(run, 10)
+    written = artifacts.read_json(run.stage_folder("score") / "validation.json")
     assert found["count"] == 10 and -1 <= found["spearman"] <= 1 and -1 <= found["pearson"] <= 1
     assert {point["origin"] for point in written["points"]} == {"random", "searched"}
     one = next(p for p in written["points"] if sum(b != "gqa_2+gated_96" for b in p["blocks"]) >= 1)

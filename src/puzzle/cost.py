@@ -529,5 +529,9 @@ def read(run: Run, scenario: str = "main") -> CostTable:
             raise UserError(f"{path}: {where}: {name} is {value!r}; expected a number of at least 0")
     for record in records:
         variants[record["slot"], record["variant"]] = Cost(*(record[name] for name in fields))
+    needed = [(subblocks.slot(v), v.name) for v in distinct_variants(run)] + [(CONSTANT, CONSTANT)]
+    for slot, name in needed:
+        if (slot, name) not in variants:
+            raise UserError(f"{path}: scenario {scenario} has no {slot} {name}; run `puzzle cost` again")
     constant = variants.pop((CONSTANT, CONSTANT))
     return CostTable(head, ScenarioConfig.model_validate(head["scenarios"][scenario]), variants, constant)

@@ -100,7 +100,7 @@ def is_streamed(run: Run) -> bool:
 
 
 def _score_memory_bytes(run: Run, weights: float, trained: int) -> float:
-    """The parent, a shard's activations, a pass, four copies of a chunk of logits, and the library where it is small."""
+    """The parent, a shard's activations, a pass, four copies of a chunk of logits, the library where it is small."""
     settings, shape = run.recipe.score, run.parent.shape
     tokens = min(settings.sequences, settings.shard_sequences) * run.recipe.corpus.sequence_length
     activations = ((shape.num_hidden_layers + 1) * tokens + 4 * settings.tokens_per_pass) * shape.hidden_size

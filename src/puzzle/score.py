@@ -27,6 +27,7 @@ import torch
 
 from puzzle import artifacts, fisher, library, plan, subblocks, tasks
 from puzzle.architecture import FFN, Attention, Block, ModelShape
+from puzzle.errors import UserError
 from puzzle.losses import ACCURACIES, METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.run import Run
@@ -322,7 +323,13 @@ def losses(run: Run) -> dict[tuple[int, str], float]:
     settings, scores = run.recipe.score, read(run)
     metric = settings.metric
     sign = -1.0 if metric in ACCURACIES else 1.0
-    parent = run.parent.shape.parent_block
+    parent, path = run.parent.shape.parent_block, run.stage_folder("score") / "scores.jsonl"
+    for layer in range(len(run.space.layers)):
+        if (layer, parent.name) not in scores:
+            raise UserError(f"{path}: layer {layer} has no score of the parent's block; run `puzzle score` again")
+    for (layer, name), found_score in scores.items():
+        if not np.isfinite(value := found_score.means.get(metric, np.nan)):
+            raise UserError(f"{path}: layer {layer}, {name}: {metric} is {value}; expected a number, score again")
 
     def loss(layer: int, block: Block) -> float:
         return sign * (getattr(scores[layer, block.name], metric) - getattr(scores[layer, parent.name], metric))

@@ -3,7 +3,8 @@
 Three sources, by the text of `score.task`:
 - `held-out`: which of four continuations follows this piece of the validation text? No file, no download;
 - a JSON Lines file of `{"context": text, "choices": [text, ...], "answer": index}`;
-- the name of a multiple-choice task of the lm-eval package (the extra `eval`), whose data it fetches.
+- the name of a multiple-choice task of the lm-eval package (the extra `eval`), whose data it fetches, or the path of a
+  task's YAML file in its format.
 
 A model chooses the continuation whose tokens have the highest mean log-probability after the context.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from puzzle import artifacts
 from puzzle.errors import UserError
@@ -26,6 +28,7 @@ from puzzle.run import Run
 
 HELD_OUT = "held-out"
 CHOICES, CHOICE_TOKENS = 4, 16  # of a held-out question
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def load(run: Run, task: str) -> list[Question]:
     """Raises `UserError` for a task that is not there or a file that is not in the form above."""
     if task == HELD_OUT:
         return held_out(run.corpus["validation"].head(4 * run.recipe.score.task_questions))
-    if Path(task).is_file():
+    if Path(task).is_file() and Path(task).suffix not in YAML:
         records: Iterator[dict[str, Any]] = _file_records(Path(task))
     elif find_spec("lm_eval"):
         records = _lm_eval_records(task, run.recipe.score.task_questions)
@@ -127,8 +130,11 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
 def _lm_eval_records(task: str, count: int) -> Iterator[dict[str, Any]]:
     from lm_eval.tasks import TaskManager, get_task_dict
 
+    own = Path(task).suffix in YAML and Path(task).is_file()
     try:
-        found = get_task_dict([task], TaskManager())[task]
+        manager = TaskManager(include_path=str(Path(task).parent) if own else None)
+        name = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["task"] if own else task
+        found = get_task_dict([name], manager)[name]
     except Exception as error:
         raise UserError(f"score.task: lm-eval cannot load {task!r}: {str(error).splitlines()[0]}") from None
     if found.OUTPUT_TYPE != "multiple_choice":

@@ -128,6 +128,14 @@ def choose_layers(layers: list[int], model: Any) -> None:
     inner.start_layer, inner.end_layer = 0, len(layers)
 
 
+def kv_heads(config: Any) -> int:
+    """KV heads of all layers together, of a child or of a parent."""
+    if not getattr(config, "block_configs", None):
+        return int(config.num_hidden_layers * config.num_key_value_heads)
+    groups = [block.attention.n_heads_in_group for block in config.block_configs]
+    return sum(config.num_attention_heads // group for group in groups if group)
+
+
 def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     """The worker: start the engine, print its cache pages, then one timing per request line."""
     import torch
@@ -141,7 +149,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     config = AutoConfig.from_pretrained(folder)
     tokens = scenario.batch_size * (length + 256)  # room for whole cache pages
     element = 4 if scenario.dtype == "float32" else 2
-    per_token = 2 * element * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    per_token = 2 * element * kv_heads(config) * config.head_dim
     # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs compiling takes
     # longer than what is measured.
     on_gpu: dict[str, Any] = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
