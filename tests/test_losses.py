@@ -72,6 +72,17 @@ def test_logits_stay_float32_under_autocast():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_metrics_of_the_parent_itself_are_exact_under_autocast():
+    """Nothing after the logits may run in bfloat16: the parent's KL to itself is 0 and its loss that of float32."""
+    hidden, head = 3 * torch.randn(64, D), torch.randn(512, D)
+    targets = torch.randint(512, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.token_metrics(hidden, head, hidden[None], head, targets)[0]
+        logits = losses._logits(hidden, head)
+    assert found[0].abs().max() < 1e-5 and found[5].abs().max() < 1e-5
+    torch.testing.assert_close(found[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5)
+
+
 def test_the_normalised_mse_of_nothing_is_one_and_of_the_parent_zero():
     parent = torch.randn(4, 5, 6)
     assert losses.normalized_mse(torch.zeros_like(parent), parent).item() == pytest.approx(1.0)

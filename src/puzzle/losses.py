@@ -132,7 +132,7 @@ def _metrics(
     normaliser_T = logits_TV.logsumexp(-1)
     own_T1 = logits_TV.gather(-1, targets_T[:, None])
     rank_T = (logits_TV > own_T1).sum(-1, dtype=torch.int32)
-    kl_T = torch.linalg.vecdot(p_TV, parent_TV - logits_TV) + normaliser_T
+    kl_T = (p_TV * (parent_TV - logits_TV)).sum(-1) + normaliser_T  # a dot product would run in bfloat16 under autocast
     ranks = [(rank_T < first).float() for first in (1, 5, 10)]
     return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
 

@@ -36,6 +36,7 @@ UNITS = {
 }  # fmt: skip
 
 
+FARTHEST = 10.0  # times the parent: where a frontier ends; costs are fitted nearer to it
 NO_ATTENTION, NO_FFN = Attention("no_op"), FFN("no_op")
 
 
@@ -384,6 +385,7 @@ def frontier(
     costs = [[kind.resource(table.block(block)) for block in options] for options in layers]
     constant = kind.resource(table.constant)
     most, least = kind.resource(table.predict(parent)), constant + sum(map(min, costs))
+    least = max(least, most / FARTHEST)
     if kind.at_least:  # equal steps of throughput, not of seconds
         limits = 1 / np.linspace(1 / most, 1 / least, settings.points)
     else:
@@ -397,6 +399,8 @@ def frontier(
         architecture = Architecture.from_names(names(found.chosen, layers))
         record = {"objective": found.objective, "gap": found.gap, "blocks": architecture.names}
         used = kind.resource(table.predict(architecture))
+        if used <= 0:  # a straight line through measured costs may cross zero far from them
+            continue
         points.append((used, record | _figures(table, architecture)))
     return _undominated(points)
 
