@@ -111,9 +111,9 @@ def candidates(blocks: Sequence[Block], losses: Sequence[float], shape: ModelSha
     """The blocks of a layer that some search could choose, if the losses are right to `ERROR_OF_FISHER`.
 
     Whatever a search limits (seconds, bytes, parameters), an attention and an FFN have a price each in it, so it
-    minimises loss + prices * sizes for prices of at least 0. A block stays if there are prices at which no other is surely
-    better: what the half-planes of all the others leave of the quadrant of prices is not empty. (What whole blocks leave of
-    a budget can make another block the best by a little; benchmarks/score.py measures what that loses.)
+    minimises loss + prices * sizes for prices of at least 0. A block stays if there are prices at which no other is
+    surely better: what the half-planes of all the others leave of the quadrant of prices is not empty. (What whole
+    blocks leave of a budget can make another block the best by a little; benchmarks/score.py measures that.)
     """
     sizes = np.array([[_size(b.attention, shape), _size(b.ffn, shape)] for b in blocks])
     loss = np.maximum(np.array(losses), 0.0)
