@@ -44,9 +44,9 @@ def main() -> None:
     picture = (run.stage_folder("report") / "architecture.svg").read_text()
     write_text(ROOT / "docs" / "images" / "architecture.svg", picture)
     text = (ROOT / "README.md").read_text()
-    marked = r"(<!-- result:begin -->\n).*?(\n<!-- result:end -->)"
+    marked = r"(<!-- result:begin -->\n).*?(<!-- result:end -->)"
     section = result_section(run)
-    write_text(ROOT / "README.md", re.sub(marked, lambda m: m[1] + section + m[2], text, flags=re.DOTALL))
+    write_text(ROOT / "README.md", re.sub(marked, lambda m: m[1] + section + "\n" + m[2], text, flags=re.DOTALL))
     print(section)
 
 

@@ -46,7 +46,8 @@ def quality(run: Run, model: PuzzleForCausalLM, tokens_NS: torch.Tensor) -> dict
             )[0]  # fmt: skip
         sums += metrics.double().sum(-1).cpu()
         count += metrics.shape[-1]
-    return dict(zip(METRICS, (sums / count).tolist(), strict=True))
+    means = dict(zip(METRICS, (sums / count).tolist(), strict=True))
+    return means | {"kl": max(0.0, means["kl"])}  # rounding may take a KL of 0 just below it
 
 
 @torch.no_grad()
