@@ -75,10 +75,9 @@ def open_run(parent: Path, folder: Path, memory: str, tokens: int) -> Run:
     return Run(config.parse(recipe), folder, Progress(quiet=True))
 
 
-def child_process(parent: Path, folder: Path, memory: str, tokens: int) -> int:
-    """Peak resident set size in bytes of a process that does this; `idle` does nothing but import."""
-    command = [sys.executable, __file__, "--child", str(parent), str(folder), memory, str(tokens)]
-    out = subprocess.run(command, capture_output=True, text=True)
+def child_process(script: str, *arguments: object) -> int:
+    """Peak resident set size in bytes that `script --child ARGUMENTS` prints last, in a process of its own."""
+    out = subprocess.run([sys.executable, script, "--child", *map(str, arguments)], capture_output=True, text=True)
     if out.returncode:
         sys.exit(out.stderr)
     return int(out.stdout.splitlines()[-1])
@@ -125,12 +124,12 @@ def main() -> None:
         dtype = torch.bfloat16 if args.bfloat16 else torch.float32
         size = make_parent(root / "parent", hidden, layers, dtype)
         print(f"parent: {layers} layers of width {hidden}, {size / 1e9:.2f} GB in {str(dtype)[6:]}")
-        idle = child_process(root / "parent", root / "none", "idle", tokens)
+        idle = child_process(__file__, root / "parent", root / "none", "idle", tokens)
         rows: list[dict[str, Any]] = []
         print("| mode | formula | peak above idle | of the parent's size |\n| --- | --- | --- | --- |")
         for memory in ("streamed", "resident"):
             folder = root / memory
-            peak = child_process(root / "parent", folder, memory, tokens) - idle
+            peak = child_process(__file__, root / "parent", folder, memory, tokens) - idle
             formula = plan.library_memory_bytes(open_run(root / "parent", folder, memory, tokens), memory == "streamed")
             rows.append({"mode": memory, "peak_bytes": peak, "formula_bytes": formula, "share": peak / size})
             print(f"| {memory} | {formula / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {peak / size:.0%} |", flush=True)

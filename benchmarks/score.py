@@ -17,7 +17,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory import make_parent, peak_bytes
+from memory import child_process, make_parent, peak_bytes
 
 from puzzle import config, pipeline, plan, score, subblocks, validate
 from puzzle.engines import machine
@@ -127,11 +126,7 @@ def memory(root: Path, quick: bool) -> dict[str, Any]:
     peaks = {}
     for method in ("idle", "exact", "fisher"):
         shutil.rmtree(root / "wide-run" / "score", ignore_errors=True)
-        command = [sys.executable, __file__, "--child", str(root / "wide"), str(root / "wide-run"), method]
-        out = subprocess.run(command, capture_output=True, text=True)
-        if out.returncode:
-            sys.exit(out.stderr)
-        peaks[method] = int(out.stdout.splitlines()[-1])
+        peaks[method] = child_process(__file__, root / "wide", root / "wide-run", method)
     need = next(need for need in plan.estimate(run) if need.stage == "score").memory_bytes
     return {"model_bytes": size, "plan_bytes": need, **{m: peaks[m] - peaks["idle"] for m in ("exact", "fisher")}}
 

@@ -55,7 +55,7 @@ def _library_flops_per_token(run: Run, shape: ModelShape) -> float:
     return total
 
 
-def _trained_parameters(run: Run, shape: ModelShape) -> list[int]:
+def trained_parameters(run: Run, shape: ModelShape) -> list[int]:
     """Parameters of everything the library trains: subblocks, or pairs with `library.coupled`."""
     if run.recipe.library.coupled:
         pairs = (b for options in run.space.layers for b in options.blocks if b != shape.parent_block)
@@ -77,7 +77,7 @@ def library_memory_bytes(run: Run, streamed: bool) -> float:
     batch, D = settings.batch_sequences * sequence, shape.hidden_size
     block = shape.parent_block
     layer = shape.parameters(block.attention) + shape.parameters(block.ffn)
-    trained = _trained_parameters(run, shape)
+    trained = trained_parameters(run, shape)
     kept = (settings.chunk_steps * batch + settings.validation_sequences * sequence) * D * 4
     product = 2 if run.bfloat16 else 4
     scores = settings.batch_sequences * shape.num_attention_heads * sequence**2 * 10 if run.attention == "eager" else 0
@@ -112,7 +112,7 @@ def estimate(run: Run) -> list[Need]:
     recipe, shape = run.recipe, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape)
     per_layer = (parent - shape.constant_parameters) / shape.num_hidden_layers
-    trained = sum(_trained_parameters(run, shape))
+    trained = sum(trained_parameters(run, shape))
     sequence = recipe.corpus.sequence_length
     weights = parent * (4 if run.device.type == "cpu" else run.parent.dtype.itemsize)
     rate = EFFICIENCY * matmul_flops_per_s(run.device, torch.bfloat16 if run.bfloat16 else torch.float32)

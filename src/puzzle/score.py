@@ -184,9 +184,7 @@ class Library:
 
     def __init__(self, run: Run, parent: PuzzleForCausalLM) -> None:
         self.run, self.parent = run, parent
-        shape = run.parent.shape
-        variants = (v for o in run.space.layers for v in o.subblocks if subblocks.is_trained(v, shape))
-        size = 4 * sum(map(shape.parameters, variants))
+        size = 4 * sum(plan.trained_parameters(run, run.parent.shape))
         self.kept: dict[int, Variants] | None = {} if size < plan.RESIDENT_SHARE * run.memory_bytes else None
 
     def layer(self, index: int, blocks: Sequence[Block]) -> "Variants":
@@ -330,6 +328,11 @@ def _mean(total: dict[str, float]) -> Score:
         variance = max(0.0, total[f"{name}_squares"] / independent - means[name] ** 2) / max(1, independent - 1)
         stderrs[name] = variance**0.5
     return Score(means, stderrs)
+
+
+def scored_layers(run: Run, losses: dict[tuple[int, str], float]) -> list[list[Block]]:
+    """The blocks of every layer that a search can choose from: those with a loss."""
+    return [[b for b in o.blocks if (i, b.name) in losses] for i, o in enumerate(run.space.layers)]
 
 
 def losses(run: Run) -> dict[tuple[int, str], float]:

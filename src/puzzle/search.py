@@ -252,7 +252,6 @@ def inputs(run: Run) -> dict[str, Any]:
 class Searched:
     """One batch size of the main scenario, searched."""
 
-    scenario: str
     tables: Tables
     asked: list[Constraint]
     limits: list[Limit]
@@ -264,17 +263,18 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     settings, configured = run.recipe.search, run.recipe.cost
     check(settings, ["main", *configured.scenarios])
     losses = score.losses(run)
-    layers = [[b for b in o.blocks if (i, b.name) in losses] for i, o in enumerate(run.space.layers)]
+    layers = score.scored_layers(run, losses)
     scores = np.array([losses[i, block.name] for i, options in enumerate(layers) for block in options])
     factor = max([1.0, *(c["time_factor"] for c in corrections(run))])
-    swept = [_search_one(run, name, layers, scores, factor) for name in configured.sweep]
+    costs = {name: cost.read(run, name) for name in configured.measured}
+    swept = [_search_one(run, name, costs, layers, scores, factor) for name in configured.sweep]
     solved = [one for one in swept if one.solutions]
     if not solved:
         first = swept[0]
         raise Infeasible(explain_infeasible(first.program, first.asked, first.tables, settings))
     best = min(solved, key=lambda one: one.solutions[0].objective)
     parent = Architecture.of_parent(run.parent.shape)
-    reference = {"main": cost.read(run)} | {name: best.tables[name] for name in configured.scenarios}
+    reference = best.tables | {"main": costs["main"]}
     records = [
         asdict(s) | {"predicted": _every(best.tables, Architecture.from_names(s.blocks))} for s in best.solutions
     ]
@@ -303,13 +303,14 @@ def _say(run: Run, answer: dict[str, Any]) -> None:
     run.progress.say(f"  {proof}; predicted {speeds[0]}{batch} (parent {speeds[1]})")
 
 
-def _search_one(run: Run, name: str, layers: Layers, scores: np.ndarray, factor: float) -> Searched:
+def _search_one(run: Run, name: str, costs: Tables, layers: Layers, scores: np.ndarray, factor: float) -> Searched:
+    """`costs`: every table by its own name; `name`: the one that is `main` here."""
     settings = run.recipe.search
-    tables = {"main": cost.read(run, name)} | {other: cost.read(run, other) for other in run.recipe.cost.scenarios}
-    asked = constraints(settings, tables, cost.read(run), Architecture.of_parent(run.parent.shape))
+    tables = {"main": costs[name]} | {other: costs[other] for other in run.recipe.cost.scenarios}
+    asked = constraints(settings, tables, costs["main"], Architecture.of_parent(run.parent.shape))
     limits = [(c.kind, tables[c.scenario], _aimed(c, settings, factor)) for c in asked]
     program = build(layers, scores, limits, settings)
-    return Searched(name, tables, asked, limits, program, _solutions(program, layers, settings))
+    return Searched(tables, asked, limits, program, _solutions(program, layers, settings))
 
 
 def _swept(one: Searched) -> dict[str, Any]:

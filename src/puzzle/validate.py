@@ -62,22 +62,20 @@ def run(run: Run, count: int) -> dict[str, Any]:
 Losses = dict[tuple[int, str], float]
 
 
-def _layers(run: Run, losses: Losses) -> list[list[Block]]:
-    return [[b for b in o.blocks if (i, b.name) in losses] for i, o in enumerate(run.space.layers)]
-
-
 def random_architectures(run: Run, losses: Losses, count: int) -> list[tuple[str, Architecture]]:
     rng, parent, found = random.Random(0), run.parent.shape.parent_block, []
     for _ in range(count):
         share = rng.random()
-        blocks = [rng.choice(options) if rng.random() < share else parent for options in _layers(run, losses)]
+        blocks = [
+            rng.choice(options) if rng.random() < share else parent for options in score.scored_layers(run, losses)
+        ]
         found.append(("random", Architecture(tuple(blocks))))
     return found
 
 
 def searched_architectures(run: Run, losses: Losses, count: int) -> list[tuple[str, Architecture]]:
     """The best sums of scores at equal steps of parameters, from little removed to most."""
-    shape, layers = run.parent.shape, _layers(run, losses)
+    shape, layers = run.parent.shape, score.scored_layers(run, losses)
     flat = [block for options in layers for block in options]
     sizes = np.array([float(shape.parameters(b.attention) + shape.parameters(b.ffn)) for b in flat])
     costs = np.array([losses[i, b.name] for i, options in enumerate(layers) for b in options])
