@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle import artifacts, child, pipeline, uptrain
+from puzzle import artifacts, child, gkd, pipeline
+from puzzle.config import UptrainConfig
 
 pytestmark = pytest.mark.training
 
@@ -14,7 +15,8 @@ def student(finished_run):
 
 def test_the_losses_equal_plain_torch(finished_run, student):
     parent, tokens = finished_run.parent_model, finished_run.corpus["train"].batch(3, 4)
-    cosine, kl, lm = uptrain.losses(finished_run, parent, student, tokens)
+    loss, terms = gkd.Pair(student, parent, UptrainConfig(lm_weight=0.5)).losses(tokens)
+    cosine, kl, lm = terms
     with torch.no_grad():
         ours = student(tokens, use_cache=False, output_hidden_states=True)
         theirs = parent(tokens, use_cache=False, output_hidden_states=True)
@@ -26,12 +28,13 @@ def test_the_losses_equal_plain_torch(finished_run, student):
     plain_kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean")
     assert cosine.item() == pytest.approx(sum(per_layer).item(), rel=1e-4)
     assert kl.item() == pytest.approx(plain_kl.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((cosine + kl + 0.5 * lm).item(), rel=1e-5)
     assert lm.item() == pytest.approx(F.cross_entropy(logits, tokens[:, 1:].flatten()).item(), rel=1e-4)
 
 
 def test_a_student_equal_to_the_parent_has_nothing_to_learn(finished_run):
     parent, tokens = finished_run.parent_model, finished_run.corpus["train"].batch(3, 4)
-    cosine, kl, _ = uptrain.losses(finished_run, parent, parent, tokens)
+    cosine, kl, _ = gkd.Pair(parent, parent, UptrainConfig()).losses(tokens)[1]
     assert cosine.item() == pytest.approx(0.0, abs=1e-5) and kl.item() == pytest.approx(0.0, abs=1e-5)
 
 
@@ -46,7 +49,7 @@ def test_uptraining_brings_the_child_closer_to_the_parent(finished_run):
 def test_an_interrupted_uptraining_ends_bit_identical(tiny_run, finished_run, monkeypatch):
     for stage in ("library", "score", "cost", "search", "assemble"):
         pipeline.execute_stage(tiny_run, stage)
-    real, calls = uptrain.losses, []
+    real, calls = gkd.Pair.losses, []
 
     def dies(*args):
         calls.append(1)
@@ -54,10 +57,10 @@ def test_an_interrupted_uptraining_ends_bit_identical(tiny_run, finished_run, mo
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(uptrain, "losses", dies)
+    monkeypatch.setattr(gkd.Pair, "losses", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.execute_stage(tiny_run, "uptrain")
-    monkeypatch.setattr(uptrain, "losses", real)
+    monkeypatch.setattr(gkd.Pair, "losses", real)
     pipeline.execute_stage(tiny_run, "uptrain")
     names = "model.safetensors"
     ours, theirs = (r.stage_folder("uptrain") / names for r in (tiny_run, finished_run))
@@ -67,14 +70,14 @@ def test_an_interrupted_uptraining_ends_bit_identical(tiny_run, finished_run, mo
 def test_a_non_finite_step_is_skipped_and_counted(tiny_run, monkeypatch):
     for stage in ("library", "score", "cost", "search", "assemble"):
         pipeline.execute_stage(tiny_run, stage)
-    real, calls = uptrain.losses, []
+    real, calls = gkd.Pair.losses, []
 
     def once_nan(*args):
         calls.append(1)
-        cosine, kl, lm = real(*args)
-        return cosine, kl * (float("nan") if len(calls) == 2 else 1.0), lm
+        loss, terms = real(*args)
+        return loss * (float("nan") if len(calls) == 2 else 1.0), terms
 
-    monkeypatch.setattr(uptrain, "losses", once_nan)
+    monkeypatch.setattr(gkd.Pair, "losses", once_nan)
     pipeline.execute_stage(tiny_run, "uptrain")
     assert artifacts.read_jsonl(tiny_run.stage_folder("uptrain") / "curve.jsonl")[-1]["skipped_steps"] == 1
     model = child.load(tiny_run.stage_folder("uptrain"), torch.float32, tiny_run.device)
