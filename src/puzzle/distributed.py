@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from puzzle import child
 from puzzle.errors import UserError
@@ -92,6 +92,12 @@ def freeze(model: nn.Module) -> None:
 def shard_rest(module: nn.Module, over: DeviceMesh) -> None:
     """Shard what no layer holds. From now on `module` may only be used through its forward."""
     fully_shard(module, mesh=over)
+
+
+def reshard(module: nn.Module) -> None:
+    """After a forward that no backward follows: what it gathered would otherwise stay, in place of the shards."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -279,6 +279,7 @@ def validate(run: Run, pair: gkd.Pair) -> dict[str, float]:
         with torch.no_grad(), run.autocast():  # sharded layers need all processes, also one that has nothing to count
             found = torch.stack(pair((own_BS if len(own_BS) else tokens_NS[:1]).to(run.device), metrics=True)).cpu()
         sums += found if len(own_BS) else 0
+    distributed.reshard(pair)
     pair.student.train()
     means, parent = (distributed.summed(sums.to(run.device)) / tokens_NS[:, 1:].numel()).tolist()
     figures = dict(zip(METRICS, means, strict=True))
