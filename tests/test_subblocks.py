@@ -13,7 +13,7 @@ def layer(tiny):
 def made(tiny, layer, variant, contribution=None, found=None):
     contribution = torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
     found = found or subblocks.Calibration(contribution)
-    module = subblocks.module(tiny, variant, "sdpa")
+    module = subblocks.module(tiny, 0, variant, "sdpa")
     module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found))
     return module.eval()
 

@@ -108,6 +108,7 @@ def token_metrics(
     child_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
     chunk_tokens: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once per chunk.
 
@@ -117,9 +118,9 @@ def token_metrics(
     chunks, chunk_tokens = [], chunk_tokens or tokens_per_chunk(len(parent_head_VD))
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
-        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD), dim=-1)
+        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
         p_TV = parent_TV.exp()
-        children = (_logits(child_TD[rows], child_head_VD) for child_TD in child_CTD)
+        children = (_logits(child_TD[rows], child_head_VD, soft_cap) for child_TD in child_CTD)
         chunks.append(torch.stack([_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]))
     cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
@@ -137,7 +138,7 @@ def _metrics(
     return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
 
 
-def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None) -> torch.Tensor:
     """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank. Autocast only rounds what goes
     into the product, where the device can (half the time on a CPU with bfloat16 instructions)."""
     device = hidden_TD.device.type
@@ -145,6 +146,7 @@ def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
     torch.set_float32_matmul_precision("medium" if torch.is_autocast_enabled(device) else before)
     try:
         with torch.autocast(device, enabled=False):
-            return hidden_TD.float() @ head_VD.float().T
+            logits_TV = hidden_TD.float() @ head_VD.float().T
+            return logits_TV if soft_cap is None else logits_TV.div_(soft_cap).tanh_().mul_(soft_cap)
     finally:
         torch.set_float32_matmul_precision(before)
