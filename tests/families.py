@@ -8,7 +8,7 @@ from conftest import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 SIZES = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15, "bos_token_id": 0,
     "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
@@ -17,8 +17,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 LONG_ROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-    "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5], "partial_rotary_factor": 0.75,
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.1 * i for i in range(12)],
+    "long_factor": [2 + 0.1 * i for i in range(12)], "partial_rotary_factor": 0.75,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 GEMMA_ROPE = {
@@ -31,16 +31,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
     "llama with biases": ("llama", {"attention_bias": True}),
     "smollm": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 64}),
     "mistral with a window": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
-    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3": ("qwen3", {"head_dim": 64}),
     "phi3": ("phi3", {"sliding_window": 16}),
     "phi4": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
-    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 16, "layer_types": TYPES,
+    "gemma2": ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 20, "sliding_window": 16, "layer_types": TYPES,
                           "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0}),
-    "gemma3": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 16,
+    "gemma3": ("gemma3_text", {"head_dim": 64, "query_pre_attn_scalar": 20, "sliding_window": 16,
                                "layer_types": TYPES, "rope_parameters": GEMMA_ROPE}),
     "olmo2": ("olmo2", {}),
 }  # fmt: skip

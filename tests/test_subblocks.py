@@ -27,7 +27,9 @@ def context(length):
 def test_linear_attention_is_the_parents_where_a_token_sees_only_itself(tiny, layer):
     x = torch.randn(6, 1, 64)
     linear = made(tiny, layer, Attention("linear"))
-    torch.testing.assert_close(linear.attention(x, **context(1)), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        linear.attention(x, **context(1)), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -334,3 +334,8 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
 
 class DeciLMForCausalLM(PuzzleForCausalLM):
     """The name under which stock engines know these checkpoints."""
+
+
+if __name__ == "puzzle.modeling_puzzle":  # with the package, a child loads without trusting the copy of this file
+    AutoConfig.register(PuzzleConfig.model_type, PuzzleConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)
