@@ -67,7 +67,7 @@ class SwappedModels:
         own = self.parent.model.layers[layer]
         state = read_block(self.run, layer, block, own.state_dict())
         self.parent.model.layers[layer] = subblocks.load(
-            self.run.parent, block, self.run.attention, state, self.run.device
+            self.run.parent, layer, block, self.run.attention, state, self.run.device
         )
         total, tokens, head = 0.0, 0, self.parent.lm_head.weight
         with self.run.autocast():

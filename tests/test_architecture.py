@@ -45,7 +45,7 @@ def test_a_block_needs_both_halves():
      FFN("gated", 96), FFN("gated", 32), FFN("linear"), FFN("no_op")],
 )  # fmt: skip
 def test_counted_parameters_are_those_of_the_real_module(tiny, variant):
-    module = subblocks.module(tiny, variant, "sdpa")
+    module = subblocks.module(tiny, 0, variant, "sdpa")
     assert tiny.shape.parameters(variant) == sum(p.numel() for p in module.parameters())
 
 

@@ -103,7 +103,8 @@ def test_a_no_op_subblock_has_neither_weights_nor_norm(tiny, tmp_path):
 
 
 def test_the_architecture_name_says_who_can_serve(tiny, tmp_path):
-    classes = {key: child.architectures_name(Architecture.from_names(names)) for key, names in MIXED.items()}
+    configs = {key: tiny.child_config(Architecture.from_names(names)) for key, names in MIXED.items()}
+    classes = {key: child.architectures_name(config) for key, config in configs.items()}
     assert classes["reduced"] == "DeciLMForCausalLM"
     assert classes["linear"] == classes["no-op in layer 0"] == "PuzzleForCausalLM"
 

@@ -4,11 +4,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import make_parent
 from test_child import MIXED, write_child
 
-from puzzle import child, engines, parent
+from puzzle import engines, parent
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.errors import UserError
 
@@ -43,34 +42,6 @@ def test_an_engine_times_prefill_and_steps_of_any_layers(servable, name, tmp_pat
         for timing in (whole, part, again):
             assert timing.prefill_s > 0 and len(timing.steps_s) == SCENARIO.output_length - 1
             assert min(timing.steps_s) > 0
-
-
-@pytest.mark.training
-@pytest.mark.vllm
-@NEEDS_VLLM
-def test_stock_vllm_generates_our_greedy_tokens(servable, tmp_path):
-    """float32 on both sides; the child is served as it lies on disk, without our package's model code."""
-    import os
-    import subprocess
-    import sys
-
-    prompts = [[5, 17, 200, 31], [9, 9, 2, 250, 77, 140]]
-    script = f"""
-from vllm import LLM, SamplingParams
-llm = LLM({str(servable[1])!r}, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
-          kv_cache_memory_bytes=1 << 26, trust_remote_code=True)
-sampling = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True, detokenize=False)
-for out in llm.generate([{{"prompt_token_ids": p}} for p in {prompts!r}], sampling, use_tqdm=False):
-    print("TOKENS", list(out.outputs[0].token_ids))
-"""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    served = [line.removeprefix("TOKENS ") for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert len(served) == 2, out.stderr[-2000:]
-    model = child.load(servable[1], torch.float32, torch.device("cpu"))
-    for prompt, tokens in zip(prompts, served, strict=True):
-        ours = model.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, eos_token_id=-1)
-        assert tokens == str(ours[0, len(prompt) :].tolist())
 
 
 def test_an_engine_that_is_not_there_is_one_clear_line(monkeypatch):

@@ -23,8 +23,8 @@ MIXES = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.3), (0.5, 2.0)]
 def plain(child, head, parent, parent_head, targets, settings):
     """The same losses as torch would be asked for them, all logits at once."""
     logits, target = child @ head.T, parent @ parent_head.T
-    if settings.softcap:
-        logits, target = (settings.softcap * torch.tanh(z / settings.softcap) for z in (logits, target))
+    if settings.soft_cap:
+        logits, target = (settings.soft_cap * torch.tanh(z / settings.soft_cap) for z in (logits, target))
     t = settings.temperature
     kl = F.kl_div(F.log_softmax(logits / t, -1), F.log_softmax(target / t, -1), log_target=True, reduction="batchmean")
     lm = F.cross_entropy(logits, targets)
@@ -38,12 +38,12 @@ def gradients(loss, sides, settings):
     return total.detach(), kl.detach(), lm.detach(), child.grad, head.grad
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("mix", MIXES)
-def test_losses_and_gradients_in_chunks_equal_plain_torch(sides, mix, temperature, chunk, softcap):
-    settings = losses.LogitLoss(*mix, temperature, softcap, chunk_elements=chunk * V)
+def test_losses_and_gradients_in_chunks_equal_plain_torch(sides, mix, temperature, chunk, soft_cap):
+    settings = losses.LogitLoss(*mix, temperature, soft_cap, chunk_elements=chunk * V)
     found, expected = gradients(losses.distillation_losses, sides, settings), gradients(plain, sides, settings)
     if not settings.kl_weight:
         assert found[1].isnan()

@@ -13,20 +13,23 @@ def layer(tiny):
 def made(tiny, layer, variant, contribution=None, found=None):
     contribution = torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
     found = found or subblocks.Calibration(contribution)
-    module = subblocks.module(tiny, variant, "sdpa")
+    module = subblocks.module(tiny, 0, variant, "sdpa")
     module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found))
     return module.eval()
 
 
 def context(length):
-    return {"attention_mask": None, "position_embeddings": (torch.ones(1, length, 16), torch.zeros(1, length, 16))}
+    still = (torch.ones(1, length, 16), torch.zeros(1, length, 16))
+    return {"attention_mask": {None: None}, "position_embeddings": {None: still}}  # no window
 
 
 @torch.no_grad()
 def test_linear_attention_is_the_parents_where_a_token_sees_only_itself(tiny, layer):
     x = torch.randn(6, 1, 64)
     linear = made(tiny, layer, Attention("linear"))
-    torch.testing.assert_close(linear.attention(x), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        linear.attention(x, **context(1)), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def test_pruning_no_channel_is_the_identity(tiny, layer):
 
 @torch.no_grad()
 def test_the_parents_subblocks_reproduce_its_block_bitwise(tiny, layer):
-    whole = subblocks.block_module(tiny, tiny.shape.parent_block, "sdpa")
+    whole = subblocks.block_module(tiny, 0, tiny.shape.parent_block, "sdpa")
     halves = (subblocks.subblock_state(layer.state_dict(), kind) for kind in (Attention, FFN))
     whole.load_state_dict({name: t for state in halves for name, t in state.items()})
     x = torch.randn(2, 7, 64)

@@ -93,21 +93,30 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     tie_word_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: str | None = None  # over each head, or over the projection
+    norms: int = 1  # of a subblock
+    windows: tuple[int | None, ...] = ()  # sliding-window length by layer; none where this is empty
 
     @property
     def parent_block(self) -> Block:
         return Block(Attention("gqa", self.num_key_value_heads), FFN("gated", self.intermediate_size))
 
     def parameters(self, variant: Subblock) -> int:
-        """Parameters of a subblock with its norm; a no-op has neither."""
+        """Parameters of a subblock with its norms; a no-op has neither."""
         D, query = self.hidden_size, self.num_attention_heads * self.head_dim
+        norms = self.norms * D
         match variant:
             case Attention(kind="gqa", kv_heads=heads):
-                return D * query + 2 * D * heads * self.head_dim + query * D + D
+                key = heads * self.head_dim
+                biases = (query + 2 * key) * self.qkv_bias + D * self.output_bias
+                qk_norms = {None: 0, "head": 2 * self.head_dim, "projection": query + key}[self.qk_norm]
+                return 2 * D * query + 2 * D * key + biases + qk_norms + norms
             case FFN(kind="gated", intermediate_size=size):
-                return 3 * D * size + D
+                return 3 * D * size + norms
             case _:
-                return D * D + D if variant.kind == "linear" else 0
+                return D * D + norms if variant.kind == "linear" else 0
 
     @property
     def constant_parameters(self) -> int:
@@ -153,8 +162,9 @@ class Architecture:
     def kv_elements_per_token(self, shape: ModelShape) -> int:
         return sum(shape.kv_elements_per_token(block.attention) for block in self.blocks)
 
-    def block_configs(self, num_attention_heads: int) -> list[dict[str, Any]]:
-        """The checkpoint's `block_configs`, one entry per layer."""
+    def block_configs(self, num_attention_heads: int, windows: Sequence[int | None] = ()) -> list[dict[str, Any]]:
+        """The checkpoint's `block_configs`, one entry per layer. `windows`: sliding-window length by layer."""
+        windows = windows or [None] * len(self.blocks)
         return [
             {
                 "attention": {
@@ -163,14 +173,15 @@ class Architecture:
                     "n_heads_in_group": (
                         num_attention_heads // block.attention.kv_heads if block.attention.kind == "gqa" else None
                     ),
-                },
+                }
+                | ({"window_length": window} if window is not None and block.attention.kind == "gqa" else {}),
                 "ffn": {
                     "no_op": block.ffn.kind == "no_op",
                     "replace_with_linear": block.ffn.kind == "linear",
                     "intermediate_size": block.ffn.intermediate_size if block.ffn.kind == "gated" else None,
                 },
             }
-            for block in self.blocks
+            for block, window in zip(self.blocks, windows, strict=True)
         ]
 
     @classmethod

@@ -159,7 +159,7 @@ def card(run: Run, architecture: Architecture) -> str:
     """The model card of a child."""
     shape = run.parent.shape
     rows = "\n".join(f"| {i} | {b.attention.name} | {b.ffn.name} |" for i, b in enumerate(architecture))
-    stock = child.architectures_name(architecture) == "DeciLMForCausalLM"
+    stock = child.architectures_name(run.parent.child_config(architecture)) == "DeciLMForCausalLM"
     vllm = ", or serve with\n`vllm serve folder --trust-remote-code`" if stock else "; stock vLLM cannot serve it"
     share = architecture.parameters(shape) / Architecture.of_parent(shape).parameters(shape)
     return f"""---

@@ -8,8 +8,8 @@ where only its FFN is trained, from the parent's attention output h:
 
 Trainees are independent: each has its own optimiser, budget, history and checkpoint file, so they may be trained
 together or one by one, in any grouping, and come out the same. What all of a layer share in a batch (`Lesson`) is
-computed once. The FFN path folds the norm's weight into the projections: the input then needs no gradient, which
-leaves out a third of the backward products (14 instead of 18 FLOPs per weight pair and token).
+computed once. The FFN path folds a norm's weight into the projections that follow: the input then needs no gradient,
+which leaves out a third of the backward products (14 instead of 18 FLOPs per weight pair and token).
 
 Shape legend: B batch, S sequence, D hidden, T = B * S.
 """
@@ -104,8 +104,10 @@ class Trainee:
     def error(self, lesson: "Lesson") -> torch.Tensor:
         """|o' - o|^2 / |o|^2, a float32 scalar."""
         assert self.module is not None
-        if self.attention is None:
+        if self.attention is None and lesson.foldable:
             return squared_error(ffn_output(self.module, lesson.normed_TD), lesson.ffn_target_TD) / lesson.power
+        if self.attention is None:
+            return squared_error(self.module.feed_forward(lesson.h_BSD), lesson.o_BSD) / lesson.power
         attended = self.module.attention(lesson.x_BSD, **lesson.context)
         second = lesson.parent if self.ffn is None else self.module
         return squared_error(second.feed_forward(attended), lesson.o_BSD) / lesson.power
@@ -156,6 +158,12 @@ class Lesson:
     @cached_property
     def power(self) -> torch.Tensor:
         return torch.linalg.vector_norm(self.o_BSD, dtype=torch.float32).square()
+
+    @property
+    def foldable(self) -> bool:
+        """Whether an FFN's only norm stands before it, as Llama's."""
+        norm = self.parent.post_attention_layernorm
+        return norm is not None and norm.style == "llama" and self.parent.feedforward_output_layernorm is None
 
     @cached_property
     def normed_TD(self) -> torch.Tensor:

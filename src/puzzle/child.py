@@ -44,16 +44,32 @@ def build(
 def skeleton(config: PuzzleConfig, device: torch.device, attention: str) -> PuzzleForCausalLM:
     """A model without weights (on the meta device) that can already compute positions and masks."""
     with torch.device("meta"):
-        config._attn_implementation = attention
+        config._attn_implementation = attention_for(config, attention)
         model = PuzzleForCausalLM(config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.model.make_rotary(device)
     return model.eval()
 
 
-def architectures_name(architecture: Architecture) -> str:
+def attention_for(config: PuzzleConfig, wanted: str) -> str:
+    """The fused kernels know no soft cap on attention scores."""
+    return wanted if config.attn_logit_softcapping is None else "eager"
+
+
+def stock(config: PuzzleConfig) -> bool:
+    """Whether engines that know `DeciLMForCausalLM` can serve a child of this family, blocks aside."""
+    ways = (config.qk_norm, config.embedding_scale, config.query_scale, config.attn_logit_softcapping)
+    plain = config.norm_placement == "pre" and config.norm_style == "llama" and config.hidden_act == "silu"
+    whole = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
+    return plain and whole and all(way is None for way in (*ways, config.final_logit_softcapping))
+
+
+def architectures_name(config: PuzzleConfig) -> str:
     """`DeciLMForCausalLM` where stock engines can load the child, otherwise `PuzzleForCausalLM`."""
-    linear = any("linear" in (block.attention.kind, block.ffn.kind) for block in architecture)
-    return "PuzzleForCausalLM" if linear or architecture.blocks[0].attention.kind == "no_op" else "DeciLMForCausalLM"
+    halves = [(block.attention, block.ffn) for block in config.block_configs or []]
+    linear = any(half.replace_with_linear for both in halves for half in both)
+    windows = any(attention.get("window_length") for attention, _ in halves)
+    known = stock(config) and not linear and not windows and not halves[0][0].no_op
+    return "DeciLMForCausalLM" if known else "PuzzleForCausalLM"
 
 
 def save(
@@ -78,7 +94,7 @@ def save(
     artifacts.write_text(folder / MODELING_FILE, (files("puzzle") / MODELING_FILE).read_text(encoding="utf-8"))
     artifacts.write_text(folder / "README.md", card)
     artifacts.write_json(folder / "architecture.json", architecture.names)
-    model_class = architectures_name(architecture)
+    model_class = architectures_name(config)
     settings = config.to_dict() | {
         "architectures": [model_class],
         "auto_map": {

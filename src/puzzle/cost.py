@@ -112,7 +112,7 @@ def header(run: Run) -> dict[str, Any]:
         "measured": engine.MEASURED,
         "dtype": serving_dtype(run),
         "scenarios": {name: s.model_dump(mode="json") for name, s in run.recipe.cost.measured.items()},
-        "shape": asdict(run.parent.shape),
+        "shape": asdict(run.parent.shape) | {"windows": list(run.parent.shape.windows)},  # as JSON gives it back
     }
 
 
@@ -245,8 +245,7 @@ class Probe:
 
 def write_checkpoint(run: Run, folder: Path, architecture: Architecture) -> None:
     """An architecture as a checkpoint with random weights: cost does not depend on values."""
-    config = run.parent.child_config(architecture)
-    config.num_hidden_layers = len(architecture)
+    config = run.parent.child_config(architecture, layers=())  # full attention everywhere: windows cost less
     with torch.device("meta"):
         names = {n: t.shape for n, t in child.PuzzleForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)

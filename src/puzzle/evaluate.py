@@ -42,7 +42,7 @@ def quality(run: Run, model: PuzzleForCausalLM, tokens_NS: torch.Tensor) -> dict
             final, own = (m.model(tokens_BS, use_cache=False).last_hidden_state for m in (parent, model))
             metrics = token_metrics(
                 final[:, :-1].flatten(0, 1), parent.lm_head.weight, own[None, :, :-1].flatten(1, 2),
-                model.lm_head.weight, tokens_BS[:, 1:].flatten(),
+                model.lm_head.weight, tokens_BS[:, 1:].flatten(), soft_cap=parent.config.final_logit_softcapping,
             )[0]  # fmt: skip
         sums += metrics.double().sum(-1).cpu()
         count += metrics.shape[-1]
@@ -59,7 +59,8 @@ def task_accuracy(run: Run, model: PuzzleForCausalLM, task: str) -> float:
         with run.autocast():
             hidden_TD = model.model(tokens_RS, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
             head = model.lm_head.weight
-            metrics = token_metrics(hidden_TD, head, hidden_TD[None], head, tokens_RS[:, 1:].flatten())[0]
+            cap, targets = model.config.final_logit_softcapping, tokens_RS[:, 1:].flatten()
+            metrics = token_metrics(hidden_TD, head, hidden_TD[None], head, targets, soft_cap=cap)[0]
         right += rows.right(metrics[METRICS.index("lm_loss")].view(len(tokens_RS), -1))
     return sum(right) / len(right)
 

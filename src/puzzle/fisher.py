@@ -41,7 +41,7 @@ class Estimator:
 
     def _last_gradient(self, generator: torch.Generator) -> torch.Tensor:
         """d sum_t log p(y_t) / d output of the last layer: W[y] - p W through the final norm, in closed form."""
-        head = self.parent.lm_head.weight
+        head, cap = self.parent.lm_head.weight, self.parent.config.final_logit_softcapping
         hidden = self.states[-1].to(self.run.device).float().requires_grad_()
         with torch.enable_grad():
             normed = self.parent.model.norm(hidden)
@@ -54,11 +54,19 @@ class Estimator:
             chunk = tokens_per_chunk(len(head))
             for first in range(0, len(normed_TD), chunk):
                 rows = slice(first, first + chunk)
-                p_TV = F.softmax(normed_TD[rows].float() @ head.float().T, dim=-1)
-                expected_TD = p_TV @ head.float()
+                logits_TV = normed_TD[rows].float() @ head.float().T
+                slope_TV = None
+                if cap is not None:  # logits are cap * tanh(z / cap), of slope 1 - tanh^2
+                    logits_TV = logits_TV.div_(cap).tanh_()
+                    slope_TV, logits_TV = 1 - logits_TV.square(), logits_TV * cap
+                p_TV = F.softmax(logits_TV, dim=-1)
+                expected_TD = (p_TV if slope_TV is None else p_TV * slope_TV) @ head.float()
                 for sample in range(count):
-                    y_T = torch.multinomial(p_TV, 1, generator=generator)[:, 0]
-                    flat_KTD[sample, rows] = head[y_T].float() - expected_TD
+                    y_T1 = torch.multinomial(p_TV, 1, generator=generator)
+                    own_TD = head[y_T1[:, 0]].float()
+                    if slope_TV is not None:
+                        own_TD = own_TD * slope_TV.gather(1, y_T1)
+                    flat_KTD[sample, rows] = own_TD - expected_TD
             gradients[:, :, :-1] = flat_KTD.view(count, B, S - 1, D)
         for sample in range(count):
             (gradients[sample],) = torch.autograd.grad(normed, hidden, gradients[sample], retain_graph=True)

@@ -278,7 +278,7 @@ def _validation(run: Run) -> list[torch.Tensor]:
 def _module(run: Run, trainee: Trainee) -> PuzzleDecoderLayer:
     no_attention, no_ffn = Attention("no_op"), FFN("no_op")
     block = Block(trainee.attention or no_attention, trainee.ffn or no_ffn)
-    return subblocks.block_module(run.parent, block, run.attention).to(run.device)
+    return subblocks.block_module(run.parent, trainee.layer, block, run.attention).to(run.device)
 
 
 def _checkpoint(folder: Path, trainee: Trainee) -> Path:

@@ -53,7 +53,7 @@ class LogitLoss:
     kl_weight: float = 1.0
     lm_weight: float = 0.0
     temperature: float = 1.0
-    softcap: float | None = None  # `final_logit_softcapping`: z -> cap * tanh(z / cap), of both sides
+    soft_cap: float | None = None  # `final_logit_softcapping`: z -> cap * tanh(z / cap), of both sides
     chunk_elements: int = CHUNK_ELEMENTS  # logits of one side that exist at a time, in four buffers
 
 
@@ -137,8 +137,8 @@ class _Chunks:
                 work_TV.mul_(settings.lm_weight) if grad_TV is None else grad_TV.add_(work_TV, alpha=settings.lm_weight)
             )
         assert grad_TV is not None
-        if settings.softcap:
-            grad_TV.mul_(z_TV.div_(settings.softcap).square_().neg_().add_(1))
+        if settings.soft_cap:
+            grad_TV.mul_(z_TV.div_(settings.soft_cap).square_().neg_().add_(1))
         self._spread(rows, grad_TV.div_(self.tokens))
 
     def _logits(self, hidden_TD: torch.Tensor, head_VD: torch.Tensor, out_TV: torch.Tensor) -> None:
@@ -146,8 +146,8 @@ class _Chunks:
             torch.mm(hidden_TD, head_VD.T, out=out_TV)
         else:
             out_TV.copy_(hidden_TD @ head_VD.T)
-        if self.settings.softcap:
-            out_TV.div_(self.settings.softcap).tanh_().mul_(self.settings.softcap)
+        if self.settings.soft_cap:
+            out_TV.div_(self.settings.soft_cap).tanh_().mul_(self.settings.soft_cap)
 
     def _spread(self, rows: slice, grad_TV: torch.Tensor) -> None:
         """Gradients of the hidden states and of the head from dz. The head's is summed in float32, in place."""
@@ -202,6 +202,7 @@ def token_metrics(
     child_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
     chunk_tokens: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once per chunk.
 
@@ -211,9 +212,9 @@ def token_metrics(
     chunks, chunk_tokens = [], chunk_tokens or tokens_per_chunk(len(parent_head_VD))
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
-        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD), dim=-1)
+        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
         p_TV = parent_TV.exp()
-        children = (_logits(child_TD[rows], child_head_VD) for child_TD in child_CTD)
+        children = (_logits(child_TD[rows], child_head_VD, soft_cap) for child_TD in child_CTD)
         chunks.append(torch.stack([_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]))
     cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
@@ -231,13 +232,14 @@ def _metrics(
     return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
 
 
-def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+def _logits(hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None) -> torch.Tensor:
     """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank. Autocast only rounds what goes
     into the product, where the device can (half the time on a CPU with bfloat16 instructions)."""
     device = hidden_TD.device.type
     rounded = _rounded_inputs() if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     with rounded, torch.autocast(device, enabled=False):
-        return hidden_TD.float() @ head_VD.float().T
+        logits_TV = hidden_TD.float() @ head_VD.float().T
+    return logits_TV if soft_cap is None else logits_TV.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ bitwise those of transformers. Stages therefore know one model class.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -20,30 +20,31 @@ from transformers import AutoConfig, AutoTokenizer
 from puzzle import artifacts, child
 from puzzle.architecture import Architecture, ModelShape
 from puzzle.errors import UserError
-from puzzle.families import family
+from puzzle.families import Tensors, family
 from puzzle.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer, PuzzleForCausalLM
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors checkpoint under Llama's names; each is read when it is asked for."""
+    """The tensors of a safetensors checkpoint under a child's names; each is read when it is asked for."""
 
-    def __init__(self, folder: Path, rename: Any = lambda name: name) -> None:
+    def __init__(self, folder: Path, tensors: Callable[[str], Tensors]) -> None:
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise UserError(f"parent {folder}: no *.safetensors file; convert the weights to safetensors first")
-        self._where: dict[str, tuple[Any, str]] = {}
+        self._where: dict[str, tuple[Any, str, slice]] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")
             except Exception as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                self._where |= {name: (file, stored, rows) for name, rows in tensors(stored)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._where:
             raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
-        file, original = self._where[name]
-        return file.get_tensor(original)
+        file, stored, rows = self._where[name]
+        return file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -56,9 +57,9 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __exit__(self, *_: object) -> None:
         """Unmap the files; what was read of them no longer counts as memory of this process."""
-        for file, _name in self._where.values():
+        for file, _stored, _rows in self._where.values():
             file.__exit__(None, None, None)
-        self._where = {}
+        self._where.clear()
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,20 @@ class Parent:
         """The dtype of the weights on disk, which the child keeps."""
         return getattr(self.hf_config, "dtype", None) or torch.float32
 
-    def child_config(self, architecture: Architecture) -> PuzzleConfig:
-        settings = family(self.hf_config.model_type).child_settings(self.hf_config)
-        blocks = architecture.block_configs(self.shape.num_attention_heads)
-        return PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)
+    def child_config(self, architecture: Architecture, layers: Sequence[int] | None = None) -> PuzzleConfig:
+        """`layers`: of the parent, whose places the blocks take, where they are not all of them in order."""
+        windows = self.shape.windows
+        if windows and layers is not None:
+            windows = tuple(windows[layer] for layer in layers)
+        blocks = architecture.block_configs(self.shape.num_attention_heads, windows)
+        settings = family(self.hf_config.model_type).settings(self.hf_config)
+        config = PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)
+        config.num_hidden_layers = len(architecture)
+        return config
 
     def weights(self) -> Weights:
-        return Weights(self.folder, family(self.hf_config.model_type).rename)
+        tensors = family(self.hf_config.model_type).tensors
+        return Weights(self.folder, lambda name: tensors(name, self.hf_config))
 
     def load(self, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PuzzleForCausalLM:
         """The parent as the all-parent child, in evaluation mode, without gradients."""
@@ -143,7 +151,8 @@ class StreamedLayers(ParentLayers):
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         with self.parent.weights() as weights:
             rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]  # touches only the rows it needs
-        return self.model.model.embed(inputs_embeds=rows_BSD.to(device=self.device, dtype=self.dtype))
+        rows_BSD = self.model.model.embed_tokens.scaled(rows_BSD.to(device=self.device, dtype=self.dtype))
+        return self.model.model.embed(inputs_embeds=rows_BSD)
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
@@ -203,6 +212,27 @@ def describe(name: str, trust_remote_code: bool = False) -> Parent:
         raise UserError(f"parent {name}: its weights are quantised; give the unquantised checkpoint")
     if "auto_map" in raw and not trust_remote_code:
         raise UserError(f"parent {name}: it brings its own code; set trust_remote_code=true if you trust it")
-    families = family(raw.get("model_type", "none"))
+    own = family(raw.get("model_type", "none"))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return Parent(name, folder, families.shape(config), config)
+    longest = config.max_position_embeddings
+    windows = tuple(None if window is None or window >= longest else window for window in own.windows(config))
+    return Parent(name, folder, shape(PuzzleConfig(**own.settings(config)), windows), config)
+
+
+def shape(config: PuzzleConfig, windows: Sequence[int | None] = ()) -> ModelShape:
+    """What costs and spaces need to know of a model with these settings."""
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=config.tie_word_embeddings,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.attention_bias,
+        qk_norm=config.qk_norm,
+        norms=2 if config.norm_placement == "both" else 1,
+        windows=tuple(windows) if any(windows) else (),
+    )

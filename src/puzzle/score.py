@@ -203,7 +203,7 @@ class Variants:
         own = parent_layer.state_dict()
 
         def load(block: Block, state: dict[str, torch.Tensor]) -> PuzzleDecoderLayer:
-            return subblocks.load(run.parent, block, run.attention, state, run.device)
+            return subblocks.load(run.parent, layer, block, run.attention, state, run.device)
 
         if run.recipe.library.coupled:
             whole = {b: load(b, library.read_block(run, layer, b, own)) for b in blocks}
@@ -280,7 +280,9 @@ def finish(
     child_CTD = parent.model.norm(hidden).view(count, B, S, -1)[:, :, :-1].flatten(1, 2)
     head = parent.lm_head.weight
     targets = tokens_BS[:, 1:].flatten()
-    metrics_CMT = token_metrics(final_BSD[:, :-1].flatten(0, 1), head, child_CTD, head, targets)
+    cap = parent.config.final_logit_softcapping
+    final_TD = final_BSD[:, :-1].flatten(0, 1)
+    metrics_CMT = token_metrics(final_TD, head, child_CTD, head, targets, soft_cap=cap)
     return metrics_CMT.view(count, len(METRICS), B, S - 1).double()
 
 

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
+from puzzle import child
 from puzzle.architecture import FFN, Architecture, Attention, Block, ModelShape, Subblock
 from puzzle.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer
 from puzzle.parent import Parent
 
 State = dict[str, torch.Tensor]
-PREFIXES: dict[type, tuple[str, str]] = {
-    Attention: ("self_attn.", "input_layernorm."),
-    FFN: ("mlp.", "post_attention_layernorm."),
+PREFIXES: dict[type, tuple[str, ...]] = {
+    Attention: ("self_attn.", "input_layernorm.", "attention_output_layernorm."),
+    FFN: ("mlp.", "post_attention_layernorm.", "feedforward_output_layernorm."),
 }
 
 
@@ -41,26 +42,27 @@ def is_trained(variant: Subblock, shape: ModelShape) -> bool:
     return variant.kind != "no_op" and variant not in (shape.parent_block.attention, shape.parent_block.ffn)
 
 
-def module(parent: Parent, variant: Subblock, attention_implementation: str) -> PuzzleDecoderLayer:
-    """An uninitialised layer with just this subblock."""
+def module(parent: Parent, index: int, variant: Subblock, attention_implementation: str) -> PuzzleDecoderLayer:
+    """An uninitialised layer with just this subblock, for the parent's layer `index`."""
     no_op = FFN("no_op") if isinstance(variant, Attention) else Attention("no_op")
     block = Block(variant, no_op) if isinstance(variant, Attention) else Block(no_op, variant)  # type: ignore[arg-type]
-    return block_module(parent, block, attention_implementation)
+    return block_module(parent, index, block, attention_implementation)
 
 
-def block_module(parent: Parent, block: Block, attention_implementation: str) -> PuzzleDecoderLayer:
-    """An uninitialised layer of this block."""
-    config: PuzzleConfig = parent.child_config(Architecture((block,)))
-    config._attn_implementation = attention_implementation
+def block_module(parent: Parent, index: int, block: Block, attention_implementation: str) -> PuzzleDecoderLayer:
+    """An uninitialised layer of this block, for the parent's layer `index`."""
+    config: PuzzleConfig = parent.child_config(Architecture((block,)), [index])
+    config._attn_implementation = child.attention_for(config, attention_implementation)
     return PuzzleDecoderLayer(config, 0, 0)
 
 
 def load(
-    parent: Parent, block: Block, attention_implementation: str, state: Mapping[str, torch.Tensor], device: torch.device
-) -> PuzzleDecoderLayer:
+    parent: Parent, index: int, block: Block, attention_implementation: str, state: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> PuzzleDecoderLayer:  # fmt: skip
     """A frozen layer of this block with these weights, which it takes over without a copy."""
     with torch.device("meta"):
-        layer = block_module(parent, block, attention_implementation)
+        layer = block_module(parent, index, block, attention_implementation)
     layer.load_state_dict(state, strict=True, assign=True)
     return layer.to(device).requires_grad_(False).eval()
 
@@ -148,7 +150,7 @@ def initial_state(
         return {}
     if isinstance(variant, Attention):
         return _initial_attention(own, variant, shape, found)
-    norm = {"post_attention_layernorm.weight": own["post_attention_layernorm.weight"].clone()}
+    norm = {name: tensor.clone() for name, tensor in own.items() if "layernorm" in name}
     down_DI = own["mlp.down_proj.weight"]
     if variant.kind == "linear":
         if found.ffn_in_DD is not None and found.ffn_out_DD is not None:
@@ -172,8 +174,9 @@ def _initial_attention(own: State, variant: Attention, shape: ModelShape, found:
             matrix = solve(found.attention_in_DD, found.attention_out_DD)
         else:
             matrix = linear_attention(own, shape)
-        return {"input_layernorm.weight": own["input_layernorm.weight"].clone(), "self_attn.linear_attn.weight": matrix}
-    pooled = (".k_proj.", ".v_proj.")
+        norms = {name: tensor.clone() for name, tensor in own.items() if "layernorm" in name}
+        return norms | {"self_attn.linear_attn.weight": matrix}
+    pooled = (".k_proj.", ".v_proj.", *([".k_norm."] if shape.qk_norm == "projection" else []))
     return {
         name: pool_kv_heads(t, shape, variant.kv_heads) if any(p in name for p in pooled) else t.clone()
         for name, t in own.items()
@@ -187,7 +190,7 @@ def pool_kv_heads(projection: torch.Tensor, shape: ModelShape, kv_heads: int) ->
 
 
 def linear_attention(own: State, shape: ModelShape) -> torch.Tensor:
-    """W_O · W_V [D, D], V repeated over the query heads of its group."""
+    """W_O · W_V [D, D], V repeated over the query heads of its group. A linear replacement has no bias."""
     value_KdD = own["self_attn.v_proj.weight"].unflatten(0, (shape.num_key_value_heads, shape.head_dim))
     group = shape.num_attention_heads // shape.num_key_value_heads
     return own["self_attn.o_proj.weight"] @ value_KdD.repeat_interleave(group, dim=0).flatten(0, 1)

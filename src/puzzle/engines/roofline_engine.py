@@ -17,7 +17,6 @@ from puzzle.architecture import Architecture, Attention, Subblock
 from puzzle.config import ScenarioConfig
 from puzzle.engines import Timing
 from puzzle.errors import UserError
-from puzzle.families import llama
 from puzzle.modeling_puzzle import PuzzleConfig
 
 NAME, MEASURED = "roofline", False
@@ -54,7 +53,7 @@ class RooflineSession:
     def __init__(self, folder: Path, scenario: ScenarioConfig, device_sheet: str) -> None:
         if (folder / "architecture.json").exists():
             config = PuzzleConfig.from_pretrained(folder)
-            self.architecture, self.shape, dtype = child.read_architecture(folder), llama.shape(config), config.dtype
+            self.architecture, self.shape, dtype = child.read_architecture(folder), parent.shape(config), config.dtype
         else:
             served = parent.describe(str(folder), trust_remote_code=True)
             self.architecture, self.shape, dtype = Architecture.of_parent(served.shape), served.shape, served.dtype

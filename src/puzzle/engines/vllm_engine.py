@@ -28,6 +28,17 @@ NAME, MEASURED = "vllm", True
 REPLY = "@puzzle "  # vLLM prints to standard output too; our replies carry this mark
 
 
+def register() -> None:
+    """Called by vLLM in each of its processes (entry point `vllm.general_plugins`): children load without trusting
+    their code, and those that stock vLLM cannot serve have a model."""
+    from vllm import ModelRegistry
+
+    from puzzle import modeling_puzzle  # noqa: F401 (registers the config)
+
+    if "PuzzleForCausalLM" not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model("PuzzleForCausalLM", "puzzle.engines.vllm_model:PuzzleForCausalLM")
+
+
 def available() -> str | None:
     return None if find_spec("vllm") else "the vllm package is not installed (pip install vllm)"
 
@@ -142,9 +153,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     from transformers import AutoConfig
     from vllm import LLM
 
-    from puzzle.modeling_puzzle import PuzzleConfig
-
-    AutoConfig.register(PuzzleConfig.model_type, PuzzleConfig)
+    register()
     length = scenario.input_length + scenario.output_length
     config = AutoConfig.from_pretrained(folder)
     tokens = scenario.batch_size * (length + 256)  # room for whole cache pages

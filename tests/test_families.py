@@ -1,0 +1,125 @@
+"""The conformance suite of parent families: every row of `families.ROWS` keeps every claim."""
+
+import json
+
+import families
+import pytest
+import torch
+from test_child import generate, write_child
+from transformers import AutoModelForCausalLM
+
+from puzzle import child, parent, subblocks
+from puzzle.architecture import FFN, Architecture, Attention
+from puzzle.errors import UserError
+from puzzle.families import FAMILIES
+
+CPU = torch.device("cpu")
+MIXED = ["gqa_1+gated_32", "no_op+gated_96", "linear+no_op", "gqa_2+linear"]
+LONG = 50  # beyond every window of the rows
+
+
+@pytest.fixture(params=families.ROWS)
+def row(request):
+    return request.param
+
+
+def attention_of(row):
+    return ["eager"] if row == "gemma2" else ["eager", "sdpa"]  # sdpa has no soft cap
+
+
+def tokens(batch=3):
+    return torch.randint(0, 320, (batch, LONG), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_all_parent_child_is_bitwise_the_parent(row, dtype, tmp_path):
+    folder = families.make(row, tmp_path, dtype)
+    for attention in attention_of(row):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        ours = parent.describe(str(folder)).load(dtype, CPU, attention)
+        with torch.no_grad():
+            assert torch.equal(ours(tokens()).logits, theirs(tokens()).logits), attention
+
+
+def test_every_part_of_the_family_matters(row, tmp_path):
+    """Guards the test above: each setting that is not Llama's changes the logits."""
+    described = parent.describe(str(families.make(row, tmp_path)))
+    ours = described.load(torch.float32, CPU, "eager")
+    reference = ours(tokens()).logits
+    changes = {
+        "final_logit_softcapping": None, "attn_logit_softcapping": None, "window_rope_theta": 3e4,
+    }  # fmt: skip
+    for name, value in changes.items():
+        config = described.child_config(Architecture.of_parent(described.shape))
+        if getattr(config, name) is None:
+            continue
+        setattr(config, name, value)
+        other = child.build(config, described.weights(), torch.float32, CPU, "eager")
+        assert (other(tokens()).logits - reference).abs().max() > 1e-4, name
+
+
+def test_a_mixed_child_generates_the_same_with_and_without_a_cache(row, tmp_path):
+    described = parent.describe(str(families.make(row, tmp_path / "parent")))
+    folder = write_child(described, tmp_path / "child", MIXED)
+    model = child.load(folder, torch.float32, CPU)
+    prompt = tokens(1)[:, :20]
+    assert generate(model, prompt, True).tolist() == generate(model, prompt, False).tolist()
+
+
+def test_a_saved_child_loads_in_transformers_with_the_same_logits(row, tmp_path):
+    described = parent.describe(str(families.make(row, tmp_path / "parent")))
+    folder = write_child(described, tmp_path / "child", MIXED)
+    ours = child.load(folder, torch.float32, CPU, attention_of(row)[-1])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(tokens()).logits, theirs(tokens()).logits)
+
+
+def test_saved_again_it_is_the_same(row, tmp_path):
+    described = parent.describe(str(families.make(row, tmp_path / "parent")))
+    folder = write_child(described, tmp_path / "child", MIXED)
+    first, architecture = child.load(folder, torch.float32, CPU), child.read_architecture(folder)
+    child.save(tmp_path / "again", first.config, architecture, first.state_dict(), folder, "card\n")
+    second = child.load(tmp_path / "again", torch.float32, CPU)
+    assert torch.equal(first(tokens()).logits, second(tokens()).logits)
+
+
+def test_a_sharded_checkpoint_loads_the_same(row, tmp_path):
+    whole = parent.describe(str(families.make(row, tmp_path / "whole")))
+    cut = parent.describe(str(families.make(row, tmp_path / "cut", max_shard_size="50KB")))
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    ours = (described.load(torch.float32, CPU) for described in (whole, cut))
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in ours), strict=True))
+
+
+def test_counted_parameters_are_those_of_the_real_modules(row, tmp_path):
+    described = parent.describe(str(families.make(row, tmp_path)))
+    shape = described.shape
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert Architecture.of_parent(shape).parameters(shape) == sum(p.numel() for p in theirs.parameters())
+    for variant in (Attention("gqa", 1), Attention("linear"), FFN("gated", 32), FFN("linear"), FFN("no_op")):
+        module = subblocks.module(described, 1, variant, "eager")
+        assert shape.parameters(variant) == sum(p.numel() for p in module.parameters())
+
+
+def test_the_parent_layer_by_layer_is_the_parent(row, tmp_path):
+    described = parent.describe(str(families.make(row, tmp_path)))
+    model = described.load(torch.float32, CPU, "eager")
+    streamed = parent.StreamedLayers(described, torch.float32, CPU, "eager")
+    with torch.no_grad():
+        hidden, context = streamed.embed(tokens())
+        for index in range(described.shape.num_hidden_layers):
+            with streamed.layer(index) as layer:
+                hidden = layer(hidden, **context)
+        assert torch.equal(model.model.norm(hidden), model.model(tokens()).last_hidden_state)
+
+
+def test_every_supported_family_has_a_row():
+    assert {model_type for model_type, _ in families.ROWS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3", "mixtral"])
+def test_an_unsupported_family_is_refused_in_one_line_that_helps(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match=r"supported: gemma2, .*qwen3 \((docs/families.md|give its text model)"):
+        parent.describe(str(tmp_path))
