@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from puzzle import artifacts, assemble, checkpoint, child, evaluate
+from puzzle import artifacts, assemble, card, checkpoint, child, evaluate
 from puzzle.losses import cosine_distance, distillation_losses
 from puzzle.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
@@ -36,8 +36,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     train(run, folder, student)
     architecture = child.read_architecture(source)
     config = run.parent.child_config(architecture)
-    card = assemble.card(run, architecture)
-    child.save(folder, config, architecture, student.state_dict(), run.parent.folder, card)
+    child.save(folder, config, architecture, student.state_dict(), run.parent.folder, card.text(run, architecture))
     return {"weights": assemble.weights_fingerprint(folder)}
 
 
