@@ -95,6 +95,19 @@ assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
         assert theirs[2 * i] == theirs[2 * i + 1] == ours[0].tolist()
 
 
+def test_with_our_package_imported_a_child_loads_without_trusting_its_code(tiny, tmp_path):
+    folders = [write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())]
+    script = f"""
+import puzzle.modeling_puzzle
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in {[str(folder) for folder in folders]!r}:
+    print(type(AutoModelForCausalLM.from_pretrained(folder)).__module__, len(AutoTokenizer.from_pretrained(folder)) > 0)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.split() == ["puzzle.modeling_puzzle", "True"] * len(folders)
+
+
 def test_a_no_op_subblock_has_neither_weights_nor_norm(tiny, tmp_path):
     folder = write_child(tiny, tmp_path / "child", MIXED["no-op in layer 0"])
     names = list(child.load(folder, torch.float32, CPU).state_dict())

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,15 @@ def test_vllm_leaves_out_linear_and_a_no_op_attention_in_layer_0_and_says_so():
     assert Attention("no_op") not in found.layers[0].attention
     assert Attention("no_op") in found.layers[1].attention
     assert len(found.left_out) == 2
+
+
+def test_the_plugin_serves_everything_and_is_what_other_families_need():
+    everything = space.build(PAPER, SHAPE, [])
+    assert space.build(PAPER, SHAPE, ["vllm-plugin"]) == everything
+    qwen3 = replace(SHAPE, stock=False)
+    assert space.build(PAPER, qwen3, ["vllm"]).layers == everything.layers
+    with pytest.raises(UserError, match=r"llama.cpp serves children of Llama-like parents only"):
+        space.build(PAPER, qwen3, ["llama.cpp"])
 
 
 def test_llama_cpp_allows_an_ffn_no_op_only_with_an_attention_no_op():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from puzzle import artifacts, checkpoint, child, config, evaluate, gkd, pipeline, uptrain
+from puzzle import artifacts, checkpoint, child, config, evaluate, gkd, pipeline, trainer, uptrain
 from puzzle.config import UptrainConfig
 from puzzle.errors import UserError
 from puzzle.progress import Progress
@@ -98,7 +98,7 @@ def test_terms_of_weight_zero_are_left_out_and_not_reported(finished_run, tmp_pa
 def test_validation_equals_the_evaluation_of_the_saved_child(finished_run):
     run, last = finished_run, curve(finished_run)[-1]
     model = child.load(run.stage_folder("uptrain"), torch.float32, run.device, run.attention)
-    tokens = run.corpus["validation"].head(uptrain.VALIDATION_SEQUENCES)
+    tokens = run.corpus["validation"].head(trainer.VALIDATION_SEQUENCES)
     found, parent = evaluate.quality(run, model, tokens), evaluate.quality(run, run.parent_model, tokens)
     for name, value in found.items():
         assert last[f"validation_{name}"] == pytest.approx(value, rel=1e-5), name
@@ -174,8 +174,8 @@ def test_schedules_warm_up_and_end_at_zero():
     assert wsd[80:] == pytest.approx([(20 - i) / 20 for i in range(20)])
     cosine = [checkpoint.cosine_schedule(step, 100, 0.1) for step in range(100)]
     assert cosine[9] == cosine[10] == 1.0 and cosine[55] == pytest.approx(0.5, abs=1e-6) and 0 < cosine[99] < 1e-3
-    assert uptrain.rate_factor(UptrainConfig(schedule="wsd"), 70, 100) == 1.0
-    assert uptrain.rate_factor(UptrainConfig(), 70, 100) == checkpoint.cosine_schedule(70, 100, 0.05)
+    assert trainer.rate_factor(UptrainConfig(schedule="wsd"), 70, 100) == 1.0
+    assert trainer.rate_factor(UptrainConfig(), 70, 100) == checkpoint.cosine_schedule(70, 100, 0.05)
 
 
 def test_uptraining_stops_early_where_nothing_improves(finished_run, tmp_path):
@@ -184,7 +184,7 @@ def test_uptraining_stops_early_where_nothing_improves(finished_run, tmp_path):
     assert [record["step"] for record in curve(run)] == [1, 2, 3]
 
 
-RISING = {"learning_rate": 0.1, "warmup_share": 0.99}  # first it gets better, then the steps are too large
+RISING = {"learning_rate": 0.02, "warmup_share": 0.99}  # first it gets better, then the steps are too large
 
 
 def test_the_best_weights_are_kept_or_the_last(finished_run, tmp_path):
@@ -193,7 +193,7 @@ def test_the_best_weights_are_kept_or_the_last(finished_run, tmp_path):
         run = uptrained(finished_run, tmp_path / keep, keep=keep, validate_steps=1, **RISING)
         seen = [record["validation_kl"] for record in curve(run)]
         model = child.load(run.stage_folder("uptrain"), torch.float32, run.device, run.attention)
-        tokens = run.corpus["validation"].head(uptrain.VALIDATION_SEQUENCES)
+        tokens = run.corpus["validation"].head(trainer.VALIDATION_SEQUENCES)
         kept[keep] = evaluate.quality(run, model, tokens)["kl"], min(seen), seen[-1]
     assert kept["best"][1] < 0.9 * kept["best"][2]  # otherwise this would show nothing
     assert kept["best"][0] == pytest.approx(kept["best"][1], rel=1e-4)
@@ -263,7 +263,7 @@ def test_adapters_are_merged_into_weights_of_the_same_names(finished_run, tmp_pa
     for name in changed(run):
         assert torch.linalg.matrix_rank(after[name].double() - before[name].double(), rtol=1e-3) <= 2
     model = child.load(run.stage_folder("uptrain"), torch.float32, run.device, run.attention)
-    tokens = run.corpus["validation"].head(uptrain.VALIDATION_SEQUENCES)
+    tokens = run.corpus["validation"].head(trainer.VALIDATION_SEQUENCES)
     assert evaluate.quality(run, model, tokens)["kl"] == pytest.approx(curve(run)[-1]["validation_kl"], rel=1e-3)
 
 

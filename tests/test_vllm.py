@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "linear": ["gqa_1+gated_32", "no_op+gated_96", "linear+no_op", "gqa_2+linear"],
     "no-op first": ["no_op+gated_32", "gqa_2+gated_96", "gqa_1+no_op", "gqa_2+gated_64"],
 }
+PLAIN = ["gqa_1+gated_96", "gqa_2+gated_32", "gqa_2+gated_96", "gqa_1+gated_64"]
 SERVE = """
 import gc, json, sys
 from vllm import LLM, SamplingParams
@@ -78,7 +79,10 @@ def test_stock_vllm_generates_our_greedy_tokens(tmp_path):
     folders = []
     for row in ("llama 3", "llama with biases", "qwen2", "mistral"):
         described = parent.describe(str(families.make(row, tmp_path / row / "parent")))
-        folders.append(write_child(described, tmp_path / row / "child", MIXED["reduced"]))
-        assert json.loads((folders[-1] / "config.json").read_text())["architectures"] == ["DeciLMForCausalLM"]
+        for name, blocks in {"reduced": MIXED["reduced"], "plain": PLAIN}.items():
+            folders.append(write_child(described, tmp_path / row / name, blocks))
+            config = json.loads((folders[-1] / "config.json").read_text())
+            assert config["architectures"] == ["DeciLMForCausalLM"]
+            assert ("per_layer_config" in config) == (blocks == PLAIN)
     for folder, tokens in zip(folders, served(folders, plugin=False), strict=True):
         assert tokens == ours(folder), folder

@@ -98,6 +98,7 @@ class ModelShape:
     qk_norm: str | None = None  # over each head, or over the projection
     norms: int = 1  # of a subblock
     windows: tuple[int | None, ...] = ()  # sliding-window length by layer; none where this is empty
+    stock: bool = True  # whether engines serve children of this family without our plugin, blocks aside
 
     @property
     def parent_block(self) -> Block:
@@ -170,9 +171,10 @@ class Architecture:
                 "attention": {
                     "no_op": block.attention.kind == "no_op",
                     "replace_with_linear": block.attention.kind == "linear",
-                    "n_heads_in_group": (
-                        num_attention_heads // block.attention.kv_heads if block.attention.kind == "gqa" else None
-                    ),
+                    "n_heads_in_group": {
+                        "gqa": num_attention_heads // max(1, block.attention.kv_heads),
+                        "linear": 1,  # without meaning, but vLLM reads it of the first block that is no no-op
+                    }.get(block.attention.kind),
                 }
                 | ({"window_length": window} if window is not None and block.attention.kind == "gqa" else {}),
                 "ffn": {
@@ -183,6 +185,19 @@ class Architecture:
             }
             for block, window in zip(self.blocks, windows, strict=True)
         ]
+
+    def per_layer_config(self, kv_heads: int, intermediate_size: int) -> dict[str, dict[str, int]] | None:
+        """transformers' own convention: what differs from the parent's sizes, by layer. It knows sizes only, hence
+        None for an architecture with a no-op or a linear replacement."""
+        if any(b.attention.kind != "gqa" or b.ffn.kind != "gated" for b in self.blocks):
+            return None
+        sizes = {"num_key_value_heads": kv_heads, "intermediate_size": intermediate_size}
+        layers = [
+            {"num_key_value_heads": b.attention.kv_heads, "intermediate_size": b.ffn.intermediate_size}
+            for b in self.blocks
+        ]
+        different = [{key: size for key, size in layer.items() if size != sizes[key]} for layer in layers]
+        return {str(index): layer for index, layer in enumerate(different) if layer}
 
     @classmethod
     def from_block_configs(cls, configs: Sequence[dict[str, Any]], num_attention_heads: int) -> "Architecture":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from puzzle import artifacts, child, cost, library, search
+from puzzle import artifacts, card, child, cost, library, search
 from puzzle.architecture import Architecture
 from puzzle.cost import Paired
 from puzzle.run import Run
@@ -62,7 +62,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
     architecture = chosen(run)
     config = run.parent.child_config(architecture)
     state = ChildState(run, architecture)
-    child.save(folder, config, architecture, state, run.parent.folder, card(run, architecture))
+    child.save(folder, config, architecture, state, run.parent.folder, card.text(run, architecture))
     paired = measure(run, folder, PAIRS, "assemble")
     promises = check(run, paired)
     errors = {name: prediction_error(run, name, one) for name, one in paired.items()}
@@ -153,27 +153,3 @@ def correct(run: Run, architecture: Architecture, paired: Paired, promises: list
         "time_factor": factor * (1.02 if repeated else 1.0),
     }
     artifacts.append_jsonl(run.stage_folder("cost") / "corrections.jsonl", record)
-
-
-def card(run: Run, architecture: Architecture) -> str:
-    """The model card of a child."""
-    shape = run.parent.shape
-    rows = "\n".join(f"| {i} | {b.attention.name} | {b.ffn.name} |" for i, b in enumerate(architecture))
-    stock = child.architectures_name(run.parent.child_config(architecture)) == "DeciLMForCausalLM"
-    vllm = ", or serve with\n`vllm serve folder --trust-remote-code`" if stock else "; stock vLLM cannot serve it"
-    share = architecture.parameters(shape) / Architecture.of_parent(shape).parameters(shape)
-    return f"""---
-library_name: transformers
-base_model: {run.recipe.parent}
----
-# A Puzzle child of {run.recipe.parent}
-
-Made by puzzle (arXiv 2411.19146): {architecture.parameters(shape):,} parameters, {share:.0%} of the parent's.
-
-| layer | attention | FFN |
-| --- | --- | --- |
-{rows}
-
-Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`{vllm}.
-`AutoTokenizer` reads the config too and wants the same flag.
-"""

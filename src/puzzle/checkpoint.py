@@ -1,6 +1,6 @@
 """Training state in one safetensors file: trained weights, optimisers, step. Restoring it continues bit-identically.
 
-Random numbers need no saving: batches, and the seed of every step, are pure functions of (seed, step).
+Random numbers need no saving: batches are a pure function of (seed, step) and nothing here uses dropout.
 
 The file holds whole tensors, whatever the number of processes: sharded ones are gathered one at a time and written by
 process 0 as they come, so no process ever holds a second copy, and any number of processes can go on from it.

@@ -19,7 +19,8 @@ from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 MODELING_FILE = "modeling_puzzle.py"
 CARRIED_OVER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE",
+    "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "Notice", "USE_POLICY.md",
 )  # fmt: skip
 
 
@@ -103,6 +104,10 @@ def save(
         },
     }
     settings.pop("_attn_implementation", None)
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    native = architecture.per_layer_config(kv_heads, config.intermediate_size)
+    if native is not None:
+        settings["per_layer_config"] = native
     artifacts.write_json(folder / "config.json", settings)
 
 

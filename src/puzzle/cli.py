@@ -139,6 +139,50 @@ for _stage, _summary in {
     _stage_command(_stage, _summary)
 
 
+@app.command()
+def export(
+    run_directory: RunArgument,
+    to: Annotated[list[str], typer.Option("--to", metavar="FORMAT", help="nemotron-nas or gguf; may be repeated.")],
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Of the weights: f32, f16, bf16 (nemotron-nas) or q8_0 (gguf).")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the finished child in another engine's format, load it again and compare."""
+    from puzzle import export as exporting
+    from puzzle.progress import Progress
+    from puzzle.run import Run
+
+    this = Run.open(run_directory, Progress(quiet))
+    found = [exporting.run(this, name, type_) for name in to]
+    for one in found:
+        print(f"{one['format']}: {one['written']['file']} ({one['written']['bytes'] / 1e6:,.1f} MB), checked")
+        for note in one["written"]["notes"]:
+            print(f"  {note}")
+    _finish(found[0] if len(found) == 1 else found, as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    run_directory: RunArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    parent: Annotated[bool, typer.Option("--parent", help="Serve the parent instead, to compare.")] = False,
+) -> None:
+    """Start vLLM's OpenAI-compatible server on the finished child. Further options go to `vllm serve`."""
+    from puzzle.engines import vllm_engine
+    from puzzle.export import source
+    from puzzle.progress import Progress
+    from puzzle.run import Run
+
+    this = Run.open(run_directory, Progress(quiet=True))
+    folder = this.parent.folder if parent else source(this)
+    name = this.recipe.parent if parent else this.folder.resolve().name
+    vllm_engine.serve_openai(folder, name, this.recipe.cost.scenario, host, port, context.args)
+
+
 @app.command(name="score")
 def score_(
     run_directory: RunArgument,

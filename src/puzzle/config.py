@@ -250,7 +250,7 @@ class Recipe(Section):
     out: str = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    deploy: list[Literal["vllm", "llama.cpp", "transformers", "tensorrt-llm"]] = ["vllm", "transformers"]
+    deploy: list[Literal["vllm", "vllm-plugin", "llama.cpp", "transformers", "tensorrt-llm"]] = ["vllm", "transformers"]
     trust_remote_code: bool = False
     corpus: CorpusConfig = CorpusConfig()
     library: LibraryConfig = LibraryConfig()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from puzzle import artifacts, assemble, child, cost, tasks
+from puzzle import artifacts, assemble, card, child, cost, tasks
 from puzzle.architecture import Architecture
 from puzzle.losses import METRICS, token_metrics
 from puzzle.modeling_puzzle import PuzzleForCausalLM
@@ -111,6 +111,7 @@ def run(run: Run, folder: Path) -> dict[str, Any]:
         "architecture": architecture.names,
     }
     artifacts.write_json(folder / "results.json", results)
+    artifacts.write_text(folders["uptrained"] / "README.md", card.text(run, architecture, results))
     return {"results": artifacts.file_fingerprint(folder / "results.json"), "met": all(p["met"] for p in promises)}
 
 

@@ -30,8 +30,8 @@ class Pair(nn.Module):
     def __init__(self, student: PuzzleForCausalLM, teacher: PuzzleForCausalLM, settings: UptrainConfig) -> None:
         super().__init__()
         self.student, self.teacher, self.settings = student, teacher.eval(), settings
-        softcap = getattr(student.config, "final_logit_softcapping", None)
-        self.logits = LogitLoss(settings.kl_weight, settings.lm_weight, settings.temperature, softcap)
+        cap = student.config.final_logit_softcapping
+        self.logits = LogitLoss(settings.kl_weight, settings.lm_weight, settings.temperature, cap)
         if settings.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -59,9 +59,10 @@ class Pair(nn.Module):
         target_TD = self.teacher.model.norm(target_BSD)[:, :-1].flatten(0, 1)
         own_TD = self.student.model.norm(own_BSD)[:, :-1].flatten(0, 1)
         sides = ((own_TD, self.student.lm_head.weight), (target_TD, self.teacher.lm_head.weight))
+        targets_T, cap = tokens_BS[:, 1:].flatten(), self.logits.soft_cap
         found = (
-            token_metrics(target_TD, self.teacher.lm_head.weight, hidden_TD[None], head, tokens_BS[:, 1:].flatten())
-            for hidden_TD, head in sides
+            token_metrics(target_TD, self.teacher.lm_head.weight, own_TD[None], head, targets_T, soft_cap=cap)
+            for own_TD, head in sides
         )
         child, parent = (metrics[0].double().sum(-1) for metrics in found)
         return child, parent

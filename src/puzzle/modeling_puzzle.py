@@ -53,6 +53,7 @@ class PuzzleConfig(LlamaConfig):
     window_rope_theta: float | None = None  # of layers with a `window_length`; they rotate without scaling
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("per_layer_config", None)  # the same architecture for tools that do not know `block_configs`
         super().__post_init__(**kwargs)
         self.block_configs = [
             Attributes({name: Attributes(part) for name, part in block.items()}) for block in self.block_configs or []

@@ -191,7 +191,17 @@ def locate(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "NOTICE*"]
+        wanted = [
+            "*.json",
+            "*.safetensors",
+            "tokenizer*",
+            "*.model",
+            "*.jinja",
+            "merges.txt",
+            "LICENSE*",
+            "N[Oo]*",
+            "*.md",
+        ]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise UserError(
@@ -235,4 +245,5 @@ def shape(config: PuzzleConfig, windows: Sequence[int | None] = ()) -> ModelShap
         qk_norm=config.qk_norm,
         norms=2 if config.norm_placement == "both" else 1,
         windows=tuple(windows) if any(windows) else (),
+        stock=child.stock(config) and not any(windows),
     )

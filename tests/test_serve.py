@@ -1,0 +1,110 @@
+"""`puzzle serve` talks to a real client: the openai package."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_parent
+from test_child import write_child
+from test_engines import NEEDS_VLLM
+
+from puzzle import artifacts, child, parent
+from puzzle.engines import vllm_engine
+from puzzle.errors import UserError
+from puzzle.export import source
+from puzzle.progress import Progress
+from puzzle.run import Run
+
+LINEAR = ["gqa_1+gated_96", "no_op+linear", "linear+gated_32", "gqa_2+no_op"]
+
+
+def run_with_child(folder: Path, blocks: list[str]) -> Run:
+    """A run directory whose child is as `assemble` leaves it."""
+    made = make_parent(folder / "parent", hidden_size=128, num_attention_heads=4, head_dim=32)
+    (folder / "run").mkdir()
+    recipe = {"parent": str(made), "cost": {"scenario": {"dtype": "float32"}}}
+    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(recipe))
+    target = folder / "run" / "child"
+    artifacts.begin(target, {})
+    write_child(parent.describe(str(made)), target, blocks)
+    artifacts.write_manifest(target, {}, {})
+    return Run.open(folder / "run", Progress(quiet=True))
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(run, base URL) of a child that needs our plugin, served in a process of its own."""
+    run, port = run_with_child(tmp_path_factory.mktemp("serve"), LINEAR), free_port()
+    log = (run.folder / "server.log").open("wb")
+    command = [sys.executable, "-m", "puzzle.cli", "serve", str(run.folder), "--port", str(port)]
+    command += ["--max-model-len", "128", "--kv-cache-memory-bytes", str(1 << 26)]
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    try:
+        while True:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            tail = (run.folder / "server.log").read_text(errors="replace")[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, tail
+            time.sleep(0.5)
+        yield run, f"{url}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.training
+@pytest.mark.vllm
+@NEEDS_VLLM
+def test_the_openai_client_gets_completions_chat_and_streams(server):
+    openai = pytest.importorskip("openai")
+    run, url = server
+    client = openai.OpenAI(base_url=url, api_key="none")
+    assert [model.id for model in client.models.list().data] == [run.folder.name]
+
+    prompt = "def add(left, right):"
+    asked = {"model": run.folder.name, "prompt": prompt, "max_tokens": 24, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    model = child.load(source(run), torch.float32, torch.device("cpu"))
+    tokenizer = run.parent.tokenizer
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    ours = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert text == tokenizer.decode(ours, skip_special_tokens=True)
+    assert "".join(part.choices[0].text for part in client.completions.create(**asked, stream=True)) == text
+
+    chat = {"model": run.folder.name, "messages": [{"role": "user", "content": "add"}], "max_tokens": 16,
+            "temperature": 0}  # fmt: skip
+    said = client.chat.completions.create(**chat).choices[0].message.content
+    parts = [part.choices[0].delta.content or "" for part in client.chat.completions.create(**chat, stream=True)]
+    assert said and len(parts) > 1 and "".join(parts) == said
+
+
+def test_serving_without_vllm_is_one_clear_line(tmp_path, monkeypatch):
+    run = run_with_child(tmp_path, LINEAR)
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="serve: the vllm package is not installed"):
+        vllm_engine.serve_openai(source(run), "x", run.recipe.cost.scenario, "127.0.0.1", 1, [])
+
+
+def test_a_run_without_a_child_cannot_be_served(tiny_run):
+    tiny_run.write_recipe()
+    with pytest.raises(UserError, match="has no child yet; run `puzzle run` first"):
+        source(tiny_run)
