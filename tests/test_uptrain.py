@@ -2,6 +2,7 @@ import importlib.machinery
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -345,6 +346,21 @@ def test_two_processes_give_the_curve_of_one(finished_run, two, tmp_path):
 def test_a_killed_process_ends_the_run_with_one_line_and_nothing_left_behind(killed):
     run, line = killed
     assert "process 1 was killed (SIGKILL); the same command goes on from step" in line and "\n" not in line
+    assert not processes_of(run)
+
+
+def test_workers_end_with_the_command_that_started_them_even_if_it_is_killed(finished_run, tmp_path):
+    run = assembled(finished_run, tmp_path / "run", **(SEVERAL | {"tokens": 10_000_000}))
+    command = subprocess.Popen([sys.executable, "-m", "puzzle.cli", "uptrain", str(run.folder), "--quiet"])
+    while not (run.stage_folder("uptrain") / checkpoint.FOLDER / "uptrain.safetensors").exists():
+        assert command.poll() is None
+        time.sleep(0.05)
+    assert len(processes_of(run)) == 4  # the command, torchrun, two workers
+    command.kill()
+    command.wait()
+    ends = time.monotonic() + 20
+    while processes_of(run) and time.monotonic() < ends:
+        time.sleep(0.1)
     assert not processes_of(run)
 
 
