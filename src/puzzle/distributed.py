@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from puzzle import child
 from puzzle.errors import UserError
 from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.run import Run
 
 LAUNCHED = "PUZZLE_LAUNCHED"  # set for processes that `launch` started
 
@@ -101,6 +102,17 @@ def reshard(module: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ processes
+
+
+def processes(run: Run) -> int:
+    """How many the recipe wants: by default one for each GPU of this machine, one on a CPU."""
+    asked = run.recipe.uptrain.processes
+    if asked == "auto":
+        alone = run.device.type != "cuda" or run.recipe.uptrain.lora_rank > 0
+        return 1 if alone else torch.cuda.device_count()
+    if run.device.type == "cuda" and asked > torch.cuda.device_count():
+        raise UserError(f"uptrain.processes: got {asked}, but this machine has {torch.cuda.device_count()} GPUs")
+    return asked
 
 
 @contextlib.contextmanager

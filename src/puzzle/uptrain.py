@@ -33,19 +33,13 @@ def inputs(run: Run) -> dict[str, Any]:
     return run.data_inputs | {"assemble": run.fingerprint_of("assemble"), "uptrain": settings}
 
 
-def processes(run: Run) -> int:
-    asked = run.recipe.uptrain.processes
-    if asked == "auto":
-        alone = run.device.type != "cuda" or run.recipe.uptrain.lora_rank > 0
-        return 1 if alone else torch.cuda.device_count()
-    if run.device.type == "cuda" and asked > torch.cuda.device_count():
-        raise UserError(f"uptrain.processes: got {asked}, but this machine has {torch.cuda.device_count()} GPUs")
-    return asked
-
-
 def check(run: Run, number: int | None = None) -> None:
     """Everything about lengths, processes and packages that can be known to be wrong before anything is spent."""
-    settings, length, number = run.recipe.uptrain, run.recipe.corpus.sequence_length, number or processes(run)
+    settings, length, number = (
+        run.recipe.uptrain,
+        run.recipe.corpus.sequence_length,
+        number or distributed.processes(run),
+    )
     for package, key in (("peft", settings.lora_rank and "lora_rank"), ("wandb", settings.wandb and "wandb")):
         if key and find_spec(package) is None:
             raise UserError(f"uptrain.{key}: needs {package}; install it with `pip install {package}`")
@@ -68,7 +62,7 @@ def check(run: Run, number: int | None = None) -> None:
 
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
-    number = processes(run)
+    number = distributed.processes(run)
     check(run, number)
     if not (folder / "config.json").exists():  # it comes last: a folder with a config is complete
         if number == 1:
