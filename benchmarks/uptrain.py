@@ -6,7 +6,7 @@
 The loss: KL and LM loss of 4096 tokens of width 2048 over a vocabulary of 128,256 (--quick: 512 tokens), value and
 gradients of hidden states and head, against the plain implementation (all logits at once, torch's own functions).
 Memory: each in a process of its own, the peak resident set above the one with its inputs made; so everything that is
-allocated counts, the head's gradient included. Time: the same two processes, the median of three.
+allocated counts, the head's gradient included. Time: those processes, in turn, three of each; medians.
 
 The table (`--mixes`): the child of a finished run is uptrained with the eight mixes of LM loss, KL and cosine, the
 same tokens for all, once for every seed (which decides the order of the data). Held-out KL, LM loss and accuracy.
@@ -54,8 +54,8 @@ def chunked(*sides: torch.Tensor) -> torch.Tensor:
     return losses.distillation_losses(*sides, SETTINGS)[0]
 
 
-def measure_loss(name: str, tokens: int, bfloat16: bool, rounds: int) -> None:
-    """In a process of its own: prints bytes above the inputs, seconds of each round, value and size of the gradient."""
+def measure_loss(name: str, tokens: int, bfloat16: bool) -> None:
+    """In a process of its own: prints bytes above the inputs, seconds, value and size of the gradients."""
     keep_freed_memory()
     torch.manual_seed(0)
     child_TD = torch.randn(tokens, HIDDEN).requires_grad_()
@@ -63,27 +63,27 @@ def measure_loss(name: str, tokens: int, bfloat16: bool, rounds: int) -> None:
     parent_TD = child_TD.detach() + 0.3 * torch.randn(tokens, HIDDEN)
     parent_head_VD = head_VD.detach().clone()
     targets_T = torch.randint(VOCABULARY, (tokens,))
-    before, seconds = peak_bytes(), []
-    for _ in range(rounds):
-        child_TD.grad = head_VD.grad = None
-        began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = {"plain": plain, "chunked": chunked}[name](child_TD, head_VD, parent_TD, parent_head_VD, targets_T)
-        loss.backward()
-        seconds.append(time.perf_counter() - began)
+    before, began = peak_bytes(), time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = {"plain": plain, "chunked": chunked}[name](child_TD, head_VD, parent_TD, parent_head_VD, targets_T)
+    loss.backward()
+    seconds = time.perf_counter() - began
     norms = [child_TD.grad.norm().item(), head_VD.grad.norm().item()]
     print(json.dumps({"bytes": peak_bytes() - before, "seconds": seconds, "loss": loss.item(), "gradients": norms}))
 
 
 def compare_losses(tokens: int, bfloat16: bool, rounds: int) -> dict[str, Any]:
-    found = {}
-    for name in ("plain", "chunked"):
-        words = [sys.executable, __file__, "--child", name, str(tokens), str(int(bfloat16)), str(rounds)]
-        out = subprocess.run(words, capture_output=True, text=True)
-        if out.returncode:
-            sys.exit(out.stderr or f"{name}: ended with {out.returncode}")
-        found[name] = json.loads(out.stdout.splitlines()[-1])
-        found[name]["median_s"] = statistics.median(found[name]["seconds"])
+    seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
+    found: dict[str, Any] = {}
+    for _ in range(rounds):
+        for name, times in seconds.items():
+            words = [sys.executable, __file__, "--child", name, str(tokens), str(int(bfloat16))]
+            out = subprocess.run(words, capture_output=True, text=True)
+            if out.returncode:
+                sys.exit(out.stderr or f"{name}: ended with {out.returncode}")
+            one = json.loads(out.stdout.splitlines()[-1])
+            times.append(one["seconds"])
+            found[name] = one | {"seconds": times, "median_s": statistics.median(times)}
     ours, theirs = found["chunked"], found["plain"]
     ratios = {"memory": ours["bytes"] / theirs["bytes"], "time": ours["median_s"] / theirs["median_s"]}
     dtype = "bfloat16 products" if bfloat16 else "float32"
@@ -182,7 +182,7 @@ def _of(found: dict[int, dict[str, Any]], seed: int) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        measure_loss(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5]))
+        measure_loss(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
