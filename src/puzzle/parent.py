@@ -44,7 +44,7 @@ class Weights(Mapping[str, torch.Tensor]):
         if name not in self._where:
             raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
         file, stored, rows = self._where[name]
-        return file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows]
+        return file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows].clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
