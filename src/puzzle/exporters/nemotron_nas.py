@@ -81,7 +81,7 @@ def export(source: Path, target: Path, type: str | None = None) -> dict[str, Any
     settings = {key: value for key, value in settings.items() if key not in OURS}
     if not settings["qkv_bias"]:
         del settings["qkv_bias"]
-    settings["block_configs"] = [_spelled_out(block, config.hidden_size, multiples) for block in config.block_configs or []]
+    settings["block_configs"] = [_spelled_out(b, config.hidden_size, multiples) for b in settings["block_configs"]]
     artifacts.write_json(target / "config.json", settings)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     notes = [] if multiples else [f"FFN widths are no multiples of {MULTIPLE}: no ffn_mult, which TensorRT-LLM wants"]
