@@ -7,7 +7,8 @@ the pre-tokenizers compiled in and finds them by name, so a tokenizer is accepte
   own converter recognises published tokenizers (`PUBLISHED`);
 - SentencePiece BPE (Llama 2's kind) where its merges are those that scores express: llama.cpp merges by score.
 
-Known difference: llama.cpp normalises nothing: with an NFC normalizer (Qwen), text that is not NFC splits differently.
+Two known differences are told in `notes`: llama.cpp does not compose characters (NFC, which Qwen's tokenizer does), and
+it always puts a space before a SentencePiece text, as SentencePiece does; transformers does not where one is there.
 """
 
 import hashlib
@@ -80,6 +81,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     chat_template: str | list[dict[str, str]] | None
+    notes: list[str]
 
 
 def load(source: Path, config: PuzzleConfig) -> Any:
@@ -119,7 +121,8 @@ def read(source: Path, config: PuzzleConfig) -> Vocabulary:
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     return Vocabulary(
         tokens=tokens, types=types, special_ids={kind: id for kind, id in ids.items() if id is not None},
-        add_bos=add_bos, add_eos=add_eos, chat_template=template, **parts,
+        add_bos=add_bos, add_eos=add_eos, chat_template=template, notes=_notes(state),
+        **parts,
     )  # fmt: skip
 
 
@@ -147,6 +150,15 @@ def _unknown(what: str) -> UserError:
         f"export gguf: tokenizer: got {what}, expected a byte-level BPE or SentencePiece tokenizer that llama.cpp "
         "knows (src/puzzle/exporters/gguf_vocabulary.py lists them); serve this child with another engine"
     )
+
+
+def _notes(state: dict[str, Any]) -> list[str]:
+    notes = []
+    if (state["normalizer"] or {}).get("type") == "NFC":
+        notes.append("text that is not in Unicode's form NFC splits otherwise in llama.cpp")
+    if (state["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        notes.append("text that begins with a space or follows a special token gets one more space in llama.cpp")
+    return notes
 
 
 def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
