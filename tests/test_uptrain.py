@@ -226,6 +226,11 @@ def test_sequence_lengths_change_in_stages_and_join_neighbouring_rows(finished_r
     assert all(tuple(row.tolist()) in at for tokens in seen[2:] for row in tokens)
 
 
+def test_a_corpus_too_short_for_one_long_sequence_is_refused(finished_run):
+    with pytest.raises(UserError, match="do not fill one of"):
+        finished_run.corpus["train"].view(join=100_000)
+
+
 def test_another_seed_gives_the_same_rows_in_another_order(finished_run):
     data = finished_run.corpus["train"]
     first, second = (data.view(seed=seed).batch(0, len(data)).tolist() for seed in (0, 1))

@@ -143,9 +143,7 @@ for _stage, _summary in {
 def export(
     run_directory: RunArgument,
     to: Annotated[list[str], typer.Option("--to", metavar="FORMAT", help="nemotron-nas or gguf; may be repeated.")],
-    type_: Annotated[
-        str | None, typer.Option("--type", help="Of the weights: f32, f16, bf16 (nemotron-nas) or q8_0 (gguf).")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: f32, f16, bf16, or q8_0 (gguf only).")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -155,9 +153,10 @@ def export(
     from puzzle.run import Run
 
     this = Run.open(run_directory, Progress(quiet))
-    found = [exporting.run(this, name, type_) for name in to]
+    found = [exporting.run(this, name, dtype) for name in to]
     for one in found:
-        print(f"{one['format']}: {one['written']['file']} ({one['written']['bytes'] / 1e6:,.1f} MB), checked")
+        path = Path(one["folder"]) / one["written"]["file"]
+        print(f"{one['format']}: {path} ({one['written']['bytes'] / 1e6:,.1f} MB), checked")
         for note in one["written"]["notes"]:
             print(f"  {note}")
     _finish(found[0] if len(found) == 1 else found, as_json)

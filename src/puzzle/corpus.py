@@ -356,6 +356,11 @@ class Sequences:
         other.join, other._epoch = self.join * join, None
         other.seed = [*self.seed, seed] if seed else self.seed
         other.sequence_length = self.sequence_length * join
+        if not len(other):
+            raise UserError(
+                f"corpus: its {len(self)} sequences of {self.sequence_length} tokens do not fill one of "
+                f"{other.sequence_length}; add text, raise corpus.train_tokens or ask for shorter sequences"
+            )
         return other
 
     def __len__(self) -> int:

@@ -21,20 +21,19 @@ def source(run: Run) -> Path:
     raise UserError(f"run {run.folder}: has no child yet; run `puzzle run` first")
 
 
-def run(run: Run, name: str, type: str | None = None) -> dict[str, Any]:
-    """Export in one format and check it. `type`: of the weights, e.g. f16; the format's usual one where it is None."""
+def run(run: Run, name: str, dtype: str | None = None) -> dict[str, Any]:
+    """Export in one format and check it. `dtype`: of the weights, e.g. f16; the format's usual one where it is None."""
     exporter, child = exporters.exporter(name), source(run)
     folder = run.stage_folder("export") / name
     found = artifacts.manifest(child)
     assert found is not None
-    inputs = {"child": found["fingerprint"], "type": type}
-    options = {} if type is None else {"type": type}
+    inputs = {"child": found["fingerprint"], "dtype": dtype}
     if not artifacts.is_done(folder, inputs):
         if child.name != "uptrained":
             run.progress.say("  the child has not been uptrained yet: exporting it as assembled")
         artifacts.begin(folder, inputs)
-        written = exporter.export(child, folder, **options)
-        compared = exporter.verify(child, folder, **options)
+        written = exporter.export(child, folder, name=run.folder.resolve().name, dtype=dtype)
+        compared = exporter.verify(child, folder)
         artifacts.write_manifest(folder, inputs, {"written": written, "verified": compared})
     outputs: dict[str, Any] = artifacts.manifest(folder)["outputs"]  # type: ignore[index]
     return {"format": name, "folder": str(folder), **outputs}

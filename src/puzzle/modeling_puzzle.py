@@ -151,8 +151,8 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states, **kwargs):
-        return self.linear_attn(hidden_states), None
+    def forward(self, hidden_states):
+        return self.linear_attn(hidden_states)
 
 
 class LinearMLP(nn.Module):
@@ -170,7 +170,6 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx, cache_idx):
         super().__init__()
         attention, ffn = config.block_configs[layer_idx].attention, config.block_configs[layer_idx].ffn
-        self.window_length = attention.get("window_length")
         self.self_attn = self.input_layernorm = self.attention_output_layernorm = None
         self.mlp = self.post_attention_layernorm = self.feedforward_output_layernorm = None
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
@@ -196,10 +195,11 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         if self.self_attn is None:
             return hidden_states
         x = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
-        x, _ = self.self_attn(
-            x, attention_mask=attention_mask[self.window_length],
-            position_embeddings=position_embeddings[self.window_length], past_key_values=past_key_values,
-        )  # fmt: skip
+        if isinstance(self.self_attn, LinearAttention):
+            x = self.self_attn(x)
+        else:
+            window = self.self_attn.sliding_window
+            x, _ = self.self_attn(x, position_embeddings[window], attention_mask[window], past_key_values)
         return hidden_states + (x if self.attention_output_layernorm is None else self.attention_output_layernorm(x))
 
     def feed_forward(self, hidden_states):
@@ -241,7 +241,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
             self.layers.append(PuzzleDecoderLayer(config, layer_idx, cache_idx))
             cache_idx += not (block.attention.no_op or block.attention.replace_with_linear)
         self.norm = PuzzleRMSNorm(config.hidden_size, config)
-        self.windows = sorted({layer.window_length for layer in self.layers}, key=lambda window: window or 0)
+        attentions = [layer.self_attn for layer in self.layers if isinstance(layer.self_attn, PuzzleAttention)]
+        self.windows = sorted({one.sliding_window for one in attentions}, key=lambda window: window or 0)
         self.make_rotary(None)
         self.gradient_checkpointing = False
         self.post_init()

@@ -27,7 +27,7 @@ from puzzle.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer, PuzzleForCa
 class Weights(Mapping[str, torch.Tensor]):
     """The tensors of a safetensors checkpoint under a child's names; each is read when it is asked for."""
 
-    def __init__(self, folder: Path, tensors: Callable[[str], Tensors]) -> None:
+    def __init__(self, folder: Path, tensors: Callable[[str], Tensors] = lambda name: [(name, slice(None))]) -> None:
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise UserError(f"parent {folder}: no *.safetensors file; convert the weights to safetensors first")
@@ -44,7 +44,7 @@ class Weights(Mapping[str, torch.Tensor]):
         if name not in self._where:
             raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
         file, stored, rows = self._where[name]
-        return file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows]
+        return file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows].clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

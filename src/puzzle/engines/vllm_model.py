@@ -63,13 +63,11 @@ class PuzzleAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
         )  # fmt: skip
         own_heads, own_kv_heads = heads // ranks, max(1, kv_heads // ranks)
+        self.copies = max(1, ranks // kv_heads)  # neighbouring ranks that hold the same KV head
         self.sizes = [own_heads * config.head_dim, *[own_kv_heads * config.head_dim] * 2]
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = norm(config.head_dim, config), norm(config.head_dim, config)
         elif config.qk_norm == "projection":
-            if kv_heads < ranks:
-                raise ValueError(f"a layer has {kv_heads} KV heads with a norm over all of them; use tensor parallel "
-                                 f"{kv_heads} or less, got {ranks}")  # fmt: skip
             self.q_norm, self.k_norm = norm(heads * config.head_dim, config), norm(kv_heads * config.head_dim, config)
         window, rope = block.get("window_length"), config.rope_parameters
         if window is not None and config.window_rope_theta is not None:
@@ -83,16 +81,18 @@ class PuzzleAttention(nn.Module):
             logits_soft_cap=config.attn_logit_softcapping, prefix=f"{prefix}.attn",
         )  # fmt: skip
 
-    def _normed(self, x: torch.Tensor, by: nn.Module) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, by: nn.Module, copies: int = 1) -> torch.Tensor:
+        """x [T, heads of this rank * head_dim]; `copies`: how many neighbouring ranks hold the same heads."""
         if self.qk_norm == "head":
             return by(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2, -1)
-        whole = tensor_model_parallel_all_gather(x.contiguous())
-        return by(whole).split(x.shape[-1], dim=-1)[get_tensor_model_parallel_rank()]
+        parts = tensor_model_parallel_all_gather(x.contiguous()).split(x.shape[-1], dim=-1)
+        whole = by(torch.cat(parts[::copies], dim=-1))
+        return whole.split(x.shape[-1], dim=-1)[get_tensor_model_parallel_rank() // copies]
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv_proj(hidden_states)[0].split(self.sizes, dim=-1)
         if self.qk_norm is not None:
-            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm, self.copies)
         q, k = self.rotary_emb(positions, q, k)
         return self.o_proj(self.attn(q, k, v))[0]
 

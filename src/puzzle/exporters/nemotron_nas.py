@@ -7,17 +7,17 @@ transformers with `trust_remote_code=True`.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from puzzle import artifacts, child
 from puzzle.architecture import Architecture
 from puzzle.errors import UserError
 from puzzle.modeling_puzzle import PuzzleConfig
+from puzzle.parent import Weights
 
 NAME = "nemotron-nas"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -45,49 +45,27 @@ def refuse(config: PuzzleConfig, architecture: Architecture) -> None:
         )
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a folder in another dtype, each read when asked for."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._where: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self._where |= dict.fromkeys(file.keys(), file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._where[name].get_tensor(name).to(self.dtype)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
-def export(source: Path, target: Path, type: str | None = None) -> dict[str, Any]:
-    """`type`: bf16, f16 or f32; the child's own where it is None. Raises `UserError` for what it cannot say."""
+def export(source: Path, target: Path, *, name: str = "child", dtype: str | None = None) -> dict[str, Any]:
+    """`dtype`: bf16, f16 or f32; the child's own where it is None. Raises `UserError` for what it cannot say."""
     config, architecture = PuzzleConfig.from_pretrained(source), child.read_architecture(source)
     refuse(config, architecture)
-    if type is not None and type not in DTYPES:
-        raise UserError(f"export nemotron-nas: got type {type!r}, expected one of: {', '.join(DTYPES)}")
-    config.dtype = DTYPES[type] if type else getattr(torch, str(config.dtype).removeprefix("torch."))
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"export nemotron-nas: dtype: got {dtype!r}, expected one of: {', '.join(DTYPES)}")
+    config.dtype = DTYPES[dtype] if dtype else getattr(torch, str(config.dtype).removeprefix("torch."))
     readme = (source / "README.md").read_text(encoding="utf-8")
-    child.save(target, config, architecture, _Tensors(source, config.dtype), source, readme)
+    with Weights(source) as weights:
+        child.save(target, config, architecture, weights, source, readme)
     settings = artifacts.read_json(target / "config.json")
     widths = [ffn["intermediate_size"] for block in settings["block_configs"] if (ffn := block["ffn"])]
     multiples = all(width is None or width % MULTIPLE == 0 for width in widths)
     settings = {key: value for key, value in settings.items() if key not in OURS}
     if not settings["qkv_bias"]:
         del settings["qkv_bias"]
-    settings["block_configs"] = [
-        _spelled_out(block, config.hidden_size, multiples) for block in config.block_configs or []
-    ]
+    settings["block_configs"] = [_spelled_out(b, config.hidden_size, multiples) for b in settings["block_configs"]]
     artifacts.write_json(target / "config.json", settings)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     notes = [] if multiples else [f"FFN widths are no multiples of {MULTIPLE}: no ffn_mult, which TensorRT-LLM wants"]
-    return {"file": str(target), "bytes": size, "notes": notes}
+    return {"file": "", "bytes": size, "notes": notes}
 
 
 def _spelled_out(block: Mapping[str, Any], hidden_size: int, multiples: bool) -> dict[str, Any]:
@@ -104,7 +82,7 @@ def _spelled_out(block: Mapping[str, Any], hidden_size: int, multiples: bool) ->
 
 
 @torch.no_grad()
-def verify(source: Path, target: Path, type: str | None = None) -> dict[str, Any]:
+def verify(source: Path, target: Path) -> dict[str, Any]:
     """Load both and compare the logits of a few random tokens, in the export's dtype."""
     device = torch.device("cpu")
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
