@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from puzzle import artifacts, checkpoint, child, config, evaluate, gkd, pipeline, trainer, uptrain
+from puzzle import artifacts, checkpoint, child, config, evaluate, gkd, pipeline, plan, trainer, uptrain
 from puzzle.config import UptrainConfig
 from puzzle.errors import UserError
 from puzzle.progress import Progress
@@ -209,6 +209,17 @@ def test_the_curve_reaches_weights_and_biases(finished_run, tmp_path, monkeypatc
     run = uptrained(finished_run, tmp_path / "run", wandb=True)
     assert [step for step, _ in seen] == [record["step"] for record in curve(run)]
     assert seen[-1][1]["validation/kl"] == curve(run)[-1]["validation_kl"]
+
+
+def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
+    def planned(**settings) -> float:
+        recipe = finished_run.recipe.model_dump(mode="json")
+        recipe["uptrain"] |= settings
+        return plan.uptrain_memory_bytes(Run(config.parse(recipe), tmp_path, Progress(quiet=True)))
+
+    whole = planned()
+    for saving in ({"micro_batch_sequences": 1}, {"activation_checkpointing": True}, {"lora_rank": 2}, {"processes": 2}):
+        assert planned(**saving) < whole, saving
 
 
 # ------------------------------------------------------------------------------------------------ data

@@ -44,6 +44,7 @@ def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.
 
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
+LOSS_ELEMENTS = 1 << 26  # products of fewer tokens are slower: 523 at a vocabulary of 128k, within 6 % of all at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LogitLoss:
     lm_weight: float = 0.0
     temperature: float = 1.0
     soft_cap: float | None = None  # `final_logit_softcapping`: z -> cap * tanh(z / cap), of both sides
-    chunk_elements: int = CHUNK_ELEMENTS  # logits of one side that exist at a time, in four buffers
+    chunk_elements: int = LOSS_ELEMENTS  # logits of one side that exist at a time, in four buffers
 
 
 class _DistillationLoss(torch.autograd.Function):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from puzzle import distributed, subblocks
 from puzzle.architecture import Architecture, Attention, ModelShape
-from puzzle.losses import CHUNK_ELEMENTS
+from puzzle.losses import CHUNK_ELEMENTS, LOSS_ELEMENTS
 from puzzle.run import Run
 
 RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
@@ -112,8 +112,9 @@ def uptrain_memory_bytes(run: Run) -> float:
     """Peak memory of one process of uptraining: its share of both models, gradients and moments, and one micro-batch.
 
     Sharded: the parent, and per parameter of the child 4 bytes, or 16 where it learns (all of it, as children are not
-    known yet). Not sharded: chunks of logits, and per layer and token what the backward pass needs (6 hidden vectors,
-    4 of the FFN's, attention probabilities where they are made), or only the layer's input where it is computed again.
+    known yet). Not sharded: chunks of logits, and per layer and token what the backward pass needs (norms and the residual
+    in float32, projections, attention probabilities where they are made; what the cosine keeps), or only the layer's
+    input where the rest is computed again; and once more what one layer needs, for its gradients.
     """
     settings, shape, number = run.recipe.uptrain, run.parent.shape, distributed.processes(run)
     parameters = Architecture.of_parent(shape).parameters(shape)
@@ -122,13 +123,15 @@ def uptrain_memory_bytes(run: Run) -> float:
     tokens = max(min(settings.micro_batch_sequences or rows, rows) * run.recipe.corpus.sequence_length, length)
     size = 2 if run.bfloat16 else 4
     eager = run.device.type == "cpu" and run.attention_for(length) == "eager"
-    scores = 3 * shape.num_attention_heads * length * size if eager else 0
-    full = tokens * ((6 * shape.hidden_size + 4 * shape.intermediate_size) * size + scores)
-    layers = shape.num_hidden_layers
-    kept = full + layers * tokens * shape.hidden_size * 4 if settings.activation_checkpointing else layers * full
+    D, layers = shape.hidden_size, shape.num_hidden_layers
+    scores = 10 * shape.num_attention_heads * length if eager else 0
+    layer = tokens * ((24 + 6 * size) * D + 4 * size * shape.intermediate_size + scores)
+    between = tokens * D * (16 if settings.cosine_weight else 4)
+    kept = layer + layers * (between + (0 if settings.activation_checkpointing else layer))
     adapters = settings.lora_rank * 2 * (shape.hidden_size + shape.intermediate_size) * 7 * layers / 2
     trained = 4.0 * parameters + 16 * adapters if settings.lora_rank else 16.0 * parameters
-    return (parameters * run.placement[0].itemsize + trained) / number + kept + 4 * 4 * CHUNK_ELEMENTS
+    logits = 4 * 4 * min(tokens * shape.vocab_size, LOSS_ELEMENTS)
+    return (parameters * run.placement[0].itemsize + trained) / number + kept + logits
 
 
 def estimate(run: Run) -> list[Need]:
