@@ -217,9 +217,9 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
         recipe["uptrain"] |= settings
         return plan.uptrain_memory_bytes(Run(config.parse(recipe), tmp_path, Progress(quiet=True)))
 
-    whole = planned()
-    for saving in ({"micro_batch_sequences": 1}, {"activation_checkpointing": True}, {"lora_rank": 2}, {"processes": 2}):
-        assert planned(**saving) < whole, saving
+    whole, savings = planned(), {"micro_batch_sequences": 1, "activation_checkpointing": True, "lora_rank": 2}
+    for name, value in (savings | {"processes": 2}).items():
+        assert planned(**{name: value}) < whole, name
 
 
 # ------------------------------------------------------------------------------------------------ data

@@ -112,9 +112,9 @@ def uptrain_memory_bytes(run: Run) -> float:
     """Peak memory of one process of uptraining: its share of both models, gradients and moments, and one micro-batch.
 
     Sharded: the parent, and per parameter of the child 4 bytes, or 16 where it learns (all of it, as children are not
-    known yet). Not sharded: chunks of logits, and per layer and token what the backward pass needs (norms and the residual
-    in float32, projections, attention probabilities where they are made; what the cosine keeps), or only the layer's
-    input where the rest is computed again; and once more what one layer needs, for its gradients.
+    known yet). Not sharded: chunks of logits, and per layer and token what the backward pass needs (norms and the
+    residual in float32, projections, attention probabilities where they are made; what the cosine keeps), or only
+    the layer's input where the rest is computed again; and once more what one layer needs, for its gradients.
     """
     settings, shape, number = run.recipe.uptrain, run.parent.shape, distributed.processes(run)
     parameters = Architecture.of_parent(shape).parameters(shape)
