@@ -1,7 +1,7 @@
 """Stage `export`: the finished child in the forms other engines read, each loaded again and compared with the child.
 
-Reads: `uptrained/` (or `child/` where there is no uptrained one). Writes: `export/FORMAT/`, one manifest each, so that
-asking for one format again, or for another, costs nothing twice.
+Reads: `uptrained/` (or `child/` where there is no uptrained one). Writes: `export/FORMAT[-DTYPE]/`, one manifest each,
+so that asking for one format again, or for another, costs nothing twice.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def source(run: Run) -> Path:
 def run(run: Run, name: str, dtype: str | None = None) -> dict[str, Any]:
     """Export in one format and check it. `dtype`: of the weights, e.g. f16; the format's usual one where it is None."""
     exporter, child = exporters.exporter(name), source(run)
-    folder = run.stage_folder("export") / name
+    folder = run.stage_folder("export") / (name if dtype is None else f"{name}-{dtype}")
     found = artifacts.manifest(child)
     assert found is not None
     inputs = {"child": found["fingerprint"], "dtype": dtype}

@@ -126,7 +126,7 @@ def serve_openai(folder: Path, name: str, scenario: ScenarioConfig, host: str, p
     command += ["--served-model-name", name, "--host", host, "--port", str(port), "--dtype", scenario.dtype]
     command += ["--tensor-parallel-size", str(scenario.tensor_parallel)]
     command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # as it was measured
-    sys.stdout.flush()
+    print(f"serving {folder} as {name!r} at http://{host}:{port}/v1 once vLLM is up", flush=True)
     os.execvpe(command[0], [*command, *extra], os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
 
 
@@ -174,7 +174,8 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     config = AutoConfig.from_pretrained(folder)
     tokens = scenario.batch_size * (length + 256)  # room for whole cache pages
     element = 4 if scenario.dtype == "float32" else 2
-    per_token = 2 * element * kv_heads(config) * config.head_dim
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * element * kv_heads(config) * head
     # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs compiling takes
     # longer than what is measured.
     on_gpu: dict[str, Any] = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
