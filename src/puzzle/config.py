@@ -190,21 +190,51 @@ class SearchConfig(Section):
     time_limit_s: float = Field(default=60.0, gt=0)
 
 
+class LengthStage(Section):
+    """A part of uptraining at one sequence length, for example 8192 tokens a sequence, then 65,536."""
+
+    sequence_length: Annotated[int, Field(ge=2)]  # a multiple of corpus.sequence_length: neighbouring rows are joined
+    tokens: Positive
+
+
 class UptrainConfig(Section):
     """Global knowledge distillation of the child. Weights of 0 leave a term out."""
 
     tokens: Positive = 1_500_000
-    batch_sequences: Positive = 16
+    stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
+    batch_sequences: Positive = 16  # in sequences of corpus.sequence_length, of all processes together
+    micro_batch_sequences: Positive | None = None  # at a time and process, the gradients add up; default: all at once
+    seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     learning_rate: float = Field(default=1e-3, gt=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear to zero over `decay_share`
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     cosine_weight: float = Field(default=1.0, ge=0)
     kl_weight: float = Field(default=1.0, ge=0)
     lm_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
-    chunk_tokens: Positive = 2048
+    train: Literal["all", "replaced"] = "all"  # replaced: only blocks that are not the parent's
+    freeze: list[str] = []  # patterns of weights that stay, e.g. ["*embed_tokens*", "model.layers.0.*"]
+    lora_rank: int = Field(default=0, ge=0)  # 0: the weights themselves; otherwise low-rank adapters, merged at the end
+    lora_alpha: float = Field(default=16.0, gt=0)
+    activation_checkpointing: bool = False
     validate_steps: Positive = 50
     checkpoint_steps: Positive = 25
+    patience: int = Field(default=0, ge=0)  # stop after so many validations without a better KL; 0: never
+    keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL
+    processes: Literal["auto"] | Positive = "auto"  # auto: one for each GPU, one on a CPU
+    wandb: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "UptrainConfig":
+        if not self.cosine_weight and not self.kl_weight and not self.lm_weight:
+            raise ValueError("cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; set one")
+        if self.lora_rank and self.processes not in ("auto", 1):
+            raise ValueError(f"lora_rank is for one process; got processes {self.processes}, use 1 or lora_rank: 0")
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError("warmup_share + decay_share exceed 1; lower one of them")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -14,6 +14,7 @@ Writes: `<out>/{train,validation}-NNNNN.safetensors` (int32, [sequences, sequenc
 Shape legend: N sequences, S sequence length, B batch.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -341,7 +342,7 @@ class Sequences:
     """
 
     def __init__(self, folder: Path, split: Split, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed, self.join = [seed], 1
         self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob(f"{split}-*.safetensors"))]
         self._slices = [file.get_slice("tokens") for file in self._files]
         shapes = [part.get_shape() for part in self._slices]
@@ -349,17 +350,30 @@ class Sequences:
         self.sequence_length: int = shapes[0][1]
         self._epoch: tuple[int, np.ndarray] | None = None
 
+    def view(self, join: int = 1, seed: int = 0) -> "Sequences":
+        """The same rows, `join` neighbours of the packed stream as one sequence; another order for another seed > 0."""
+        other = copy.copy(self)
+        other.join, other._epoch = self.join * join, None
+        other.seed = [*self.seed, seed] if seed else self.seed
+        other.sequence_length = self.sequence_length * join
+        if not len(other):
+            raise UserError(
+                f"corpus: its {len(self)} sequences of {self.sequence_length} tokens do not fill one of "
+                f"{other.sequence_length}; add text, raise corpus.train_tokens or ask for shorter sequences"
+            )
+        return other
+
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) // self.join
 
     def rows(self, indices: Iterable[int]) -> torch.Tensor:
         """int64 [len(indices), S]."""
         picked = []
-        for index in indices:
+        for index in (wanted * self.join + offset for wanted in indices for offset in range(self.join)):
             part = int(np.searchsorted(self._starts, index, side="right")) - 1
             at = int(index - self._starts[part])
             picked.append(self._slices[part][at : at + 1])
-        return torch.cat(picked).long()
+        return torch.cat(picked).long().view(-1, self.sequence_length)
 
     def batch(self, step: int, size: int) -> torch.Tensor:
         """int64 [B, S]: batch number `step` of `size` sequences."""
@@ -372,5 +386,5 @@ class Sequences:
     def _permuted(self, i: int) -> int:
         epoch, at = divmod(i, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self)))
+            self._epoch = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(len(self)))
         return int(self._epoch[1][at])

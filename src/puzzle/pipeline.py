@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from puzzle import artifacts, checkpoint, corpus, cost, search
+from puzzle import artifacts, checkpoint, corpus, cost, search, uptrain
 from puzzle.errors import Infeasible, UserError
 from puzzle.progress import duration
 from puzzle.run import Run
@@ -61,6 +61,7 @@ def preflight(run: Run) -> None:
     if recipe.cost.table:
         cost.reuse(run, Path(recipe.cost.table))
     search.check(recipe.search, ["main", *recipe.cost.scenarios])
+    uptrain.check(run)
     corpus.source_marks(recipe.corpus)
     assert run.full_space.layers
 

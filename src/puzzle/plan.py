@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from puzzle import subblocks
+from puzzle import distributed, subblocks
 from puzzle.architecture import Architecture, Attention, ModelShape
-from puzzle.losses import CHUNK_ELEMENTS
+from puzzle.losses import CHUNK_ELEMENTS, LOSS_ELEMENTS
 from puzzle.run import Run
 
 RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
@@ -108,6 +108,32 @@ def _score_memory_bytes(run: Run, weights: float, trained: int) -> float:
     return weights + 4 * activations + library + 4 * 4 * CHUNK_ELEMENTS
 
 
+def uptrain_memory_bytes(run: Run) -> float:
+    """Peak memory of one process of uptraining: its share of both models, gradients and moments, and one micro-batch.
+
+    Sharded: the parent, and per parameter of the child 4 bytes, or 16 where it learns (all of it, as children are not
+    known yet). Not sharded: chunks of logits, and per layer and token what the backward pass needs (norms and the
+    residual in float32, projections, attention probabilities where they are made; what the cosine keeps), or only
+    the layer's input where the rest is computed again; and once more what one layer needs, for its gradients.
+    """
+    settings, shape, number = run.recipe.uptrain, run.parent.shape, distributed.processes(run)
+    parameters = Architecture.of_parent(shape).parameters(shape)
+    length = max([s.sequence_length for s in settings.stages], default=run.recipe.corpus.sequence_length)
+    rows = settings.batch_sequences // number
+    tokens = max(min(settings.micro_batch_sequences or rows, rows) * run.recipe.corpus.sequence_length, length)
+    size = 2 if run.bfloat16 else 4
+    eager = run.device.type == "cpu" and run.attention_for(length) == "eager"
+    D, layers = shape.hidden_size, shape.num_hidden_layers
+    scores = 10 * shape.num_attention_heads * length if eager else 0
+    layer = tokens * ((24 + 6 * size) * D + 4 * size * shape.intermediate_size + scores)
+    between = tokens * D * (16 if settings.cosine_weight else 4)
+    kept = layer + layers * (between + (0 if settings.activation_checkpointing else layer))
+    adapters = settings.lora_rank * 2 * (shape.hidden_size + shape.intermediate_size) * 7 * layers / 2
+    trained = 4.0 * parameters + 16 * adapters if settings.lora_rank else 16.0 * parameters
+    logits = 4 * 4 * min(tokens * shape.vocab_size, LOSS_ELEMENTS)
+    return (parameters * run.placement[0].itemsize + trained) / number + kept + logits
+
+
 def estimate(run: Run) -> list[Need]:
     recipe, shape = run.recipe, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape)
@@ -119,14 +145,17 @@ def estimate(run: Run) -> list[Need]:
     blocks = [len(options.blocks) for options in run.space.layers]
     suffix = sum(n * (len(blocks) - i) for i, n in enumerate(blocks)) * per_layer
     scored = recipe.score.sequences * sequence
-    batch = recipe.uptrain.batch_sequences * sequence
     streamed = is_streamed(run)
     score_flops = 2.0 * scored * (suffix + sum(blocks) * shape.vocab_size * shape.hidden_size)
     scenario = recipe.cost.scenario
     served = scenario.batch_size * (scenario.input_length + scenario.output_length)
     batch_s = BATCH_OVERHEAD * 2 * parent * served / rate
     child_bytes = parent * run.parent.dtype.itemsize
-    uptrain_flops = recipe.uptrain.tokens * (2.0 + 6.0) * parent
+    gkd = recipe.uptrain
+    gkd_tokens, gkd_bytes = sum(s.tokens for s in gkd.stages) or gkd.tokens, uptrain_memory_bytes(run)
+    gkd_flops = gkd_tokens * (2.0 + (4.0 if gkd.lora_rank else 6.0) + 2.0 * gkd.activation_checkpointing) * parent
+    if run.device.type == "cuda":
+        gkd_flops /= distributed.processes(run)  # side by side; processes on a CPU share its cores
     checked = recipe.evaluate.sequences * sequence
     engine_memory = 2 * (child_bytes + (1 << 30))
 
@@ -141,9 +170,8 @@ def estimate(run: Run) -> list[Need]:
         stage("cost", 0, 0.0, engine_memory, child_bytes, len(recipe.cost.measured) * recipe.cost.seconds),
         stage("search", 0, 0.0, 2e8, 1e6, 5.0),
         stage("assemble", 0, 0.0, engine_memory, child_bytes, served_s),
-        stage("uptrain", recipe.uptrain.tokens, uptrain_flops,
-              weights + 16.0 * parent + 24 * batch * shape.hidden_size * 4,
-              child_bytes + 12.0 * parent),
+        stage("uptrain", gkd_tokens, gkd_flops, gkd_bytes,
+              child_bytes + (12.0 + 4.0 * (gkd.keep == "best")) * (1.0 if gkd.lora_rank == 0 else 0.02) * parent),
         stage("evaluate", checked, 3 * 2.0 * checked * parent, max(2 * weights, engine_memory), 1e6, served_s),
     ]  # fmt: skip
 

@@ -246,12 +246,13 @@ def uptrain_picture(run: Run) -> str:
 
     curve = artifacts.read_jsonl(run.stage_folder("uptrain") / "curve.jsonl")
     figure, axis = pyplot.subplots(figsize=(6.4, 3.2))
-    axis.plot([r["tokens"] for r in curve], [r["kl"] for r in curve], color=PARENT_COLOUR, label="training batch")
-    held = [r for r in curve if "validation_kl" in r]
+    trained, held = ([r for r in curve if key in r] for key in ("kl", "validation_kl"))  # no KL weight: held out only
+    axis.plot([r["tokens"] for r in trained], [r["kl"] for r in trained], color=PARENT_COLOUR, label="training batch")
     axis.plot(
         [r["tokens"] for r in held], [r["validation_kl"] for r in held], "o-", color=ACCENT, ms=4, label="held out"
     )
-    axis.set_ylim(0, 2.5 * max(statistics.median(r["kl"] for r in curve), 1e-6))
+    shown = [r["kl"] for r in trained] or [r["validation_kl"] for r in held]
+    axis.set_ylim(0, 2.5 * max(statistics.median(shown), 1e-6))
     axis.set_xlabel("tokens")
     axis.set_ylabel("KL(parent || child), nats per token")
     axis.legend(frameon=False)

@@ -111,8 +111,10 @@ class Run:
 
     @property
     def attention(self) -> str:
-        short = self.recipe.corpus.sequence_length <= EAGER_UP_TO_TOKENS
-        return "eager" if self.device.type == "cpu" and short else "sdpa"
+        return self.attention_for(self.recipe.corpus.sequence_length)
+
+    def attention_for(self, length: int) -> str:
+        return "eager" if self.device.type == "cpu" and length <= EAGER_UP_TO_TOKENS else "sdpa"
 
     # ------------------------------------------------------------------------------------------ inputs
 
@@ -180,13 +182,23 @@ class Run:
         return Run(recipe, self.folder / "first", self.progress, self.corpus_folder)
 
     def curve(self, stage: str, step: int, values: dict[str, dict[str, float]]) -> None:
-        """A live record for people, in `RUN/logs`: JSON lines, and TensorBoard where it is installed."""
+        """A live record for people, in `RUN/logs`: JSON lines, TensorBoard where it is installed, W&B where asked."""
         artifacts.append_jsonl(self.folder / "logs" / f"{stage}.jsonl", {"step": step, **values})
         if self._tensorboard is not None:
             for name, figures in values.items():
                 for kind, value in figures.items():
                     if kind != "tokens":
                         self._tensorboard.add_scalar(f"{stage}/{name}/{kind}", value, step)
+        if stage == "uptrain" and self.recipe.uptrain.wandb:
+            flat = {f"{name}/{kind}": value for name, figures in values.items() for kind, value in figures.items()}
+            self._wandb.log(flat, step=step)
+
+    @cached_property
+    def _wandb(self) -> Any:
+        import wandb  # there: uptrain.check has looked
+
+        mark = artifacts.fingerprint(str(self.folder.resolve()))
+        return wandb.init(project="puzzle", name=self.folder.name, id=mark, resume="allow", dir=str(self.folder))
 
     @cached_property
     def _tensorboard(self) -> Any:

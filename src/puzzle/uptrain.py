@@ -1,114 +1,184 @@
 """Stage `uptrain`: global knowledge distillation of the assembled child (paper: section 4.3).
 
-    loss = w_cos * sum over layers of (1 - cos(h_child, h_parent)) + w_kl * KL(parent || child) + w_lm * LM loss
+The loop is in trainer.py, what happens to one micro-batch in gkd.py, how several processes share the work in
+distributed.py. This is the stage: what its result depends on, what cannot work, loading and saving, processes.
 
-Parent and child walk through their layers in step, so the parent's hidden states live for one layer only; logits
-exist in chunks (see losses.py). AdamW on float32 weights, bf16 autocast, warm-up and cosine decay.
-
-Reads: `child/`, the parent, the corpus. Writes: `uptrained/` (same format), `curve.jsonl`; a checkpoint while it runs.
+Reads: `child/`, the parent, the corpus. Writes: `uptrained/` (same format), and what trainer.py writes.
+`python -m puzzle.uptrain RUN` is one process of several.
 """
 
-import math
+import argparse
+import os
+import sys
+import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from puzzle import artifacts, assemble, card, checkpoint, child, evaluate
-from puzzle.losses import cosine_distance, distillation_losses
-from puzzle.modeling_puzzle import PuzzleForCausalLM
+from puzzle import artifacts, assemble, card, checkpoint, child, distributed, gkd, trainer
+from puzzle.architecture import Architecture
+from puzzle.errors import UserError
+from puzzle.modeling_puzzle import PuzzleConfig
+from puzzle.parent import Weights
+from puzzle.progress import Progress
 from puzzle.run import Run
 
-VALIDATION_SEQUENCES = 32
-CURVE_EVERY = 5
+SAME_RESULT = {"processes", "wandb", "micro_batch_sequences", "activation_checkpointing", "checkpoint_steps"}
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    return run.data_inputs | {
-        "assemble": run.fingerprint_of("assemble"), "uptrain": run.recipe.uptrain.model_dump(mode="json"),
-    }  # fmt: skip
+    settings = run.recipe.uptrain.model_dump(mode="json", exclude=SAME_RESULT)
+    return run.data_inputs | {"assemble": run.fingerprint_of("assemble"), "uptrain": settings}
+
+
+def check(run: Run, number: int | None = None) -> None:
+    """Everything about lengths, processes and packages that can be known to be wrong before anything is spent."""
+    settings, length, number = (
+        run.recipe.uptrain,
+        run.recipe.corpus.sequence_length,
+        number or distributed.processes(run),
+    )
+    for package, key in (("peft", settings.lora_rank and "lora_rank"), ("wandb", settings.wandb and "wandb")):
+        if key and find_spec(package) is None:
+            raise UserError(f"uptrain.{key}: needs {package}; install it with `pip install {package}`")
+    positions = run.parent.hf_config.max_position_embeddings
+    for stage in settings.stages:
+        own = stage.sequence_length
+        if own % length or settings.batch_sequences * length % own:
+            raise UserError(
+                f"uptrain.stages: got sequence_length {own}; expected a multiple of corpus.sequence_length ({length}) "
+                f"that divides a batch of {settings.batch_sequences} x {length} tokens; change uptrain.batch_sequences"
+            )
+        if own > positions:
+            raise UserError(f"uptrain.stages: got sequence_length {own}, but the parent takes at most {positions}")
+    for phase in trainer.phases(run):
+        if phase.batch % number:
+            raise UserError(
+                f"uptrain.batch_sequences: a batch of {phase.batch} sequences cannot be shared by {number} processes "
+                "equally; choose a multiple, or another uptrain.processes"
+            )
 
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
-    source = run.stage_folder("assemble")
-    student = child.load(source, torch.float32, run.device, run.attention).train()
-    student.requires_grad_(True)
-    train(run, folder, student)
-    architecture = child.read_architecture(source)
-    config = run.parent.child_config(architecture)
-    child.save(folder, config, architecture, student.state_dict(), run.parent.folder, card.text(run, architecture))
+    number = distributed.processes(run)
+    check(run, number)
+    if not (folder / "config.json").exists():  # it comes last: a folder with a config is complete
+        if number == 1:
+            distil(run, folder)
+        else:
+            _launch(run, folder, number)
     return {"weights": assemble.weights_fingerprint(folder)}
 
 
-def train(run: Run, folder: Path, student: PuzzleForCausalLM) -> None:
-    settings, data, parent = run.recipe.uptrain, run.corpus["train"], run.parent_model
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    path = folder / checkpoint.FOLDER / "uptrain.safetensors"
-    start, counters = checkpoint.restore(path, {"student": student}, {"adamw": optimizer})
-    artifacts.keep_jsonl(folder / "curve.jsonl", lambda record: record["step"] <= start)
-    batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
-    steps = -(-settings.tokens // batch_tokens)
-    # BLD used the first batches of the stream; go on where it stopped, so that fresh text comes first
-    offset = -(-run.recipe.library.tokens // batch_tokens)
-    skipped = counters.get("skipped", 0)
-    with run.progress.task("uptraining", steps * batch_tokens, "tokens") as task:
-        task.skip(start * batch_tokens)
-        for step in range(start, steps):
-            factor = checkpoint.cosine_schedule(step, steps, settings.warmup_share)
-            checkpoint.set_learning_rate(optimizer, settings.learning_rate * factor)
-            tokens_BS = data.batch(offset + step, settings.batch_sequences).to(run.device)
-            cosine, kl, lm = losses(run, parent, student, tokens_BS)
-            loss = settings.cosine_weight * cosine + settings.kl_weight * kl + settings.lm_weight * lm
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
-            if torch.isfinite(norm):
-                optimizer.step()
-            else:
-                skipped += 1
-            optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            record: dict[str, Any] = {"step": done, "tokens": done * batch_tokens, "skipped_steps": skipped}
-            record |= {"cosine": cosine.item(), "kl": kl.item(), "lm_loss": lm.item()}
-            if done % settings.validate_steps == 0 or done == steps:
-                record |= {f"validation_{k}": v for k, v in validate(run, student).items()}
-            if done % CURVE_EVERY == 0 or done == steps or "validation_kl" in record:
-                artifacts.append_jsonl(folder / "curve.jsonl", record)
-            if done % settings.checkpoint_steps == 0 and done < steps:
-                checkpoint.save(path, done, {"student": student}, {"adamw": optimizer}, {"skipped": skipped})
-            task.advance(batch_tokens, f"KL {kl.item():.4f}")
-    if not math.isfinite(kl.item()) or skipped == steps:
-        raise RuntimeError("uptraining diverged: every step was non-finite")
+def _launch(run: Run, folder: Path, number: int) -> None:
+    run.write_recipe()
+    _ = run.corpus  # built once, here
+    run.release_models()
+    run.progress.say(f"  {number} processes; logs in {run.folder / 'logs' / 'uptrain'}")
+    words = [str(run.folder)] + (["--quiet"] if run.progress.quiet else [])
+    failure = distributed.launch("puzzle.uptrain", words, number, run.folder / "logs" / "uptrain")
+    if failure:
+        path = folder / checkpoint.FOLDER / "uptrain.safetensors"
+        step = checkpoint.peek(path)[0] if path.exists() else 0
+        logs = run.folder / "logs" / "uptrain"
+        raise UserError(f"uptrain: {failure}; the same command goes on from step {step} (logs: {logs})")
 
 
-def losses(
-    run: Run, parent: PuzzleForCausalLM, student: PuzzleForCausalLM, tokens_BS: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum over layers of the cosine distance, KL, LM loss) of one batch, float32 scalars."""
-    settings = run.recipe.uptrain
-    with run.autocast():
-        hidden, context = student.model.embed(tokens_BS)
-        with torch.no_grad():
-            target, parent_context = parent.model.embed(tokens_BS)
-        cosine = torch.zeros((), device=run.device)
-        for layer, parent_layer in zip(student.model.layers, parent.model.layers, strict=True):
-            hidden = layer(hidden, **context)
-            with torch.no_grad():
-                target = parent_layer(target, **parent_context)
-            if settings.cosine_weight:
-                cosine = cosine + cosine_distance(hidden, target)
-        with torch.no_grad():
-            target = parent.model.norm(target)
-        kl, lm = distillation_losses(
-            student.model.norm(hidden)[:, :-1].flatten(0, 1), student.lm_head.weight,
-            target[:, :-1].flatten(0, 1), parent.lm_head.weight, tokens_BS[:, 1:].flatten(),
-            temperature=settings.temperature, chunk_tokens=settings.chunk_tokens,
-        )  # fmt: skip
-    return cosine, kl, lm
+def distil(run: Run, folder: Path) -> None:
+    """Everything between `child/` and `uptrained/`, by one process or by all of a group together."""
+    source, settings = run.stage_folder("assemble"), run.recipe.uptrain
+    architecture = child.read_architecture(source)
+    config = run.parent.child_config(architecture)
+    pair = load(run, source, config)
+    trainer.train(run, folder, pair)
+    best = folder / checkpoint.FOLDER / "best.safetensors"
+    if settings.keep == "best" and best.exists():
+        checkpoint.restore(best, {"student": pair.student}, {})
+    state = gkd.merge_adapters(pair.student) if settings.lora_rank else pair.student.state_dict()
+    tensors = {}
+    for name, tensor in state.items():
+        full = checkpoint.whole(tensor)
+        if distributed.rank() == 0:
+            tensors[name] = full.to(device="cpu", dtype=run.parent.dtype)
+    if distributed.rank() == 0:
+        child.save(folder, config, architecture, tensors, run.parent.folder, card.text(run, architecture))
+    distributed.barrier()
 
 
-def validate(run: Run, student: PuzzleForCausalLM) -> dict[str, float]:
-    student.eval()
-    tokens = run.corpus["validation"].head(VALIDATION_SEQUENCES)
-    metrics = evaluate.quality(run, student, tokens)
-    student.train()
-    return metrics
+def load(run: Run, source: Path, config: PuzzleConfig) -> gkd.Pair:
+    """Child (float32) and parent, whole in a single process, sharded in one of several."""
+    settings, shape = run.recipe.uptrain, run.parent.shape
+    architecture = child.read_architecture(source)
+    longest = max(phase.join for phase in trainer.phases(run)) * run.recipe.corpus.sequence_length
+    attention = run.attention_for(longest)
+
+    def as_stored(name: str) -> list[tuple[str, slice]]:
+        return [(name, slice(None))]
+
+    def prepare(student: Any) -> None:
+        gkd.choose(student, settings, architecture, shape.parent_block)
+
+    if distributed.size() == 1:
+        student = child.load(source, torch.float32, run.device, attention)
+        prepare(student)
+        if settings.lora_rank:
+            gkd.add_adapters(student, settings)
+        dtype, device, usual = run.placement
+        teacher = run.parent_model if attention == usual else run.parent.load(dtype, device, attention)
+        return gkd.Pair(student, teacher, settings)
+    over = distributed.mesh(run.device)
+    student = distributed.load_sharded(
+        config, Weights(source, as_stored), torch.float32, run.device, attention, prepare, over
+    )
+    whole = run.parent.child_config(Architecture.of_parent(shape))
+    teacher = distributed.load_sharded(
+        whole, run.parent.weights(), run.placement[0], run.device, attention, distributed.freeze, over
+    )
+    pair = gkd.Pair(student, teacher, settings)
+    distributed.shard_rest(pair, over)
+    return pair
+
+
+# ------------------------------------------------------------------------------------------------ one of several
+
+
+def main() -> None:
+    """One process of several: `torchrun ... -m puzzle.uptrain RUN`. Exit codes as in cli.py."""
+    parser = argparse.ArgumentParser(prog="puzzle.uptrain", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--quiet", action="store_true")
+    args = parser.parse_args()
+    launched = distributed.LAUNCHED in os.environ
+    if launched and os.environ.get("RANK") == "0":
+        sys.stderr = sys.stdout  # torchrun's own log goes to a file; people see what process 0 says
+    try:
+        with distributed.group():
+            work(args.run, Progress(args.quiet or distributed.rank() > 0), launched)
+    except UserError as error:
+        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    except Exception:
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)  # at once: the others wait in a collective operation
+
+
+def work(folder: Path, progress: Progress, launched: bool) -> None:
+    run = Run.open(folder, progress)
+    check(run, distributed.size())
+    if run.recipe.uptrain.lora_rank:
+        raise UserError("uptrain.lora_rank: is for one process; use `puzzle uptrain RUN`, or lora_rank: 0")
+    if distributed.rank() == 0:
+        artifacts.begin(run.stage_folder("uptrain"), run.inputs_of("uptrain"))
+        _ = run.corpus
+    distributed.barrier()
+    distil(run, run.stage_folder("uptrain"))
+    if distributed.rank() == 0 and not launched:
+        from puzzle import pipeline
+
+        pipeline.execute_stage(run, "uptrain")  # finds the weights there and closes the stage
+
+
+if __name__ == "__main__":
+    main()
