@@ -41,6 +41,8 @@ def inputs(run: Run) -> dict[str, Any]:
 
 def run(run: Run, folder: Path) -> dict[str, Any]:
     run.progress.say(f"search space: {run.space.summary()}")
+    if "vllm" in run.recipe.deploy and not run.parent.shape.stock:
+        run.progress.say("  vllm serves children of this family through our plugin: install puzzle-nas where you serve")
     for line in run.space.left_out:
         run.progress.say(f"  left out: {line}")
     trainees = enrol(run)
