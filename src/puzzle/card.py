@@ -84,4 +84,5 @@ def _serving(run: Run, architecture: Architecture) -> str:
     return f"""- transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or without the
   flag after `import puzzle.modeling_puzzle`; `AutoTokenizer` reads the config too and wants the same
 {vllm}
+- llama.cpp: `puzzle export RUN --to gguf` writes one file, where llama.cpp can run these blocks
 """
