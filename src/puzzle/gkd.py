@@ -87,13 +87,6 @@ class Pair(nn.Module):
 
 def choose(student: PuzzleForCausalLM, settings: UptrainConfig, architecture: Architecture, parent: Any) -> None:
     """Set `requires_grad` as `train` and `freeze` say. `parent` is the parent's block. Raises `UserError`."""
-    names = [name for name, _ in student.named_parameters(remove_duplicate=False)]
-    for pattern in settings.freeze:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise UserError(
-                f"uptrain.freeze: {pattern!r} matches no weight of the child; expected a pattern such as {names[1]!r} "
-                "or '*embed_tokens*'"
-            )
     replaced = tuple(f"model.layers.{i}." for i, block in enumerate(architecture) if block != parent)
     frozen = set()
     for name, parameter in student.named_parameters(remove_duplicate=False):

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import traceback
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def check(run: Run, number: int | None = None) -> None:
     for package, key in (("peft", settings.lora_rank and "lora_rank"), ("wandb", settings.wandb and "wandb")):
         if key and find_spec(package) is None:
             raise UserError(f"uptrain.{key}: needs {package}; install it with `pip install {package}`")
+    more = ("lm_head.weight", "model.layers.0.self_attn.linear_attn.weight", "model.layers.0.mlp.linear_mlp.weight")
+    for pattern in settings.freeze:  # a child may lack what the parent has, so it is the parent's names that count
+        if not any(fnmatch(name, pattern) for name in (*run.parent.weights(), *more)):
+            raise UserError(
+                f"uptrain.freeze: {pattern!r} matches no weight; expected a pattern such as 'model.layers.0.*' or "
+                "'*embed_tokens*'"
+            )
     positions = run.parent.hf_config.max_position_embeddings
     for stage in settings.stages:
         own = stage.sequence_length
