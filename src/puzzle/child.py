@@ -121,4 +121,10 @@ def load(folder: Path, dtype: torch.dtype | None, device: torch.device, attentio
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
-    return build(config, state, dtype or getattr(torch, str(config.dtype).removeprefix("torch.")), device, attention)
+    return build(config, state, dtype or stored_dtype(config), device, attention)
+
+
+def stored_dtype(config: PuzzleConfig) -> torch.dtype:
+    """The dtype of a checkpoint's weights; a config may hold it or its name."""
+    found: torch.dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+    return found

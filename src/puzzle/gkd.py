@@ -101,10 +101,8 @@ def choose(student: PuzzleForCausalLM, settings: UptrainConfig, architecture: Ar
 
 def add_adapters(student: PuzzleForCausalLM, settings: UptrainConfig) -> None:
     """Low-rank adapters beside every projection of the layers that would learn; nothing else learns."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("uptrain.lora_rank: needs peft; install it with `pip install peft`") from None
+    from peft import LoraConfig, inject_adapter_in_model  # there: uptrain.check has looked
+
     targets = [
         name
         for name, module in student.named_modules()

@@ -44,13 +44,8 @@ def check(run: Run, number: int | None = None) -> None:
     for package, key in (("peft", settings.lora_rank and "lora_rank"), ("wandb", settings.wandb and "wandb")):
         if key and find_spec(package) is None:
             raise UserError(f"uptrain.{key}: needs {package}; install it with `pip install {package}`")
-    more = ("lm_head.weight", "model.layers.0.self_attn.linear_attn.weight", "model.layers.0.mlp.linear_mlp.weight")
-    for pattern in settings.freeze:  # a child may lack what the parent has, so it is the parent's names that count
-        if not any(fnmatch(name, pattern) for name in (*run.parent.weights(), *more)):
-            raise UserError(
-                f"uptrain.freeze: {pattern!r} matches no weight; expected a pattern such as 'model.layers.0.*' or "
-                "'*embed_tokens*'"
-            )
+    if settings.freeze:
+        _check_patterns(run)
     positions = run.parent.hf_config.max_position_embeddings
     for stage in settings.stages:
         own = stage.sequence_length
@@ -66,6 +61,19 @@ def check(run: Run, number: int | None = None) -> None:
             raise UserError(
                 f"uptrain.batch_sequences: a batch of {phase.batch} sequences cannot be shared by {number} processes "
                 "equally; choose a multiple, or another uptrain.processes"
+            )
+
+
+def _check_patterns(run: Run) -> None:
+    """A child may lack what the parent has, so the parent's names count, and those of linear replacements."""
+    more = ("lm_head.weight", "model.layers.0.self_attn.linear_attn.weight", "model.layers.0.mlp.linear_mlp.weight")
+    with run.parent.weights() as weights:
+        names = [*weights, *more]
+    for pattern in run.recipe.uptrain.freeze:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UserError(
+                f"uptrain.freeze: {pattern!r} matches no weight; expected a pattern such as 'model.layers.0.*' or "
+                "'*embed_tokens*'"
             )
 
 
@@ -99,7 +107,7 @@ def distil(run: Run, folder: Path) -> None:
     source, settings = run.stage_folder("assemble"), run.recipe.uptrain
     architecture = child.read_architecture(source)
     config = run.parent.child_config(architecture)
-    pair = load(run, source, config)
+    pair = load(run, source, architecture, config)
     trainer.train(run, folder, pair)
     best = folder / checkpoint.FOLDER / "best.safetensors"
     if settings.keep == "best" and best.exists():
@@ -115,15 +123,11 @@ def distil(run: Run, folder: Path) -> None:
     distributed.barrier()
 
 
-def load(run: Run, source: Path, config: PuzzleConfig) -> gkd.Pair:
+def load(run: Run, source: Path, architecture: Architecture, config: PuzzleConfig) -> gkd.Pair:
     """Child (float32) and parent, whole in a single process, sharded in one of several."""
     settings, shape = run.recipe.uptrain, run.parent.shape
-    architecture = child.read_architecture(source)
     longest = max(phase.join for phase in trainer.phases(run)) * run.recipe.corpus.sequence_length
     attention = run.attention_for(longest)
-
-    def as_stored(name: str) -> list[tuple[str, slice]]:
-        return [(name, slice(None))]
 
     def prepare(student: Any) -> None:
         gkd.choose(student, settings, architecture, shape.parent_block)
@@ -137,9 +141,7 @@ def load(run: Run, source: Path, config: PuzzleConfig) -> gkd.Pair:
         teacher = run.parent_model if attention == usual else run.parent.load(dtype, device, attention)
         return gkd.Pair(student, teacher, settings)
     over = distributed.mesh(run.device)
-    student = distributed.load_sharded(
-        config, Weights(source, as_stored), torch.float32, run.device, attention, prepare, over
-    )
+    student = distributed.load_sharded(config, Weights(source), torch.float32, run.device, attention, prepare, over)
     whole = run.parent.child_config(Architecture.of_parent(shape))
     teacher = distributed.load_sharded(
         whole, run.parent.weights(), run.placement[0], run.device, attention, distributed.freeze, over

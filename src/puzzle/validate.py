@@ -64,11 +64,10 @@ Losses = dict[tuple[int, str], float]
 
 def random_architectures(run: Run, losses: Losses, count: int) -> list[tuple[str, Architecture]]:
     rng, parent, found = random.Random(0), run.parent.shape.parent_block, []
+    layers = score.scored_layers(run, losses)
     for _ in range(count):
         share = rng.random()
-        blocks = [
-            rng.choice(options) if rng.random() < share else parent for options in score.scored_layers(run, losses)
-        ]
+        blocks = [rng.choice(options) if rng.random() < share else parent for options in layers]
         found.append(("random", Architecture(tuple(blocks))))
     return found
 
