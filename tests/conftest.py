@@ -56,13 +56,16 @@ def tiny(tiny_folder) -> parent.Parent:
     return parent.describe(str(tiny_folder))
 
 
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
+def make_text(folder: Path) -> Path:
     for i in range(40):
         body = "\n".join(TEXT.replace("add", f"add_{i}_{j}") for j in range(4))
         (folder / f"module_{i}.py").write_text(body)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text"))
 
 
 def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
