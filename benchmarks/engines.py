@@ -1,10 +1,11 @@
-"""Does a finished child say the same in every engine? Greedy tokens of one prompt, engine by engine.
+"""Does a finished child say the same in every engine? Greedy tokens of one prompt, engine by
+engine.
 
     python benchmarks/engines.py RUN [--tokens 64] [--prompt TEXT] [--json] [--quick]
 
-Our loader, transformers in a process that cannot import puzzle, vLLM (stock where the child is made for it, otherwise
-with our plugin) and llama.cpp on the f16 GGUF export, where llama_cpp is installed. float32 but for the last. An engine
-that is not installed is left out with a message.
+Our loader, transformers in a process that cannot import puzzle, vLLM (stock where the child is made
+for it, otherwise with our plugin) and llama.cpp on the f16 GGUF export, where llama_cpp is
+installed. float32 but for the last. An engine that is not installed is left out with a message.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 
-from puzzle import child, export
 from puzzle.errors import UserError
+from puzzle.export import stage as export
+from puzzle.model import child
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -59,7 +61,10 @@ def ask(script: str, request: list[Any], plugin: bool = True) -> list[int]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment |= {} if plugin else {"VLLM_PLUGINS": ""}
     out = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(request)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     lines = [line for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
     if not lines:
@@ -77,7 +82,12 @@ def installed(package: str) -> bool:
 def answers(run: Run, ids: list[int], count: int) -> dict[str, list[int]]:
     folder = export.source(run)
     model = child.load(folder, torch.float32, torch.device("cpu"))
-    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     found = {"our loader": model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()}
     found["transformers"] = ask(TRANSFORMERS, [str(folder), ids, count])
     stock = child.architectures_name(model.config) == "DeciLMForCausalLM"
@@ -91,12 +101,16 @@ def answers(run: Run, ids: list[int], count: int) -> dict[str, list[int]]:
             except UserError as error:
                 print(error, file=sys.stderr)
             else:
-                found["llama.cpp, f16"] = ask(LLAMA_CPP, [str(Path(place) / written["file"]), ids, count])
+                found["llama.cpp, f16"] = ask(
+                    LLAMA_CPP, [str(Path(place) / written["file"]), ids, count]
+                )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", default='def read(path):\n    """Read a file and return')

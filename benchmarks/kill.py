@@ -1,10 +1,12 @@
-"""Kill `puzzle run` with SIGKILL at spread moments; the finished run must have bit-identical child weights.
+"""Kill `puzzle run` with SIGKILL at spread moments; the finished run must have bit-identical child
+weights.
 
     python benchmarks/kill.py [--kills 10] [--json] [--quick]
 
-First an uninterrupted run, then a second one that is killed `--kills` times, evenly spread over the seconds the
-first one took, and started again each time. Both use the same cost table: measuring twice would give two tables, and
-different costs may rightly lead to different children. `--quick` uses modelled costs and few tokens.
+First an uninterrupted run, then a second one that is killed `--kills` times, evenly spread over the
+seconds the first one took, and started again each time. Both use the same cost table: measuring
+twice would give two tables, and different costs may rightly lead to different children. `--quick`
+uses modelled costs and few tokens.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def weights(out: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--json", action="store_true")
@@ -69,7 +73,10 @@ def main() -> None:
             spent += time.perf_counter() - began
             status = killed / "status.json"
             stages = json.loads(status.read_text()) if status.exists() else {}
-            running = next((name for name, s in stages.items() if s["state"] == "running"), "corpus or between stages")
+            running = next(
+                (name for name, s in stages.items() if s["state"] == "running"),
+                "corpus or between stages",
+            )
             moments.append(running if alive else "finished already")
             print(f"kill {index + 1} after {spent:.0f} s in all: {moments[-1]}", flush=True)
         subprocess.run(command(killed, settings), check=True, stdout=log, stderr=log)

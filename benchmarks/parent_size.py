@@ -1,10 +1,11 @@
-"""How wide must the embedded parent be? Throughput in vLLM of random Llamas, whole and with half of their layers.
+"""How wide must the embedded parent be? Throughput in vLLM of random Llamas, whole and with half of
+their layers.
 
     python benchmarks/parent_size.py [--json] [--quick]
 
-If removing half of the layers gives nearly 2x, one layer's work is visible above the engine's per-step overhead.
-The two models of a pair are served side by side and timed in turn; the ratio is the median over the pairs. The
-share of a step that is not layers follows: overhead = 2 / ratio - 1.
+If removing half of the layers gives nearly 2x, one layer's work is visible above the engine's
+per-step overhead. The two models of a pair are served side by side and timed in turn; the ratio is
+the median over the pairs. The share of a step that is not layers follows: overhead = 2 / ratio - 1.
 """
 
 import argparse
@@ -31,23 +32,36 @@ SHAPES = [
 def write_llama(folder: Path, shape: tuple[int, ...], layers: int) -> int:
     hidden, ffn, _, vocabulary, heads, kv_heads = shape
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=vocabulary,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one shape, two pairs")
     args = parser.parse_args()
     scenario, pairs = ScenarioConfig(), 2 if args.quick else 5
-    print(f"vLLM {vllm_engine.describe('')['version']}, {machine()}, {scenario.name}, bfloat16, {pairs} pairs")
-    print("| hidden | FFN | layers | vocabulary | heads/KV | parameters | tok/s | half the layers | ratio | overhead |")
+    print(
+        f"vLLM {vllm_engine.describe('')['version']}, {machine()}, {scenario.name}, bfloat16, {pairs} pairs"
+    )
+    print(
+        "| hidden | FFN | layers | vocabulary | heads/KV | parameters | tok/s | half the layers | ratio | overhead |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for shape in SHAPES[1:2] if args.quick else SHAPES:
@@ -55,7 +69,9 @@ def main() -> None:
             folders = [Path(temporary) / name for name in ("whole", "half")]
             parameters = write_llama(folders[0], shape, shape[2])
             write_llama(folders[1], shape, shape[2] // 2)
-            sessions = [vllm_engine.open_session(f, scenario, f / "log", "", False) for f in folders]
+            sessions = [
+                vllm_engine.open_session(f, scenario, f / "log", "", False) for f in folders
+            ]
             times: list[list[float]] = [[], []]
             for _ in range(pairs + 1):
                 for session, kept in zip(sessions, times, strict=True):

@@ -9,8 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
-from puzzle import evaluate
 from puzzle.artifacts import read_json, write_text
+from puzzle.evaluate import stage as evaluate
 from puzzle.progress import Progress, duration
 from puzzle.run import Run
 
@@ -23,9 +23,15 @@ def result_section(run: Run) -> str:
     lines = ["| | parent | child | uptrained |", "| --- | ---: | ---: | ---: |"]
     lines += ["| " + " | ".join(row) + " |" for row in evaluate.table(results)]
     scenario = run.recipe.cost.scenario
-    stages = {name: record["seconds"] for name, record in status.items() if record.get("seconds") is not None}
+    stages = {
+        name: record["seconds"]
+        for name, record in status.items()
+        if record.get("seconds") is not None
+    }
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
-    promises = "; ".join(f"asked {p['asked']}, measured {p['measured']}" for p in results["promises"])
+    promises = "; ".join(
+        f"asked {p['asked']}, measured {p['measured']}" for p in results["promises"]
+    )
     lines += [
         "",
         f"{engine['engine']} {engine['version']} on {engine['count']} cores of {engine['device']}, {engine['dtype']}, "
@@ -37,7 +43,9 @@ def result_section(run: Run) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     args = parser.parse_args()
     run = Run.open(args.run, Progress(quiet=True))
@@ -46,7 +54,10 @@ def main() -> None:
     text = (ROOT / "README.md").read_text()
     marked = r"(<!-- result:begin -->\n).*?(<!-- result:end -->)"
     section = result_section(run)
-    write_text(ROOT / "README.md", re.sub(marked, lambda m: m[1] + section + "\n" + m[2], text, flags=re.DOTALL))
+    write_text(
+        ROOT / "README.md",
+        re.sub(marked, lambda m: m[1] + section + "\n" + m[2], text, flags=re.DOTALL),
+    )
     print(section)
 
 

@@ -1,11 +1,13 @@
-"""The exact search against python-mip (CBC), the reference's solver, on the published block library of a 70B model.
+"""The exact search against python-mip (CBC), the reference's solver, on the published block library
+of a 70B model.
 
     pip install mip
     python benchmarks/search.py [--json] [--quick]
 
-python-mip is given the program as appendix B writes it. Same machine, same process, in turn. Twelve pairs of limits,
-proven optimum (gap 0); then ten solutions that differ in at least ten layers (gap 1e-4), a frontier of forty points,
-and random libraries of 160 layers x 200 variants with four constraints. Skips with a message without the data.
+python-mip is given the program as appendix B writes it. Same machine, same process, in turn. Twelve
+pairs of limits, proven optimum (gap 0); then ten solutions that differ in at least ten layers (gap
+1e-4), a frontier of forty points, and random libraries of 160 layers x 200 variants with four
+constraints. Skips with a message without the data.
 """
 
 import argparse
@@ -18,15 +20,25 @@ from typing import Any
 
 import numpy as np
 
-from puzzle import mip as ours
-from puzzle import table
 from puzzle.engines import machine
+from puzzle.search import mip as ours
+from puzzle.search import published as table
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "llama-3.3-70b-block-library.json"
 PAIRS = [
-    (0.5, 0.55), (0.5, 0.6), (0.4, 0.5), (0.6, 0.6), (0.7, 0.5), (0.3, 0.3),
-    (0.8, 0.8), (0.45, 0.65), (0.65, 0.45), (0.25, 0.25), (0.55, 0.5), (0.9, 0.4),
-]  # fmt: skip
+    (0.5, 0.55),
+    (0.5, 0.6),
+    (0.4, 0.5),
+    (0.6, 0.6),
+    (0.7, 0.5),
+    (0.3, 0.3),
+    (0.8, 0.8),
+    (0.45, 0.65),
+    (0.65, 0.45),
+    (0.25, 0.25),
+    (0.55, 0.5),
+    (0.9, 0.4),
+]
 REFERENCE_LIMIT_S = 400
 
 
@@ -56,10 +68,14 @@ def theirs(
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     found = table.read(DATA)
     starts = ours.starts_of([len(names) for names in found.names])
-    return starts, *(found.column(key) for key in ("metrics.kl_div", "stats.runtime_ms", "stats.memory_mib"))
+    return starts, *(
+        found.column(key) for key in ("metrics.kl_div", "stats.runtime_ms", "stats.memory_mib")
+    )
 
 
-def pairs(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, quick: bool) -> dict[str, Any]:
+def pairs(
+    starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, quick: bool
+) -> dict[str, Any]:
     parents = starts[:-1]  # the parent's block comes first in every layer
     rows = []
     print(
@@ -72,17 +88,30 @@ def pairs(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.nd
         one = ours.solve(program, gap=0.0)
         assert one is not None and program.feasible(one.chosen)
         value, seconds, _ = theirs(program, 0.0, [], 0, REFERENCE_LIMIT_S)
-        rows.append({"limits": [a, b], "ours_s": one.seconds, "theirs_s": seconds, "ours": one.objective,
-                     "theirs": value, "gap": one.gap})  # fmt: skip
-        print(f"| {a:.0%}, {b:.0%} | {one.seconds:.3f} | {seconds:.2f} | {seconds / one.seconds:.1f} | "
-              f"{one.objective:.6f} | {value:.6f} |", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "limits": [a, b],
+                "ours_s": one.seconds,
+                "theirs_s": seconds,
+                "ours": one.objective,
+                "theirs": value,
+                "gap": one.gap,
+            }
+        )
+        print(
+            f"| {a:.0%}, {b:.0%} | {one.seconds:.3f} | {seconds:.2f} | {seconds / one.seconds:.1f} | "
+            f"{one.objective:.6f} | {value:.6f} |",
+            flush=True,
+        )
     mean = math.exp(np.mean([math.log(r["theirs_s"] / r["ours_s"]) for r in rows]))
     worse = sum(r["ours"] > r["theirs"] + 1e-6 for r in rows)
     print(f"geometric mean of the ratios {mean:.1f}x; a worse objective in {worse} of {len(rows)}")
     return {"rows": rows, "geometric_mean_ratio": mean, "worse": worse}
 
 
-def ten(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, reference: bool) -> dict[str, Any]:
+def ten(
+    starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, reference: bool
+) -> dict[str, Any]:
     parents = starts[:-1]
     limits = np.array([0.5 * runtime[parents].sum(), 0.6 * memory[parents].sum()])
     program = ours.Program(starts, kl, np.vstack([runtime, memory]), limits)
@@ -90,8 +119,11 @@ def ten(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndar
     began = time.perf_counter()
     found = ours.diverse(program, solutions=10, overlap=overlap, gap=1e-4, time_limit_s=300)
     seconds = time.perf_counter() - began
-    print(f"\nten solutions, 10 layers apart, gap 1e-4: ours {seconds:.1f} s, objectives {found[0].objective:.5f} to "
-          f"{found[-1].objective:.5f}, largest gap {max(f.gap for f in found):.1e}", flush=True)  # fmt: skip
+    print(
+        f"\nten solutions, 10 layers apart, gap 1e-4: ours {seconds:.1f} s, objectives {found[0].objective:.5f} to "
+        f"{found[-1].objective:.5f}, largest gap {max(f.gap for f in found):.1e}",
+        flush=True,
+    )
     result: dict[str, Any] = {"ours_s": seconds, "ours": [f.objective for f in found]}
     if reference:
         avoid: list[np.ndarray] = []
@@ -118,17 +150,24 @@ def frontier(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray) -> dict[st
         assert found is not None
         gaps.append(found.gap)
     seconds = time.perf_counter() - began
-    print(f"\nfrontier of 40 throughputs, gap 1e-4: {seconds:.1f} s, largest gap {max(gaps):.1e}", flush=True)
+    print(
+        f"\nfrontier of 40 throughputs, gap 1e-4: {seconds:.1f} s, largest gap {max(gaps):.1e}",
+        flush=True,
+    )
     return {"seconds": seconds, "largest_gap": max(gaps)}
 
 
 def scale(layers: int, variants: int, shared: bool, seed: int) -> dict[str, Any]:
-    """A random library with four constraints; costs shared by all layers, as measured ones are, or all different."""
+    """A random library with four constraints; costs shared by all layers, as measured ones are, or
+    all different.
+    """
     generator = np.random.default_rng(seed)
     size = 1 if shared else layers
     resources = generator.random((4, size, variants))
     resources = np.broadcast_to(resources, (4, layers, variants)).reshape(4, -1)
-    quality = 1 - resources.reshape(4, layers, variants).mean(axis=0)  # what takes less costs more quality
+    quality = 1 - resources.reshape(4, layers, variants).mean(
+        axis=0
+    )  # what takes less costs more quality
     costs = (quality**2 * generator.lognormal(0, 0.4, (layers, variants))).ravel()
     limits = resources.reshape(4, layers, variants).mean(axis=2).sum(axis=1) * 0.7
     program = ours.Program(ours.starts_of([variants] * layers), costs, resources, limits)
@@ -143,9 +182,13 @@ def scale(layers: int, variants: int, shared: bool, seed: int) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="three pairs, no reference for the ten solutions")
+    parser.add_argument(
+        "--quick", action="store_true", help="three pairs, no reference for the ten solutions"
+    )
     args = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"{DATA} is not here: nothing to measure")

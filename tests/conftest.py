@@ -1,4 +1,6 @@
-"""Tiny parents made with transformers, a local corpus, and runs on them: everything a test needs, offline."""
+"""Tiny parents made with transformers, a local corpus, and runs on them: everything a test needs,
+offline.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle import config, parent
+from puzzle import config
+from puzzle.model import parent
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -22,7 +25,10 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
@@ -34,10 +40,18 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def make_parent(folder: Path, **overrides) -> Path:
     """A random Llama of 4 layers; weights large enough that every layer matters."""
     settings = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+    }
     torch.manual_seed(0)
     dtype = overrides.pop("dtype", torch.float32)
     model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).to(dtype)
@@ -89,7 +103,8 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "calibration_sequences": 8,
             "validation_sequences": 8,
             "chunk_steps": 3,
-            "initialization": "training_free",  # eight steps show no gain over a least-squares start
+            # Eight steps show no gain over a least-squares start
+            "initialization": "training_free",
             "learning_rate": 1.5e-3,
         },
         "score": {"sequences": 8, "shard_sequences": 4, "tokens_per_pass": 512},
@@ -99,7 +114,12 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "scenario": {"batch_size": 8, "input_length": 16, "output_length": 16},
         },
         "search": {"throughput": "1.3x"},
-        "uptrain": {"tokens": 2048, "batch_sequences": 8, "checkpoint_steps": 2, "validate_steps": 4},
+        "uptrain": {
+            "tokens": 2048,
+            "batch_sequences": 8,
+            "checkpoint_steps": 2,
+            "validate_steps": 4,
+        },
         "evaluate": {"sequences": 16},
     }
 

@@ -1,4 +1,6 @@
-"""One row per family and variation: a tiny random parent made with transformers, for the conformance suite."""
+"""One row per family and variation: a tiny random parent made with transformers, for the
+conformance suite.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,34 @@ from conftest import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 SIZES = {
-    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LONG_ROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.1 * i for i in range(12)],
-    "long_factor": [2 + 0.1 * i for i in range(12)], "partial_rotary_factor": 0.75,
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + 0.1 * i for i in range(12)],
+    "long_factor": [2 + 0.1 * i for i in range(12)],
+    "partial_rotary_factor": 0.75,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -34,16 +51,36 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 64}),
     "mistral with a window": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
     "qwen3": ("qwen3", {"head_dim": 64}),
     "phi3": ("phi3", {"sliding_window": 16}),
     "phi4": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
-    "gemma2": ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 20, "sliding_window": 16, "layer_types": TYPES,
-                          "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0}),
-    "gemma3": ("gemma3_text", {"head_dim": 64, "query_pre_attn_scalar": 20, "sliding_window": 16,
-                               "layer_types": TYPES, "rope_parameters": GEMMA_ROPE}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 64,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "layer_types": TYPES,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 64,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "layer_types": TYPES,
+            "rope_parameters": GEMMA_ROPE,
+        },
+    ),
     "olmo2": ("olmo2", {}),
-}  # fmt: skip
+}
 
 
 def make(row: str, folder: Path, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:

@@ -3,13 +3,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle import subblocks
-from puzzle.architecture import FFN, Architecture, Attention, Block, parse_attention, parse_block, parse_ffn
 from puzzle.errors import UserError
+from puzzle.model import variants as subblocks
+from puzzle.model.architecture import (
+    FFN,
+    Architecture,
+    Attention,
+    Block,
+    parse_attention,
+    parse_block,
+    parse_ffn,
+)
 
 HEADS = 8
-attentions = st.sampled_from([Attention("gqa", n) for n in (8, 4, 2, 1)] + [Attention("linear"), Attention("no_op")])
-ffns = st.integers(1, 10_000).map(lambda n: FFN("gated", n)) | st.sampled_from([FFN("linear"), FFN("no_op")])
+attentions = st.sampled_from(
+    [Attention("gqa", n) for n in (8, 4, 2, 1)] + [Attention("linear"), Attention("no_op")]
+)
+ffns = st.integers(1, 10_000).map(lambda n: FFN("gated", n)) | st.sampled_from(
+    [FFN("linear"), FFN("no_op")]
+)
 architectures = st.lists(st.builds(Block, attentions, ffns), min_size=1, max_size=8).map(
     lambda blocks: Architecture(tuple(blocks))
 )
@@ -41,9 +53,17 @@ def test_a_block_needs_both_halves():
 
 @pytest.mark.parametrize(
     "variant",
-    [Attention("gqa", 2), Attention("gqa", 1), Attention("linear"), Attention("no_op"),
-     FFN("gated", 96), FFN("gated", 32), FFN("linear"), FFN("no_op")],
-)  # fmt: skip
+    [
+        Attention("gqa", 2),
+        Attention("gqa", 1),
+        Attention("linear"),
+        Attention("no_op"),
+        FFN("gated", 96),
+        FFN("gated", 32),
+        FFN("linear"),
+        FFN("no_op"),
+    ],
+)
 def test_counted_parameters_are_those_of_the_real_module(tiny, variant):
     module = subblocks.module(tiny, 0, variant, "sdpa")
     assert tiny.shape.parameters(variant) == sum(p.numel() for p in module.parameters())
@@ -53,7 +73,9 @@ def test_the_parents_parameter_count_is_transformers(tiny, tiny_folder):
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
-    assert Architecture.of_parent(tiny.shape).parameters(tiny.shape) == sum(p.numel() for p in model.parameters())
+    assert Architecture.of_parent(tiny.shape).parameters(tiny.shape) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_counted_kv_elements_are_those_of_the_real_cache(tiny):

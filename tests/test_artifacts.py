@@ -47,7 +47,9 @@ def test_beginning_with_the_same_inputs_keeps_the_work_and_with_others_removes_i
 
 
 def test_the_fingerprint_does_not_depend_on_key_order():
-    assert artifacts.fingerprint({"a": 1, "b": 2}) == artifacts.fingerprint(json.loads('{"b": 2, "a": 1}'))
+    assert artifacts.fingerprint({"a": 1, "b": 2}) == artifacts.fingerprint(
+        json.loads('{"b": 2, "a": 1}')
+    )
 
 
 def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from puzzle import child, subblocks
-from puzzle.architecture import Architecture
+from puzzle.model import child
+from puzzle.model import variants as subblocks
+from puzzle.model.architecture import Architecture
 
 CPU = torch.device("cpu")
 MIXED = {
@@ -27,7 +28,9 @@ def write_child(tiny, folder, names):
         prefix = f"model.layers.{index}."
         own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
         for variant in (block.attention, block.ffn):
-            made = subblocks.initial_state(own, variant, tiny.shape, subblocks.Calibration(contribution))
+            made = subblocks.initial_state(
+                own, variant, tiny.shape, subblocks.Calibration(contribution)
+            )
             state |= {prefix + name: tensor for name, tensor in made.items()}
     child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
     return folder
@@ -39,7 +42,9 @@ def mixed(request, tiny, tmp_path):
 
 
 def generate(model, prompt, use_cache):
-    return model.generate(prompt, max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
+    return model.generate(
+        prompt, max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1
+    )
 
 
 def test_generation_with_a_cache_equals_generation_without(mixed):
@@ -53,7 +58,9 @@ def test_left_padding_does_not_change_what_is_generated(mixed):
     prompt = torch.tensor([[5, 17, 200, 31]])
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
-    out = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    out = model.generate(
+        padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=-1
+    )
     assert out[0, 7:].tolist() == generate(model, prompt, True)[0, 4:12].tolist()
 
 
@@ -68,7 +75,9 @@ def test_saved_and_loaded_logits_are_equal(mixed, tmp_path):
 
 def test_transformers_alone_generates_the_same_tokens(tiny, tmp_path):
     """`trust_remote_code=True` in a process that cannot import puzzle, with and without a cache."""
-    folders = [write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())]
+    folders = [
+        write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())
+    ]
     script = f"""
 import importlib.abc, json, sys
 class Block(importlib.abc.MetaPathFinder):
@@ -86,37 +95,50 @@ for folder in {[str(folder) for folder in folders]!r}:
         print(json.dumps(out[0].tolist()))
 assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     theirs = [json.loads(line) for line in out.stdout.strip().splitlines()]
     assert len(theirs) == 2 * len(folders)
     for i, folder in enumerate(folders):
-        ours = generate(child.load(folder, torch.float32, CPU), torch.tensor([[5, 17, 200, 31]]), True)
+        ours = generate(
+            child.load(folder, torch.float32, CPU), torch.tensor([[5, 17, 200, 31]]), True
+        )
         assert theirs[2 * i] == theirs[2 * i + 1] == ours[0].tolist()
 
 
 def test_with_our_package_imported_a_child_loads_without_trusting_its_code(tiny, tmp_path):
-    folders = [write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())]
+    folders = [
+        write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())
+    ]
     script = f"""
-import puzzle.modeling_puzzle
+import puzzle.model.modeling_puzzle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in {[str(folder) for folder in folders]!r}:
     print(type(AutoModelForCausalLM.from_pretrained(folder)).__module__, len(AutoTokenizer.from_pretrained(folder)) > 0)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert out.returncode == 0, out.stderr[-2000:]
-    assert out.stdout.split() == ["puzzle.modeling_puzzle", "True"] * len(folders)
+    assert out.stdout.split() == ["puzzle.model.modeling_puzzle", "True"] * len(folders)
 
 
 def test_a_no_op_subblock_has_neither_weights_nor_norm(tiny, tmp_path):
     folder = write_child(tiny, tmp_path / "child", MIXED["no-op in layer 0"])
     names = list(child.load(folder, torch.float32, CPU).state_dict())
     assert not any(name.startswith("model.layers.2.") for name in names)
-    assert not any(name.startswith(("model.layers.0.self_attn", "model.layers.0.input_layernorm")) for name in names)
+    assert not any(
+        name.startswith(("model.layers.0.self_attn", "model.layers.0.input_layernorm"))
+        for name in names
+    )
 
 
 def test_the_architecture_name_says_who_can_serve(tiny, tmp_path):
-    configs = {key: tiny.child_config(Architecture.from_names(names)) for key, names in MIXED.items()}
+    configs = {
+        key: tiny.child_config(Architecture.from_names(names)) for key, names in MIXED.items()
+    }
     classes = {key: child.architectures_name(config) for key, config in configs.items()}
     assert classes["reduced"] == "DeciLMForCausalLM"
     assert classes["linear"] == classes["no-op in layer 0"] == "PuzzleForCausalLM"

@@ -7,16 +7,22 @@ import pytest
 
 def puzzle(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "puzzle.cli", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+        [sys.executable, "-m", "puzzle.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["run", "nothing.yaml"], "recipe nothing.yaml: no such file"),
-     (["run", "--set", "serach.throughput=2x"], "unknown key 'serach'; did you mean 'search'"),
-     (["status", "nowhere"], "no run.yaml there")],
-)  # fmt: skip
+    [
+        (["run", "nothing.yaml"], "recipe nothing.yaml: no such file"),
+        (["run", "--set", "serach.throughput=2x"], "unknown key 'serach'; did you mean 'search'"),
+        (["status", "nowhere"], "no run.yaml there"),
+    ],
+)
 def test_a_wrong_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     out = puzzle(*arguments, cwd=tmp_path)
     assert out.returncode == 2
@@ -40,7 +46,10 @@ def test_an_impossible_wish_is_one_line_and_exit_code_3(finished_run, tmp_path):
     shutil.copytree(finished_run.folder, copy)
     out = puzzle("search", copy, "--throughput", "99x", "--quiet")
     assert out.returncode == 3
-    assert out.stderr.startswith("puzzle: search: no architecture meets") and out.stderr.count("\n") == 1
+    assert (
+        out.stderr.startswith("puzzle: search: no architecture meets")
+        and out.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.training
@@ -70,5 +79,13 @@ def test_plan_and_status_answer_without_spending_anything(finished_run):
     assert {row["state"] for row in rows} == {"done"}
     plan = puzzle("plan", finished_run.folder / "run.yaml", "--json")
     stages = json.loads(plan.stdout.splitlines()[-1])["stages"]
-    assert [s["stage"] for s in stages] == ["library", "score", "cost", "search", "assemble", "uptrain", "evaluate"]
+    assert [s["stage"] for s in stages] == [
+        "library",
+        "score",
+        "cost",
+        "search",
+        "assemble",
+        "uptrain",
+        "evaluate",
+    ]
     assert all(s["memory_bytes"] > 0 for s in stages)

@@ -15,7 +15,9 @@ def test_every_shipped_recipe_parses(path):
 
 
 def test_an_unknown_key_names_its_neighbour():
-    with pytest.raises(UserError, match=r"unknown key 'search.throughputt'; did you mean 'throughput'"):
+    with pytest.raises(
+        UserError, match=r"unknown key 'search.throughputt'; did you mean 'throughput'"
+    ):
         config.parse({"search": {"throughputt": "2x"}})
 
 
@@ -48,7 +50,9 @@ def test_a_source_is_exactly_one_thing():
         config.parse({"corpus": {"sources": [{"path": "a", "dataset": "b"}]}})
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b", "got list"), ("a: [", "not YAML"), ("", None)])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b", "got list"), ("a: [", "not YAML"), ("", None)]
+)
 def test_a_recipe_file_that_is_not_a_mapping_is_a_user_error(tmp_path, text, message):
     path = tmp_path / "r.yaml"
     path.write_text(text)

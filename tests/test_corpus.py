@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from conftest import TEXT, make_tokenizer
 
-from puzzle import artifacts, corpus
+from puzzle import artifacts
 from puzzle.config import CorpusConfig
+from puzzle.data import corpus
 from puzzle.errors import UserError
 from puzzle.progress import Progress
 
@@ -22,8 +23,12 @@ def build(tmp_path, tokenizer, sources, **settings):
     length = settings.pop("sequence_length", 16)
     config = CorpusConfig(sources=sources, sequence_length=length, **(BUDGET | settings))
     return corpus.build(
-        config, tokenizer, tmp_path / "corpus", tokenizer_fingerprint="t", progress=Progress(quiet=True)
-    )  # fmt: skip
+        config,
+        tokenizer,
+        tmp_path / "corpus",
+        tokenizer_fingerprint="t",
+        progress=Progress(quiet=True),
+    )
 
 
 def texts(count):
@@ -57,11 +62,16 @@ def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
     (folder / "other.txt").write_text(TEXT * 3)
     config = CorpusConfig(sources=[str(folder)], validation_fraction=0.5)
     seen: set[bytes] = set()  # validation is built first and hands its texts on to train
-    both = [list(corpus._side(config.sources[0], side, config, tokenizer, seen)) for side in ("validation", "train")]
+    both = [
+        list(corpus._side(config.sources[0], side, config, tokenizer, seen))
+        for side in ("validation", "train")
+    ]
     assert sum(map(len, both)) == 2
 
 
-def test_the_same_seed_gives_the_same_sequences_and_another_seed_another_order(tmp_path, tokenizer, text_folder):
+def test_the_same_seed_gives_the_same_sequences_and_another_seed_another_order(
+    tmp_path, tokenizer, text_folder
+):
     first, again, other = (
         build(tmp_path / name, tokenizer, [str(text_folder)], seed=seed)["train"].batch(0, 8)
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -71,7 +81,11 @@ def test_the_same_seed_gives_the_same_sequences_and_another_seed_another_order(t
 
 def test_batches_cover_an_epoch_exactly_once_whatever_their_size(tmp_path, tokenizer, text_folder):
     data = build(tmp_path, tokenizer, [str(text_folder)])["train"]
-    rows = list(itertools.chain.from_iterable(data.batch(step, 7).tolist() for step in range(len(data) // 7 + 1)))
+    rows = list(
+        itertools.chain.from_iterable(
+            data.batch(step, 7).tolist() for step in range(len(data) // 7 + 1)
+        )
+    )
     assert sorted(rows[: len(data)]) == sorted(data.rows(range(len(data))).tolist())
 
 
@@ -101,7 +115,14 @@ def test_a_hugging_face_dataset_streams_by_name(tmp_path, tokenizer, monkeypatch
 def test_chats_go_through_the_chat_template(tmp_path, tokenizer):
     path = tmp_path / "chat.jsonl"
     path.write_text(
-        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "hi"},
+                    {"role": "assistant", "content": "yo"},
+                ]
+            }
+        )
     )
     source = CorpusConfig(sources=[str(path)]).sources[0]
     assert [d.text for d in corpus.documents(source, tokenizer, 0)] == ["<user>hi\n<assistant>yo\n"]
@@ -133,8 +154,12 @@ def test_a_text_in_two_sources_never_stands_on_both_sides(tmp_path, tokenizer):
     folder.mkdir()
     for i, text in enumerate(texts(60)):
         (folder / f"{i}.txt").write_text(text)
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(60)))
-    data = build(tmp_path, tokenizer, [str(folder), str(tmp_path / "rows.jsonl")], validation_fraction=0.5)
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in texts(60))
+    )
+    data = build(
+        tmp_path, tokenizer, [str(folder), str(tmp_path / "rows.jsonl")], validation_fraction=0.5
+    )
     sides = [decoded(tokenizer, data[side]) for side in ("train", "validation")]
     names = [{i for i in range(60) if f"name_{i}(" in side} for side in sides]
     assert names[0] and names[1] and not names[0] & names[1]
@@ -172,13 +197,19 @@ def test_a_changed_file_makes_the_corpus_anew(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("a.jsonl", "{", "line 1: not JSON"), ("a.jsonl", "[1]", "expected a JSON object"),
-     ("a.jsonl", '{"body": "x"}', r"got columns \['body'\]"), ("a.parquet", "x", "not a readable Parquet")],
-)  # fmt: skip
+    [
+        ("a.jsonl", "{", "line 1: not JSON"),
+        ("a.jsonl", "[1]", "expected a JSON object"),
+        ("a.jsonl", '{"body": "x"}', r"got columns \['body'\]"),
+        ("a.parquet", "x", "not a readable Parquet"),
+    ],
+)
 def test_a_broken_source_is_one_clear_line(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        list(corpus.documents(CorpusConfig(sources=[str(tmp_path / name)]).sources[0], tokenizer, 0))
+        list(
+            corpus.documents(CorpusConfig(sources=[str(tmp_path / name)]).sources[0], tokenizer, 0)
+        )
 
 
 def test_a_missing_source_and_an_empty_side_are_user_errors(tmp_path, tokenizer):

@@ -4,10 +4,11 @@ import random
 import numpy as np
 import pytest
 
-from puzzle import artifacts, cost, pipeline
-from puzzle.architecture import FFN, Architecture, Attention
+from puzzle import artifacts, pipeline
+from puzzle.cost import stage as cost
 from puzzle.engines import roofline_engine
 from puzzle.errors import UserError
+from puzzle.model.architecture import FFN, Architecture, Attention
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def test_predictions_equal_the_engine_on_random_architectures(costed, tmp_path):
     """The roofline engine is exactly additive, so the table made from its probe must reproduce it."""
     table, rng = cost.read(costed), random.Random(0)
     for index in range(10):
-        architecture = Architecture(tuple(rng.choice(layer.blocks) for layer in costed.space.layers))
+        architecture = Architecture(
+            tuple(rng.choice(layer.blocks) for layer in costed.space.layers)
+        )
         cost.write_checkpoint(costed, tmp_path / str(index), architecture)
         sheet = costed.recipe.cost.device_sheet
         session = roofline_engine.RooflineSession(tmp_path / str(index), table.scenario, sheet)
@@ -31,10 +34,14 @@ def test_predictions_equal_the_engine_on_random_architectures(costed, tmp_path):
 
 def test_the_predicted_parent_is_the_measured_parent(costed):
     table = cost.read(costed)
-    session = roofline_engine.RooflineSession(costed.parent.folder, table.scenario, costed.recipe.cost.device_sheet)
+    session = roofline_engine.RooflineSession(
+        costed.parent.folder, table.scenario, costed.recipe.cost.device_sheet
+    )
     timing = session.time_batch(table.scenario)
     predicted = table.predict(Architecture.of_parent(costed.parent.shape))
-    assert (predicted.prefill_s, predicted.decode_s) == pytest.approx((timing.prefill_s, timing.decode_s))
+    assert (predicted.prefill_s, predicted.decode_s) == pytest.approx(
+        (timing.prefill_s, timing.decode_s)
+    )
 
 
 def test_the_probe_holds_every_costly_variant_alone_and_equally_often(costed):
@@ -50,7 +57,10 @@ def test_the_probe_holds_every_costly_variant_alone_and_equally_often(costed):
 
 
 def test_layers_of_the_probe_make_up_the_architecture(costed):
-    probe, rng = cost.Probe.of(cost.distinct_variants(costed), costed.parent.shape, 4), random.Random(1)
+    probe, rng = (
+        cost.Probe.of(cost.distinct_variants(costed), costed.parent.shape, 4),
+        random.Random(1),
+    )
     for _ in range(20):
         architecture = probe.random(rng)
         layers = probe.layers_of(architecture, rng)
@@ -75,13 +85,17 @@ def test_memory_is_weights_plus_cache(costed):
     predicted = table.predict(Architecture.of_parent(shape))
     parameters = Architecture.of_parent(shape).parameters(shape)
     assert predicted.parameter_bytes == 4 * parameters
-    cache = 8 * (16 + 16) * 4 * 2 * 2 * 16 * 4  # batch, tokens, layers, K and V, KV heads, head_dim, bytes
+    cache = (
+        8 * (16 + 16) * 4 * 2 * 2 * 16 * 4
+    )  # batch, tokens, layers, K and V, KV heads, head_dim, bytes
     assert predicted.memory_bytes == 4 * parameters + cache
 
 
 def reuse(run, table):
     recipe = run.recipe
-    changed = recipe.model_copy(update={"cost": recipe.cost.model_copy(update={"table": str(table)})})
+    changed = recipe.model_copy(
+        update={"cost": recipe.cost.model_copy(update={"table": str(table)})}
+    )
     other = type(run)(changed, run.folder.with_name("other"), run.progress)
     pipeline.execute_stage(other, "cost")
     return other
@@ -94,7 +108,13 @@ def test_a_table_can_be_reused(costed):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("version", "0"), ("engine", "vllm"), ("device", "other"), ("dtype", "float16"), ("scenarios", {})],
+    [
+        ("version", "0"),
+        ("engine", "vllm"),
+        ("device", "other"),
+        ("dtype", "float16"),
+        ("scenarios", {}),
+    ],
 )
 def test_a_table_of_something_else_is_refused(costed, tmp_path, key, value):
     records = artifacts.read_jsonl(costed.stage_folder("cost") / "costs.jsonl")
@@ -125,8 +145,12 @@ def test_a_bad_figure_is_one_clear_line(costed, value):
 
 def test_a_missing_variant_is_one_clear_line(costed):
     path = costed.stage_folder("cost") / "costs.jsonl"
-    artifacts.write_jsonl(path, [r for r in artifacts.read_jsonl(path) if r.get("variant") != "gqa_1"])
-    with pytest.raises(UserError, match="scenario main has no attention gqa_1; run `puzzle cost` again"):
+    artifacts.write_jsonl(
+        path, [r for r in artifacts.read_jsonl(path) if r.get("variant") != "gqa_1"]
+    )
+    with pytest.raises(
+        UserError, match="scenario main has no attention gqa_1; run `puzzle cost` again"
+    ):
         cost.read(costed)
 
 
@@ -139,4 +163,6 @@ def test_costs_add_up():
 def test_wider_and_more_heads_never_cost_less(costed):
     table = cost.read(costed).variants
     assert table["ffn", FFN("gated", 96).name].total_s > table["ffn", "no_op"].total_s == 0
-    assert table["attention", "gqa_2"].kv_cache_bytes == 2 * table["attention", "gqa_1"].kv_cache_bytes
+    assert (
+        table["attention", "gqa_2"].kv_cache_bytes == 2 * table["attention", "gqa_1"].kv_cache_bytes
+    )

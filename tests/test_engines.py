@@ -7,25 +7,33 @@ import pytest
 from conftest import make_parent
 from test_child import MIXED, write_child
 
-from puzzle import engines, parent
+from puzzle import engines
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.errors import UserError
+from puzzle.model import parent
 
 SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=8)
 SHEET = str(Path(__file__).parent / "device.yaml")
 NEEDS_VLLM = pytest.mark.skipif(
     import_module(engines.ENGINES["vllm"]).available() is not None, reason="vllm is not installed"
 )
-ENGINES = ["roofline", pytest.param("torch", marks=pytest.mark.training),
-           pytest.param("vllm", marks=[pytest.mark.training, pytest.mark.vllm, NEEDS_VLLM])]  # fmt: skip
+ENGINES = [
+    "roofline",
+    pytest.param("torch", marks=pytest.mark.training),
+    pytest.param("vllm", marks=[pytest.mark.training, pytest.mark.vllm, NEEDS_VLLM]),
+]
 
 
 @pytest.fixture(scope="module")
 def servable(tmp_path_factory):
     """A parent of a head size that every engine serves, and a child stock engines load."""
-    folder = make_parent(tmp_path_factory.mktemp("servable"), hidden_size=128, num_attention_heads=4, head_dim=32)
+    folder = make_parent(
+        tmp_path_factory.mktemp("servable"), hidden_size=128, num_attention_heads=4, head_dim=32
+    )
     described = parent.describe(str(folder))
-    return described, write_child(described, tmp_path_factory.mktemp("children") / "child", MIXED["reduced"])
+    return described, write_child(
+        described, tmp_path_factory.mktemp("children") / "child", MIXED["reduced"]
+    )
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -8,10 +8,12 @@ from test_child import MIXED, write_child
 from test_serve import run_with_child
 from transformers import LlamaConfig
 
-from puzzle import artifacts, child, cli, export
-from puzzle.architecture import Architecture
+from puzzle import artifacts, cli
 from puzzle.errors import UserError
-from puzzle.exporters import nemotron_nas
+from puzzle.export import nemotron_nas
+from puzzle.export import stage as export
+from puzzle.model import child
+from puzzle.model.architecture import Architecture
 
 TOKENS = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -58,7 +60,9 @@ def test_a_nemotron_nas_config_has_every_key_of_the_format_and_none_of_ours(tmp_
     exported = json.loads((nemotron(run) / "config.json").read_text())
     assert not set(nemotron_nas.OURS) & set(exported)
     for block in exported["block_configs"]:
-        assert {"no_op", "replace_with_linear", "n_heads_in_group", "window_length"} <= set(block["attention"])
+        assert {"no_op", "replace_with_linear", "n_heads_in_group", "window_length"} <= set(
+            block["attention"]
+        )
         assert {"no_op", "replace_with_linear", "intermediate_size"} <= set(block["ffn"])
 
 
@@ -74,16 +78,27 @@ def test_ffn_mult_gives_back_the_width_by_the_engines_rule():
     attention = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 1}
     for hidden in (2048, 4096, 5120, 8192):
         for size in range(256, 4 * hidden, 256):
-            block = {"attention": attention, "ffn": {"no_op": False, "replace_with_linear": False,
-                                                     "intermediate_size": size}}  # fmt: skip
-            assert width(nemotron_nas._spelled_out(block, hidden, True)["ffn"]["ffn_mult"], hidden) == size
+            block = {
+                "attention": attention,
+                "ffn": {"no_op": False, "replace_with_linear": False, "intermediate_size": size},
+            }
+            assert (
+                width(nemotron_nas._spelled_out(block, hidden, True)["ffn"]["ffn_mult"], hidden)
+                == size
+            )
 
 
 @pytest.mark.parametrize(
     ("blocks", "message"),
-    [(MIXED["linear"], "layer 0 has a linear attention"), (MIXED["no-op in layer 0"], "layer 0 has no attention"),
-     (["gqa_2+gated_96", "gqa_2+linear", "gqa_2+gated_96", "gqa_2+gated_96"], "layer 1 has a linear FFN")],
-)  # fmt: skip
+    [
+        (MIXED["linear"], "layer 0 has a linear attention"),
+        (MIXED["no-op in layer 0"], "layer 0 has no attention"),
+        (
+            ["gqa_2+gated_96", "gqa_2+linear", "gqa_2+gated_96", "gqa_2+gated_96"],
+            "layer 1 has a linear FFN",
+        ),
+    ],
+)
 def test_what_the_format_cannot_serve_is_refused_by_layer(tmp_path, blocks, message):
     run = run_with_child(tmp_path, blocks)
     with pytest.raises(UserError, match=message):
@@ -100,7 +115,9 @@ def test_an_unknown_format_or_type_is_one_clear_line(tmp_path):
 
 def test_the_command_exports_and_says_what_it_wrote(tmp_path, capsys, monkeypatch):
     run = run_with_child(tmp_path, MIXED["reduced"])
-    monkeypatch.setattr(sys, "argv", ["puzzle", "export", str(run.folder), "--to", "nemotron-nas", "--json"])
+    monkeypatch.setattr(
+        sys, "argv", ["puzzle", "export", str(run.folder), "--to", "nemotron-nas", "--json"]
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main()
     lines = capsys.readouterr().out.splitlines()
@@ -110,10 +127,19 @@ def test_the_command_exports_and_says_what_it_wrote(tmp_path, capsys, monkeypatc
 
 def test_transformers_own_per_layer_config_carries_plain_architectures(tiny, tmp_path):
     plain = ["gqa_1+gated_96", "gqa_2+gated_32", "gqa_2+gated_96", "gqa_1+gated_64"]
-    settings = json.loads((write_child(tiny, tmp_path / "plain", plain) / "config.json").read_text())
-    native = LlamaConfig(**{key: value for key, value in settings.items() if key != "block_configs"})
-    read = [f"gqa_{one.num_key_value_heads}+gated_{one.intermediate_size}" for one in native.per_layer_config]
+    settings = json.loads(
+        (write_child(tiny, tmp_path / "plain", plain) / "config.json").read_text()
+    )
+    native = LlamaConfig(
+        **{key: value for key, value in settings.items() if key != "block_configs"}
+    )
+    read = [
+        f"gqa_{one.num_key_value_heads}+gated_{one.intermediate_size}"
+        for one in native.per_layer_config
+    ]
     assert read == plain
-    mixed = json.loads((write_child(tiny, tmp_path / "mixed", MIXED["reduced"]) / "config.json").read_text())
+    mixed = json.loads(
+        (write_child(tiny, tmp_path / "mixed", MIXED["reduced"]) / "config.json").read_text()
+    )
     assert "per_layer_config" not in mixed
     assert Architecture.from_names(plain).per_layer_config(2, 96) == settings["per_layer_config"]

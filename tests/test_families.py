@@ -11,10 +11,11 @@ import torch
 from test_child import generate, write_child
 from transformers import AutoModelForCausalLM
 
-from puzzle import child, parent, subblocks
-from puzzle.architecture import FFN, Architecture, Attention
 from puzzle.errors import UserError
-from puzzle.families import FAMILIES
+from puzzle.model import child, parent
+from puzzle.model import variants as subblocks
+from puzzle.model.architecture import FFN, Architecture, Attention
+from puzzle.model.families import FAMILIES
 
 CPU = torch.device("cpu")
 MIXED = ["gqa_1+gated_32", "no_op+gated_96", "linear+no_op", "gqa_2+linear"]
@@ -36,7 +37,9 @@ def tokens(batch=3):
 
 def same_logits(folder, dtype, attention):
     """Whether the parent in our class says bitwise what it says in its own."""
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).eval()
     ours = parent.describe(str(folder)).load(dtype, CPU, attention)
     with torch.no_grad():
         return torch.equal(ours(tokens()).logits, theirs(tokens()).logits)
@@ -55,8 +58,10 @@ def test_every_part_of_the_family_matters(row, tmp_path):
     ours = described.load(torch.float32, CPU, "eager")
     reference = ours(tokens()).logits
     changes = {
-        "final_logit_softcapping": None, "attn_logit_softcapping": None, "window_rope_theta": 3e4,
-    }  # fmt: skip
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "window_rope_theta": 3e4,
+    }
     for name, value in changes.items():
         config = described.child_config(Architecture.of_parent(described.shape))
         if getattr(config, name) is None:
@@ -78,7 +83,9 @@ def test_a_saved_child_loads_in_transformers_with_the_same_logits(row, tmp_path)
     described = parent.describe(str(families.make(row, tmp_path / "parent")))
     folder = write_child(described, tmp_path / "child", MIXED)
     ours = child.load(folder, torch.float32, CPU, attention_of(row)[-1])
-    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         assert torch.equal(ours(tokens()).logits, theirs(tokens()).logits)
 
@@ -97,15 +104,25 @@ def test_a_sharded_checkpoint_loads_the_same(row, tmp_path):
     cut = parent.describe(str(families.make(row, tmp_path / "cut", max_shard_size="50KB")))
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
     ours = (described.load(torch.float32, CPU) for described in (whole, cut))
-    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in ours), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(model.parameters() for model in ours), strict=True)
+    )
 
 
 def test_counted_parameters_are_those_of_the_real_modules(row, tmp_path):
     described = parent.describe(str(families.make(row, tmp_path)))
     shape = described.shape
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert Architecture.of_parent(shape).parameters(shape) == sum(p.numel() for p in theirs.parameters())
-    for variant in (Attention("gqa", 1), Attention("linear"), FFN("gated", 32), FFN("linear"), FFN("no_op")):
+    assert Architecture.of_parent(shape).parameters(shape) == sum(
+        p.numel() for p in theirs.parameters()
+    )
+    for variant in (
+        Attention("gqa", 1),
+        Attention("linear"),
+        FFN("gated", 32),
+        FFN("linear"),
+        FFN("no_op"),
+    ):
         module = subblocks.module(described, 1, variant, "eager")
         assert shape.parameters(variant) == sum(p.numel() for p in module.parameters())
 
@@ -129,18 +146,22 @@ def test_every_supported_family_has_a_row():
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3", "mixtral"])
 def test_an_unsupported_family_is_refused_in_one_line_that_helps(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError, match=r"supported: gemma2, .*qwen3 \((docs/families.md|give its text model)"):
+    with pytest.raises(
+        UserError, match=r"supported: gemma2, .*qwen3 \((docs/families.md|give its text model)"
+    ):
         parent.describe(str(tmp_path))
 
 
 def test_the_worked_example_of_the_docs_works(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    module = types.ModuleType("puzzle.families.seed_oss")
+    module = types.ModuleType("puzzle.model.families.seed_oss")
     exec(code, module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(FAMILIES, "seed_oss", "seed_oss")
     biases = {"attention_bias": True, "attention_out_bias": True, "head_dim": 32}
     monkeypatch.setitem(families.ROWS, "seed-oss", ("seed_oss", biases))
     folder = families.make("seed-oss", tmp_path)
-    assert same_logits(folder, torch.float32, "eager") and same_logits(folder, torch.float32, "sdpa")
+    assert same_logits(folder, torch.float32, "eager") and same_logits(
+        folder, torch.float32, "sdpa"
+    )

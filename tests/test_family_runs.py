@@ -1,10 +1,14 @@
-"""The whole job on parents that are not Llamas: norms around subblocks, soft caps, windows, biases, fused matrices."""
+"""The whole job on parents that are not Llamas: norms around subblocks, soft caps, windows, biases,
+fused matrices.
+"""
 
 import families
 import pytest
 from conftest import tiny_recipe
 
-from puzzle import child, config, evaluate, pipeline
+from puzzle import config, pipeline
+from puzzle.evaluate import stage as evaluate
+from puzzle.model import child
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -19,7 +23,9 @@ def test_a_run_gives_a_child_that_keeps_its_promise_and_heals(row, text_folder, 
     assert pipeline.execute(run)["met"]
     results = evaluate.read(run)
     models = results["models"]
-    assert abs(models["parent"]["kl"]) < 1e-5  # the parent against itself, through every path a child takes
+    assert (
+        abs(models["parent"]["kl"]) < 1e-5
+    )  # the parent against itself, through every path a child takes
     assert models["uptrained"]["kl"] < models["child"]["kl"]
     names = [b for b in results["architecture"] if b != run.parent.shape.parent_block.name]
     assert names

@@ -1,4 +1,6 @@
-"""The GGUF export against transformers, hand-made orders of rows, and (marked slow) llama.cpp itself."""
+"""The GGUF export against transformers, hand-made orders of rows, and (marked slow) llama.cpp
+itself.
+"""
 
 import hashlib
 import importlib.util
@@ -13,15 +15,26 @@ import torch
 from conftest import CHAT_TEMPLATE, TEXT, make_parent
 from safetensors.torch import load_file, save_file
 from test_child import write_child
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from puzzle import child, exporters, parent
-from puzzle.architecture import Architecture
 from puzzle.errors import UserError
-from puzzle.exporters import gguf as gguf_exporter
-from puzzle.exporters import gguf_vocabulary
-from puzzle.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.export import formats as exporters
+from puzzle.export import gguf as gguf_exporter
+from puzzle.export import gguf_vocabulary
+from puzzle.model import child, parent
+from puzzle.model.architecture import Architecture
+from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 
 CPU = torch.device("cpu")
 MIXED = ["gqa_1+gated_96", "no_op+gated_32", "linear+gated_64", "gqa_2+gated_32"]
@@ -36,11 +49,14 @@ ROPE = {
     "default": {"rope_theta": 5e5},
     "linear": {"rope_theta": 1e4, "factor": 4.0},
     "llama3": {
-        "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
-}  # fmt: skip
+}
 
 
 def exported(folder, target, **options):
@@ -65,7 +81,14 @@ def change_config(folder, **changes):
 def pairs_together(rows, heads):
     """Row by row: output row 2j + s of a head is input row j + s * head_dim/2."""
     half = rows.shape[0] // heads // 2
-    return np.stack([rows[h * 2 * half + s * half + j] for h in range(heads) for j in range(half) for s in (0, 1)])
+    return np.stack(
+        [
+            rows[h * 2 * half + s * half + j]
+            for h in range(heads)
+            for j in range(half)
+            for s in (0, 1)
+        ]
+    )
 
 
 def test_f32_holds_the_checkpoint_bit_by_bit(tiny, tmp_path):
@@ -77,16 +100,24 @@ def test_f32_holds_the_checkpoint_bit_by_bit(tiny, tmp_path):
         "output_norm.weight": source["model.norm.weight"],
     }
     names = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj",
-    }  # fmt: skip
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_v": "self_attn.v_proj",
+    }
     for layer, ours in itertools.product(range(4), names):
         if (name := f"model.layers.{layer}.{names[ours]}.weight") in source:
             wanted[f"blk.{layer}.{ours}.weight"] = source[name]
     for layer, kv_heads in ((0, 1), (3, 2)):
         attention = f"model.layers.{layer}.self_attn."
-        wanted[f"blk.{layer}.attn_q.weight"] = pairs_together(source[attention + "q_proj.weight"], 4)
-        wanted[f"blk.{layer}.attn_k.weight"] = pairs_together(source[attention + "k_proj.weight"], kv_heads)
+        wanted[f"blk.{layer}.attn_q.weight"] = pairs_together(
+            source[attention + "q_proj.weight"], 4
+        )
+        wanted[f"blk.{layer}.attn_k.weight"] = pairs_together(
+            source[attention + "k_proj.weight"], kv_heads
+        )
         wanted[f"blk.{layer}.attn_output.weight"] = source[attention + "o_proj.weight"]
     wanted["blk.2.attn_output.weight"] = source["model.layers.2.self_attn.linear_attn.weight"]
     assert set(tensors) == set(wanted) and set(types.values()) == {"F32"}
@@ -100,7 +131,9 @@ def test_half_precision_is_the_checkpoint_rounded_once(tiny, tmp_path, dtype):
     _, tensors, types, _ = exported(folder, tmp_path / "out", dtype=dtype)
     half = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     for name, values in exact.items():
-        rounded = torch.from_numpy(values.copy()).to(half).float().numpy() if values.ndim == 2 else values
+        rounded = (
+            torch.from_numpy(values.copy()).to(half).float().numpy() if values.ndim == 2 else values
+        )
         assert np.array_equal(tensors[name], rounded), name
         assert types[name] == (dtype.upper() if values.ndim == 2 else "F32")
 
@@ -120,7 +153,9 @@ def test_q8_0_is_within_half_a_step_of_the_checkpoint(tiny, tmp_path):
 
 def test_q8_0_leaves_rows_that_are_no_multiple_of_32_in_f16(tmp_path):
     make_parent(tmp_path / "parent", intermediate_size=80)
-    folder = write_child(parent.describe(str(tmp_path / "parent")), tmp_path / "child", ["gqa_2+gated_80"] * 4)
+    folder = write_child(
+        parent.describe(str(tmp_path / "parent")), tmp_path / "child", ["gqa_2+gated_80"] * 4
+    )
     found, _, types, _ = exported(folder, tmp_path / "out", dtype="q8_0")
     assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q8_0"
     assert any("f16" in note for note in found["notes"])
@@ -134,15 +169,23 @@ def test_layers_have_their_own_sizes_and_empty_ones_are_left_out(tiny, tmp_path)
     assert keys["deci.attention.head_count"] == [4, 4, 0]
     assert keys["deci.attention.head_count_kv"] == [0, 1, 0]
     assert keys["deci.feed_forward_length"] == [96, 32, 64]
-    assert not any(name.startswith("blk.3.") for name in tensors) and "blk.2.attn_norm.weight" not in tensors
+    assert (
+        not any(name.startswith("blk.3.") for name in tensors)
+        and "blk.2.attn_norm.weight" not in tensors
+    )
     assert any("layers 0 are no-ops" in note for note in found["notes"])
 
 
 def test_a_no_op_attention_in_layer_0_becomes_a_zero_matrix(tiny, tmp_path):
     folder = write_child(tiny, tmp_path / "child", SERVED["no-ops first and last"])
     found, tensors, _, keys = exported(folder, tmp_path / "out")
-    assert keys["deci.attention.head_count"] == [4, 4, 4] and keys["deci.attention.head_count_kv"] == [0, 2, 1]
-    assert not tensors["blk.0.attn_output.weight"].any() and (tensors["blk.0.attn_norm.weight"] == 1).all()
+    assert keys["deci.attention.head_count"] == [4, 4, 4] and keys[
+        "deci.attention.head_count_kv"
+    ] == [0, 2, 1]
+    assert (
+        not tensors["blk.0.attn_output.weight"].any()
+        and (tensors["blk.0.attn_norm.weight"] == 1).all()
+    )
     assert any("zero matrix" in note for note in found["notes"])
 
 
@@ -151,11 +194,18 @@ def test_the_keys_are_the_config(tiny, tmp_path):
     _, _, _, keys = exported(folder, tmp_path / "out", name="pocket-half", dtype="q8_0")
     config = PuzzleConfig.from_pretrained(folder)
     expected = {
-        "general.architecture": "deci", "general.name": "pocket-half", "general.file_type": 7,
-        "deci.context_length": 256, "deci.embedding_length": 64, "deci.attention.key_length": 16,
-        "deci.attention.value_length": 16, "deci.rope.dimension_count": 16, "deci.rope.freq_base": 10000.0,
-        "deci.vocab_size": 320, "deci.attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
-    }  # fmt: skip
+        "general.architecture": "deci",
+        "general.name": "pocket-half",
+        "general.file_type": 7,
+        "deci.context_length": 256,
+        "deci.embedding_length": 64,
+        "deci.attention.key_length": 16,
+        "deci.attention.value_length": 16,
+        "deci.rope.dimension_count": 16,
+        "deci.rope.freq_base": 10000.0,
+        "deci.vocab_size": 320,
+        "deci.attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
+    }
     assert {key: keys[key] for key in expected} == expected
 
 
@@ -171,7 +221,9 @@ def test_an_untied_head_is_written_and_a_tied_one_is_not(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ROPE)
 def test_rope_factors_give_the_frequencies_of_transformers(tmp_path, kind):
     make_parent(tmp_path / "parent", rope_parameters={"rope_type": kind, **ROPE[kind]})
-    folder = write_child(parent.describe(str(tmp_path / "parent")), tmp_path / "child", ["gqa_2+gated_96"] * 4)
+    folder = write_child(
+        parent.describe(str(tmp_path / "parent")), tmp_path / "child", ["gqa_2+gated_96"] * 4
+    )
     _, tensors, _, keys = exported(folder, tmp_path / "out")
     rotary = child.load(folder, torch.float32, CPU).model.rotary_emb
     plain = keys["deci.rope.freq_base"] ** (-np.arange(0, 16, 2) / 16)
@@ -184,10 +236,22 @@ def test_rope_factors_give_the_frequencies_of_transformers(tmp_path, kind):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["gqa_2+gated_96", "gqa_2+gated_96", "gqa_1+linear", "gqa_2+linear"], "layer 2: got a linear FFN"),
-        (["gqa_2+gated_96", "gqa_1+no_op", "gqa_2+gated_96", "gqa_2+linear"], "layer 1: got an FFN no-op after gqa_1"),
-        (["gqa_2+gated_96", "gqa_2+gated_96", "linear+no_op", "gqa_1+no_op"], "layer 2: got an FFN no-op after linear"),
-        (["no_op+gated_96", "linear+gated_96", "no_op+no_op", "linear+gated_32"], "without attention in any layer"),
+        (
+            ["gqa_2+gated_96", "gqa_2+gated_96", "gqa_1+linear", "gqa_2+linear"],
+            "layer 2: got a linear FFN",
+        ),
+        (
+            ["gqa_2+gated_96", "gqa_1+no_op", "gqa_2+gated_96", "gqa_2+linear"],
+            "layer 1: got an FFN no-op after gqa_1",
+        ),
+        (
+            ["gqa_2+gated_96", "gqa_2+gated_96", "linear+no_op", "gqa_1+no_op"],
+            "layer 2: got an FFN no-op after linear",
+        ),
+        (
+            ["no_op+gated_96", "linear+gated_96", "no_op+no_op", "linear+gated_32"],
+            "without attention in any layer",
+        ),
         (["no_op+no_op"] * 4, "without attention in any layer"),
     ],
 )
@@ -202,11 +266,17 @@ def test_blocks_that_llama_cpp_gets_wrong_are_refused(tiny, tmp_path, names, mes
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("qk_norm", True), ("norm_style", "gemma"), ("norm_placement", "post"), ("embedding_scale", 8.0),
-        ("query_scale", 0.1), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
-        ("hidden_act", "gelu"), ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("qk_norm", True),
+        ("norm_style", "gemma"),
+        ("norm_placement", "post"),
+        ("embedding_scale", 8.0),
+        ("query_scale", 0.1),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     ],
-)  # fmt: skip
+)
 def test_what_other_families_do_is_refused_by_name(tiny, tmp_path, key, value):
     folder = write_child(tiny, tmp_path / "child", MIXED)
     change_config(folder, **{key: value})
@@ -286,7 +356,10 @@ def test_the_tokenizer_written_is_the_one_of_transformers(tiny, tmp_path):
     merges = json.loads(theirs.backend_tokenizer.to_str())["model"]["merges"]
     assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
     assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "gpt-2"
-    assert keys["tokenizer.ggml.eos_token_id"] == theirs.eos_token_id and not keys["tokenizer.ggml.add_bos_token"]
+    assert (
+        keys["tokenizer.ggml.eos_token_id"] == theirs.eos_token_id
+        and not keys["tokenizer.ggml.add_bos_token"]
+    )
     assert keys["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
@@ -299,12 +372,16 @@ def split(expression):
     return pre_tokenizers.Split(Regex(expression), "isolated")
 
 
-# name -> pre-tokenizer, ignore_merges; the expressions as the published tokenizer.json files have them
+# name -> pre-tokenizer, ignore_merges; the expressions as the published tokenizer.json files have
+# them
 END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 LLAMA_3 = WORDS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + END
 QWEN_2 = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + END
-QWEN_35 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + END
+QWEN_35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+    + END
+)
 PRE_TOKENIZERS = {
     "gpt-2": (byte_level(regex=True), False),
     "smollm": (byte_level(pre_tokenizers.Digits(individual_digits=True), regex=True), False),
@@ -327,18 +404,24 @@ def train(folder, pre_tokenizer, ignore_merges=False, normalizer=None, **setting
     if normalizer:
         tokenizer.normalizer = normalizer
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<|begin|>", "<|end|>"], show_progress=False,
+        vocab_size=500,
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", **settings)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", **settings
+    )
     fast.save_pretrained(folder)
     return fast
 
 
 def sentencepiece(folder, prepend):
-    """A Llama-2-like tokenizer.json: every pair of pieces that makes a piece is a merge, best piece first."""
+    """A Llama-2-like tokenizer.json: every pair of pieces that makes a piece is a merge, best piece
+    first.
+    """
     letters = ["▁", *"abcdefghilnorstuvw().,:'"]
     words = [
         "▁a",
@@ -367,14 +450,22 @@ def sentencepiece(folder, prepend):
         for cut in range(1, len(word))
         if word[:cut] in vocabulary and word[cut:] in vocabulary
     ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    )
     if prepend:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.save_pretrained(folder)
     return fast
 
@@ -389,7 +480,11 @@ def test_pre_tokenizers_are_recognised_by_what_they_do(tmp_path, name):
     found = vocabulary(tmp_path)
     assert found.pre == name
     assert found.tokens[: len(theirs)] == theirs.convert_ids_to_tokens(range(len(theirs)))
-    assert [found.types[theirs.convert_tokens_to_ids(t)] for t in ("<|begin|>", "<tool>", "a")] == [3, 4, 1]
+    assert [found.types[theirs.convert_tokens_to_ids(t)] for t in ("<|begin|>", "<tool>", "a")] == [
+        3,
+        4,
+        1,
+    ]
 
 
 def test_published_tokenizers_are_recognised_by_what_they_make_of_a_text(tmp_path, monkeypatch):
@@ -403,12 +498,18 @@ def test_published_tokenizers_are_recognised_by_what_they_make_of_a_text(tmp_pat
 
 def test_tokens_added_around_a_text_are_told_and_others_refused(tmp_path):
     for name, template, wanted in (
-        ("none", "$A", (False, False)), ("bos", "<|begin|> $A", (True, False)),
-        ("both", "<|begin|> $A <|end|>", (True, True)), ("other", "<|end|> $A", None),
-    ):  # fmt: skip
+        ("none", "$A", (False, False)),
+        ("bos", "<|begin|> $A", (True, False)),
+        ("both", "<|begin|> $A <|end|>", (True, True)),
+        ("other", "<|end|> $A", None),
+    ):
         theirs = train(tmp_path / name, PRE_TOKENIZERS["gpt-2"][0])
-        special = [(token, theirs.convert_tokens_to_ids(token)) for token in ("<|begin|>", "<|end|>")]
-        theirs.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        special = [
+            (token, theirs.convert_tokens_to_ids(token)) for token in ("<|begin|>", "<|end|>")
+        ]
+        theirs.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
         theirs.save_pretrained(tmp_path / name)
         if wanted:
             found = vocabulary(tmp_path / name)
@@ -428,9 +529,13 @@ def test_tokens_added_around_a_text_are_told_and_others_refused(tmp_path):
         (pre_tokenizers.Whitespace(), False, None),
     ],
 )
-def test_splits_that_llama_cpp_does_not_know_are_refused(tmp_path, pre_tokenizer, ignore_merges, normalizer):
+def test_splits_that_llama_cpp_does_not_know_are_refused(
+    tmp_path, pre_tokenizer, ignore_merges, normalizer
+):
     train(tmp_path, pre_tokenizer, ignore_merges, normalizer)
-    with pytest.raises(UserError, match="expected a byte-level BPE or SentencePiece tokenizer that llama.cpp knows"):
+    with pytest.raises(
+        UserError, match="expected a byte-level BPE or SentencePiece tokenizer that llama.cpp knows"
+    ):
         vocabulary(tmp_path)
 
 
@@ -452,7 +557,9 @@ def test_sentencepiece_scores_follow_the_merges(tmp_path, prepend):
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", prepend)
     assert (found.add_bos, found.add_eos) == (True, False)
     assert found.tokens[: len(theirs)] == theirs.convert_ids_to_tokens(range(len(theirs)))
-    assert found.types[:4] == [2, 3, 3, 6] and found.types[len(theirs) :] == [5] * (512 - len(theirs))
+    assert found.types[:4] == [2, 3, 3, 6] and found.types[len(theirs) :] == [5] * (
+        512 - len(theirs)
+    )
     merges = json.loads(theirs.backend_tokenizer.to_str())["model"]["merges"]
     scores = [found.scores[theirs.convert_tokens_to_ids("".join(pair))] for pair in merges]
     assert scores == sorted(scores, reverse=True)
@@ -480,8 +587,12 @@ def ask_llama_cpp(path, prompt, count):
     import llama_cpp
 
     f32 = llama_cpp.GGML_TYPE_F32
-    engine = llama_cpp.Llama(str(path), n_ctx=256, verbose=False, type_k=f32, type_v=f32, n_threads=1)
-    tokens = list(itertools.islice(engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0), count))
+    engine = llama_cpp.Llama(
+        str(path), n_ctx=256, verbose=False, type_k=f32, type_v=f32, n_threads=1
+    )
+    tokens = list(
+        itertools.islice(engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0), count)
+    )
     engine.close()
     return tokens
 
@@ -493,7 +604,9 @@ def ask_ours(folder, prompt, count, dtype):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.data = parameter.data.half().float()
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1)
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -503,7 +616,9 @@ PROMPT = [5, 17, 200, 31, 4, 99, 150, 7]
 @in_llama_cpp
 @pytest.mark.parametrize("names", SERVED.values(), ids=SERVED.keys())
 def test_llama_cpp_generates_the_same_64_tokens(tiny, tmp_path, names):
-    """In f32: with f16 matrices llama.cpp rounds activations to f16 too, and random models have near-ties."""
+    """In f32: with f16 matrices llama.cpp rounds activations to f16 too, and random models have
+    near-ties.
+    """
     folder = write_child(tiny, tmp_path / "child", names)
     found = gguf_exporter.export(folder, tmp_path / "out", dtype="f32")
     ours = ask_ours(folder, PROMPT, 64, "f32")
@@ -515,7 +630,9 @@ def test_llama_cpp_generates_the_same_64_tokens(tiny, tmp_path, names):
 def test_llama_cpp_generates_the_same_64_tokens_in_f16(tiny, tmp_path):
     folder = write_child(tiny, tmp_path / "child", SERVED["reduced"])
     found = gguf_exporter.export(folder, tmp_path / "out", dtype="f16")
-    assert ask_llama_cpp(tmp_path / "out" / found["file"], PROMPT, 64) == ask_ours(folder, PROMPT, 64, "f16")
+    assert ask_llama_cpp(tmp_path / "out" / found["file"], PROMPT, 64) == ask_ours(
+        folder, PROMPT, 64, "f16"
+    )
 
 
 @in_llama_cpp
@@ -524,7 +641,12 @@ def test_llama_cpp_generates_the_same_64_tokens_in_f16(tiny, tmp_path):
     [
         *({"rope_parameters": {"rope_type": kind, **ROPE[kind]}} for kind in ROPE),
         {"tie_word_embeddings": False, "head_dim": 32},
-        {"hidden_size": 96, "num_attention_heads": 6, "rms_norm_eps": 1e-2, "dtype": torch.bfloat16},
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "rms_norm_eps": 1e-2,
+            "dtype": torch.bfloat16,
+        },
     ],
     ids=[*ROPE, "untied, wide heads", "odd width, bfloat16"],
 )
@@ -533,7 +655,9 @@ def test_llama_cpp_computes_every_config_as_transformers_does(tmp_path, settings
     folder = write_child(parent.describe(str(tmp_path / "parent")), tmp_path / "child", MIXED)
     found = gguf_exporter.export(folder, tmp_path / "out", dtype="f32")
     prompt = [*range(3, 203, 2)]  # long enough for slow RoPE dimensions to count
-    assert ask_llama_cpp(tmp_path / "out" / found["file"], prompt, 64) == ask_ours(folder, prompt, 64, "f32")
+    assert ask_llama_cpp(tmp_path / "out" / found["file"], prompt, 64) == ask_ours(
+        folder, prompt, 64, "f32"
+    )
 
 
 @in_llama_cpp
@@ -568,7 +692,9 @@ def test_verify_compares_what_llama_cpp_generates(tiny, tmp_path, dtype):
 def test_verify_finds_the_attention_output_that_llama_cpp_loses(tiny, tmp_path, monkeypatch):
     """Why an FFN no-op after attention is refused."""
     folder = write_child(
-        tiny, tmp_path / "child", ["gqa_2+gated_96", "gqa_2+no_op", "gqa_2+gated_96", "gqa_2+gated_96"]
+        tiny,
+        tmp_path / "child",
+        ["gqa_2+gated_96", "gqa_2+no_op", "gqa_2+gated_96", "gqa_2+gated_96"],
     )
     monkeypatch.setattr(gguf_exporter, "refuse", lambda *_: None)
     gguf_exporter.export(folder, tmp_path / "out", dtype="f32")

@@ -1,7 +1,8 @@
 """The bytes of a tiny run with a fixed cost table: what a change of structure must not change.
 
-Recorded for one processor and one torch version (`golden.json`); elsewhere the test is skipped, since the arithmetic of
-another machine may round otherwise. After a change that is meant to change results:
+Recorded for one processor and one torch version (`golden.json`); elsewhere the test is skipped,
+since the arithmetic of another machine may round otherwise. After a change that is meant to change
+results:
 
     python tests/test_golden.py
 """
@@ -19,8 +20,10 @@ import torch
 from conftest import make_parent, make_text, tiny_recipe
 from safetensors.torch import load_file
 
-from puzzle import artifacts, config, cost, pipeline, subblocks
+from puzzle import artifacts, config, pipeline
+from puzzle.cost import stage as cost
 from puzzle.engines import machine
+from puzzle.model import variants as subblocks
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -33,16 +36,30 @@ def this_machine() -> str:
 
 
 def write_costs(run: Run, path: Path) -> None:
-    """A table in which seconds and bytes follow the parameters, and attention costs half as much again."""
+    """A table in which seconds and bytes follow the parameters, and attention costs half as much
+    again.
+    """
     records = [cost.header(run)]
     for variant in cost.distinct_variants(run):
         parameters = run.parent.shape.parameters(variant)
         slot = subblocks.slot(variant)
         seconds = parameters * (1.5e-9 if slot == "attention" else 1e-9)
-        figures = cost.Cost(seconds, 4 * seconds, parameters, 4 * parameters, 64 * (slot == "attention") * parameters)
-        records.append({"scenario": "main", "slot": slot, "variant": variant.name, **asdict(figures)})
-    constant = cost.Cost(1e-5, 2e-5, run.parent.shape.constant_parameters, 4 * run.parent.shape.constant_parameters)
-    records.append({"scenario": "main", "slot": cost.CONSTANT, "variant": cost.CONSTANT, **asdict(constant)})
+        figures = cost.Cost(
+            seconds,
+            4 * seconds,
+            parameters,
+            4 * parameters,
+            64 * (slot == "attention") * parameters,
+        )
+        records.append(
+            {"scenario": "main", "slot": slot, "variant": variant.name, **asdict(figures)}
+        )
+    constant = cost.Cost(
+        1e-5, 2e-5, run.parent.shape.constant_parameters, 4 * run.parent.shape.constant_parameters
+    )
+    records.append(
+        {"scenario": "main", "slot": cost.CONSTANT, "variant": cost.CONSTANT, **asdict(constant)}
+    )
     artifacts.write_jsonl(path, records)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle import losses
+from puzzle.training import losses
 
 T, D, V = 37, 16, 53
 
@@ -14,7 +14,13 @@ def sides():
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return draw(T, D), draw(V, D), draw(T, D), draw(V, D), torch.randint(0, V, (T,), generator=generator)
+    return (
+        draw(T, D),
+        draw(V, D),
+        draw(T, D),
+        draw(V, D),
+        torch.randint(0, V, (T,), generator=generator),
+    )
 
 
 MIXES = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.3), (0.5, 2.0)]
@@ -24,9 +30,16 @@ def plain(child, head, parent, parent_head, targets, settings):
     """The same losses as torch would be asked for them, all logits at once."""
     logits, target = child @ head.T, parent @ parent_head.T
     if settings.soft_cap:
-        logits, target = (settings.soft_cap * torch.tanh(z / settings.soft_cap) for z in (logits, target))
+        logits, target = (
+            settings.soft_cap * torch.tanh(z / settings.soft_cap) for z in (logits, target)
+        )
     t = settings.temperature
-    kl = F.kl_div(F.log_softmax(logits / t, -1), F.log_softmax(target / t, -1), log_target=True, reduction="batchmean")
+    kl = F.kl_div(
+        F.log_softmax(logits / t, -1),
+        F.log_softmax(target / t, -1),
+        log_target=True,
+        reduction="batchmean",
+    )
     lm = F.cross_entropy(logits, targets)
     return settings.kl_weight * kl * t**2 + settings.lm_weight * lm, kl * t**2, lm
 
@@ -44,7 +57,10 @@ def gradients(loss, sides, settings):
 @pytest.mark.parametrize("mix", MIXES)
 def test_losses_and_gradients_in_chunks_equal_plain_torch(sides, mix, temperature, chunk, soft_cap):
     settings = losses.LogitLoss(*mix, temperature, soft_cap, chunk_elements=chunk * V)
-    found, expected = gradients(losses.distillation_losses, sides, settings), gradients(plain, sides, settings)
+    found, expected = (
+        gradients(losses.distillation_losses, sides, settings),
+        gradients(plain, sides, settings),
+    )
     if not settings.kl_weight:
         assert found[1].isnan()
         found, expected = (found[0], *found[2:]), (expected[0], *expected[2:])
@@ -63,7 +79,9 @@ def test_in_float32_and_under_autocast_the_gradients_are_those_of_float64(sides,
     for index in (0, 2, 3, 4):
         torch.testing.assert_close(single[index].double(), exact[index], rtol=1e-4, atol=1e-6)
         assert mixed[index].dtype == torch.float32
-        assert (mixed[index] - exact[index]).norm() < 0.02 * exact[index].norm()  # bfloat16 rounds to 0.4 %
+        assert (mixed[index] - exact[index]).norm() < 0.02 * exact[
+            index
+        ].norm()  # bfloat16 rounds to 0.4 %
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one(sides):
@@ -85,17 +103,24 @@ def test_without_a_kl_weight_the_parent_is_not_needed(sides):
 
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_token_metrics_equal_plain_torch(sides, chunk):
-    child, head, parent, parent_head, targets = (s.float() if s.is_floating_point() else s for s in sides)
+    child, head, parent, parent_head, targets = (
+        s.float() if s.is_floating_point() else s for s in sides
+    )
     candidates = torch.stack([child, 2 * child, parent])
     found = losses.token_metrics(parent, parent_head, candidates, head, targets, chunk_tokens=chunk)
     for metrics, candidate in zip(found, candidates, strict=True):
         logits, reference = candidate @ head.T, parent @ parent_head.T
-        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(reference, -1), log_target=True, reduction="none").sum(
-            -1
-        )
+        kl = F.kl_div(
+            F.log_softmax(logits, -1),
+            F.log_softmax(reference, -1),
+            log_target=True,
+            reduction="none",
+        ).sum(-1)
         top5 = (logits.topk(5).indices == targets[:, None]).any(-1)
         torch.testing.assert_close(metrics[0], kl, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(metrics[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            metrics[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-4, atol=1e-5
+        )
         assert metrics[2].bool().equal(logits.argmax(-1) == targets)
         assert metrics[3].bool().equal(top5)
         assert metrics[4].bool().equal((logits.topk(10).indices == targets[:, None]).any(-1))
@@ -103,7 +128,9 @@ def test_token_metrics_equal_plain_torch(sides, chunk):
 
 
 def test_logits_stay_float32_under_autocast():
-    """The inputs of the product may be rounded, its result may not: no ties where bfloat16 would make them."""
+    """The inputs of the product may be rounded, its result may not: no ties where bfloat16 would
+    make them.
+    """
     hidden, head = torch.randn(8, D), torch.randn(V, D)
     with torch.autocast("cpu", torch.bfloat16):
         found = losses._logits(hidden, head)
@@ -115,7 +142,9 @@ def test_logits_stay_float32_under_autocast():
 
 
 def test_metrics_of_the_parent_itself_are_exact_under_autocast():
-    """Nothing after the logits may run in bfloat16: the parent's KL to itself is 0 and its loss that of float32."""
+    """Nothing after the logits may run in bfloat16: the parent's KL to itself is 0 and its loss
+    that of float32.
+    """
     torch.manual_seed(0)
     hidden, head = 3 * torch.randn(64, D), torch.randn(512, D)
     targets = torch.randint(512, (64,))
@@ -123,7 +152,9 @@ def test_metrics_of_the_parent_itself_are_exact_under_autocast():
         found = losses.token_metrics(hidden, head, hidden[None], head, targets)[0]
         logits = losses._logits(hidden, head)
     assert found[0].abs().max() < 1e-5 and found[5].abs().max() < 1e-5
-    torch.testing.assert_close(found[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found[1], F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_normalised_mse_of_nothing_is_one_and_of_the_parent_zero():

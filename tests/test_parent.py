@@ -5,8 +5,8 @@ import torch
 from conftest import make_parent
 from transformers import AutoModelForCausalLM
 
-from puzzle import parent
 from puzzle.errors import UserError
+from puzzle.model import parent
 
 CPU = torch.device("cpu")
 
@@ -15,10 +15,18 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_all_parent_child_is_bitwise_the_parent(tmp_path, dtype, attention, tied):
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     folder = make_parent(tmp_path, dtype=dtype, tie_word_embeddings=tied, rope_parameters=rope)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).eval()
     ours = parent.describe(str(folder)).load(dtype, CPU, attention)
     tokens = torch.randint(0, 320, (3, 50))
     with torch.no_grad():
@@ -29,8 +37,13 @@ def test_a_sharded_parent_loads_the_same(tmp_path, tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny.folder)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    whole, sharded = tiny.load(torch.float32, CPU), parent.describe(str(tmp_path)).load(torch.float32, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True))
+    whole, sharded = (
+        tiny.load(torch.float32, CPU),
+        parent.describe(str(tmp_path)).load(torch.float32, CPU),
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True)
+    )
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path, tiny):
@@ -41,10 +54,12 @@ def test_the_fingerprint_follows_the_weights(tmp_path, tiny):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"model_type": "gpt2"}, "'gpt2' is not supported; supported: "),
-     ({"model_type": "llama", "auto_map": {}}, "set trust_remote_code=true"),
-     ({}, "'none' is not supported")],
-)  # fmt: skip
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: "),
+        ({"model_type": "llama", "auto_map": {}}, "set trust_remote_code=true"),
+        ({}, "'none' is not supported"),
+    ],
+)
 def test_a_parent_we_cannot_take_is_one_clear_line(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 import pytest
 
-from puzzle import evaluate, report
+from puzzle.evaluate import stage as evaluate
+from puzzle.report import stage as report
 
 pytestmark = pytest.mark.training
 

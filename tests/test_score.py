@@ -9,16 +9,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle import artifacts, child, evaluate, fisher, library, pipeline, score, tasks, validate
-from puzzle.architecture import FFN, Attention, Block, ModelShape, parse_block
+from puzzle import artifacts, pipeline
+from puzzle.data import tasks
 from puzzle.errors import UserError
+from puzzle.evaluate import stage as evaluate
+from puzzle.library import stage as library
+from puzzle.model import child
+from puzzle.model.architecture import FFN, Attention, Block, ModelShape, parse_block
 from puzzle.run import Run
+from puzzle.score import fisher
+from puzzle.score import stage as score
+from puzzle.search import validate
 
 pytestmark = pytest.mark.training
 
 
 def test_every_score_is_the_loss_of_a_really_swapped_model(finished_run):
-    """Oracle: put the library's weights into a copy of the parent and run it whole, with plain torch."""
+    """Oracle: put the library's weights into a copy of the parent and run it whole, with plain
+    torch.
+    """
     parent, scores = finished_run.parent_model, score.read(finished_run)
     tokens = finished_run.corpus["validation"].head(finished_run.recipe.score.sequences)
     with torch.no_grad():
@@ -29,10 +38,17 @@ def test_every_score_is_the_loss_of_a_really_swapped_model(finished_run):
         for block in options.blocks:
             swapped = copy.deepcopy(parent)
             attention, ffn = variants.halves[block]
-            swapped.model.layers[layer].forward = lambda x, a=attention, f=ffn, **context: f(a(x, **context))
+            swapped.model.layers[layer].forward = lambda x, a=attention, f=ffn, **context: f(
+                a(x, **context)
+            )
             with torch.no_grad():
                 logits = swapped(tokens, use_cache=False).logits[:, :-1]
-            kl = F.kl_div(F.log_softmax(logits, -1), reference, log_target=True, reduction="none").sum(-1).mean().item()
+            kl = (
+                F.kl_div(F.log_softmax(logits, -1), reference, log_target=True, reduction="none")
+                .sum(-1)
+                .mean()
+                .item()
+            )
             lm = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
             found = scores[layer, block.name]
             assert found.kl == pytest.approx(kl, rel=1e-5, abs=1e-7)
@@ -54,13 +70,17 @@ def test_the_standard_error_is_over_sequences(finished_run):
     swapped = copy.deepcopy(parent)
     swapped.model.layers[2].forward = lambda x, **context: x
     with torch.no_grad():
-        reference, logits = (F.log_softmax(m(tokens, use_cache=False).logits[:, :-1], -1) for m in (parent, swapped))
+        reference, logits = (
+            F.log_softmax(m(tokens, use_cache=False).logits[:, :-1], -1) for m in (parent, swapped)
+        )
     per_sequence = (reference.exp() * (reference - logits)).sum(-1).mean(-1)
     expected = per_sequence.std(unbiased=True).item() / len(per_sequence) ** 0.5
     assert found.stderrs["kl"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(tiny_run, finished_run, monkeypatch):
+def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(
+    tiny_run, finished_run, monkeypatch
+):
     pipeline.execute_stage(tiny_run, "library")
     real, calls = score.score_layer, []
 
@@ -75,7 +95,9 @@ def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(tiny_run,
         pipeline.execute_stage(tiny_run, "score")
     path = tiny_run.stage_folder("score") / "scores.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-3]) + lines[-3][:20])  # and a power cut in the middle of a shard's records
+    path.write_text(
+        "".join(lines[:-3]) + lines[-3][:20]
+    )  # and a power cut in the middle of a shard's records
     monkeypatch.setattr(score, "score_layer", real)
     pipeline.execute_stage(tiny_run, "score")
     assert path.read_bytes() == (finished_run.stage_folder("score") / "scores.jsonl").read_bytes()
@@ -92,18 +114,35 @@ def test_a_block_shares_its_subblocks_with_the_library(finished_run):
 
 def test_records_carry_what_the_error_bars_need(finished_run):
     record = artifacts.read_jsonl(finished_run.stage_folder("score") / "scores.jsonl")[0]
-    assert {"layer", "block", "shard", "tokens", "sequences", "kl", "lm_loss", "top1", "top5"} <= set(record)
+    assert {
+        "layer",
+        "block",
+        "shard",
+        "tokens",
+        "sequences",
+        "kl",
+        "lm_loss",
+        "top1",
+        "top5",
+    } <= set(record)
 
 
-# ------------------------------------------------------------------------------------------------ cheaper ways
+# ------------------------------------------------------------------------------------- cheaper ways
 
 
 def rescored(finished_run, **settings):
     """The finished run's library under other score settings, in a folder of its own."""
     recipe = finished_run.recipe
     changed = recipe.model_copy(update={"score": recipe.score.model_copy(update=settings)})
-    folder = finished_run.folder.with_name("rescored-" + "-".join(map(str, settings.values())).replace("/", "_"))
-    shutil.copytree(finished_run.folder, folder, ignore=shutil.ignore_patterns("score", "search"), dirs_exist_ok=True)
+    folder = finished_run.folder.with_name(
+        "rescored-" + "-".join(map(str, settings.values())).replace("/", "_")
+    )
+    shutil.copytree(
+        finished_run.folder,
+        folder,
+        ignore=shutil.ignore_patterns("score", "search"),
+        dirs_exist_ok=True,
+    )
     run = Run(changed, folder, finished_run.progress)
     pipeline.execute_stage(run, "score")
     return run
@@ -122,7 +161,9 @@ class Nudged:
 
 
 def test_the_fisher_estimate_of_a_small_change_is_its_kl(tiny_run):
-    """Second order and unbiased: for small changes and many samples the estimate meets the measured KL."""
+    """Second order and unbiased: for small changes and many samples the estimate meets the measured
+    KL.
+    """
     recipe = tiny_run.recipe.model_copy(
         update={"score": tiny_run.recipe.score.model_copy(update={"fisher_samples": 400})}
     )
@@ -133,20 +174,28 @@ def test_the_fisher_estimate_of_a_small_change_is_its_kl(tiny_run):
     for layer in (3, 2, 0):
         variants = Nudged(states, layer, 2e-3)
         (found,) = estimator.estimate(layer, variants).values()
-        (exact,) = score.score_layer(run, parent, layer, variants, states, score.Shard(0, tokens)).values()
+        (exact,) = score.score_layer(
+            run, parent, layer, variants, states, score.Shard(0, tokens)
+        ).values()
         assert found["tokens"] == exact["tokens"]
-        assert found["kl"] == pytest.approx(exact["kl"], rel=0.1)  # 3200 squares: a standard error of about 3 %
+        assert found["kl"] == pytest.approx(
+            exact["kl"], rel=0.1
+        )  # 3200 squares: a standard error of about 3 %
 
 
 def test_fisher_gradients_equal_autograd_through_the_whole_model(tiny_run):
-    """Oracle: one backward pass of plain torch through everything after the block, for the same draws."""
+    """Oracle: one backward pass of plain torch through everything after the block, for the same
+    draws.
+    """
     parent, tokens = tiny_run.parent_model, tiny_run.corpus["validation"].head(2)
     states = score.parent_states(tiny_run, parent, tokens)
     estimator = fisher.Estimator(tiny_run, parent, tokens, states)
     draws = []
     real = torch.multinomial
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda *a, **k: draws.append(real(*a, **k)) or draws[-1])
+        patch.setattr(
+            torch, "multinomial", lambda *a, **k: draws.append(real(*a, **k)) or draws[-1]
+        )
         estimator = fisher.Estimator(tiny_run, parent, tokens, states)
     x = states[2].clone().requires_grad_()
     _, context = parent.model.embed(tokens[:1])
@@ -166,20 +215,34 @@ def test_hybrid_scores_are_the_exact_ones_of_fewer_blocks(finished_run):
     run = rescored(finished_run, method="hybrid")
     found, exact = score.read(run), score.read(finished_run)
     assert len(found) < len(exact) and set(found) <= set(exact)
-    assert all(value.means == pytest.approx(exact[key].means, rel=1e-5, abs=1e-7) for key, value in found.items())
+    assert all(
+        value.means == pytest.approx(exact[key].means, rel=1e-5, abs=1e-7)
+        for key, value in found.items()
+    )
     assert len(score.read_estimates(run)) == len(exact)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(-3, 1))
 def test_a_search_never_wants_a_block_that_is_no_candidate(seed, share, power):
-    """Whatever the prices: the best block by the true losses is kept when estimates err by what is promised."""
+    """Whatever the prices: the best block by the true losses is kept when estimates err by what is
+    promised.
+    """
     shape = ModelShape(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=96, vocab_size=320, tie_word_embeddings=True,
-    )  # fmt: skip
-    blocks = [Block(a, f) for a in (Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"))
-              for f in (FFN("gated", 96), FFN("gated", 64), FFN("gated", 32), FFN("no_op"))]  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=320,
+        tie_word_embeddings=True,
+    )
+    blocks = [
+        Block(a, f)
+        for a in (Attention("gqa", 2), Attention("gqa", 1), Attention("no_op"))
+        for f in (FFN("gated", 96), FFN("gated", 64), FFN("gated", 32), FFN("no_op"))
+    ]
     rng = np.random.default_rng(seed)
     true = np.concatenate([[0.0], rng.exponential(size=len(blocks) - 1)])
     estimate = true * rng.uniform(1 - 0.04, 1 + 0.04, size=len(blocks))
@@ -203,9 +266,17 @@ def test_subblock_scores_add_up(finished_run):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(lambda records: [r | {"kl": float("nan")} for r in records], r"kl is nan; expected a number"),
-     (lambda records: [r for r in records if r["layer"] != 2], "layer 2 has no score of the parent's block")],
-)  # fmt: skip
+    [
+        (
+            lambda records: [r | {"kl": float("nan")} for r in records],
+            r"kl is nan; expected a number",
+        ),
+        (
+            lambda records: [r for r in records if r["layer"] != 2],
+            "layer 2 has no score of the parent's block",
+        ),
+    ],
+)
 def test_bad_scores_are_one_clear_line(finished_run, tmp_path, change, message):
     shutil.copytree(finished_run.folder, tmp_path / "run")
     run = Run(finished_run.recipe, tmp_path / "run", finished_run.progress)
@@ -215,7 +286,7 @@ def test_bad_scores_are_one_clear_line(finished_run, tmp_path, change, message):
         score.losses(run)
 
 
-# ------------------------------------------------------------------------------------------------ tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run):
@@ -226,7 +297,9 @@ def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run):
         swapped = copy.deepcopy(parent)
         variants = score.Variants(run, layer, parent.model.layers[layer], [parse_block(name)])
         attention, ffn = variants.halves[parse_block(name)]
-        swapped.model.layers[layer].forward = lambda x, a=attention, f=ffn, **context: f(a(x, **context))
+        swapped.model.layers[layer].forward = lambda x, a=attention, f=ffn, **context: f(
+            a(x, **context)
+        )
         right = 0
         for question in questions:
             means = []
@@ -244,7 +317,9 @@ def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run):
 
 def test_a_local_file_of_questions_is_a_task(finished_run, tmp_path):
     path = tmp_path / "quiz.jsonl"
-    records = [{"context": "def add(left, right):\n", "choices": ["    return left", " zzz!"], "answer": 0}] * 3
+    records = [
+        {"context": "def add(left, right):\n", "choices": ["    return left", " zzz!"], "answer": 0}
+    ] * 3
     path.write_text("\n".join(map(json.dumps, records)))
     run = rescored(finished_run, task=str(path), metric="task")
     losses, parent = score.losses(run), run.parent.shape.parent_block.name
@@ -254,9 +329,12 @@ def test_a_local_file_of_questions_is_a_task(finished_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"context": "a"}', "line 1 is not a question"), ("nonsense", "line 1 is not a question"),
-     ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 1 is not a question")],
-)  # fmt: skip
+    [
+        ('{"context": "a"}', "line 1 is not a question"),
+        ("nonsense", "line 1 is not a question"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 1 is not a question"),
+    ],
+)
 def test_a_bad_question_is_one_clear_line(tiny_run, tmp_path, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -265,18 +343,31 @@ def test_a_bad_question_is_one_clear_line(tiny_run, tmp_path, text, message):
 
 def test_a_task_of_lm_eval_in_a_local_file(tiny_run, tmp_path):
     pytest.importorskip("lm_eval")
-    rows = [{"q": "def add(a, b):\n", "choices": ["    return a + b", "    zzz"], "a": i % 2} for i in range(6)]
+    rows = [
+        {"q": "def add(a, b):\n", "choices": ["    return a + b", "    zzz"], "a": i % 2}
+        for i in range(6)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
-        "task": "my_quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}", "doc_to_target": "{{a}}", "target_delimiter": "",
+        "task": "my_quiz",
+        "dataset_path": "json",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{a}}",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+    }
     (tmp_path / "quiz.yaml").write_text(json.dumps(settings))
     found = tasks.load(tiny_run, str(tmp_path / "quiz.yaml"))
     decoded = [tiny_run.parent.tokenizer.decode(choice) for choice in found[0].choices]
-    assert len(found) == 6 and [q.answer for q in found] == [0, 1] * 3 and decoded == rows[0]["choices"]
+    assert (
+        len(found) == 6
+        and [q.answer for q in found] == [0, 1] * 3
+        and decoded == rows[0]["choices"]
+    )
     with pytest.raises(UserError, match="lm-eval cannot load 'no_such_quiz'"):
         tasks.load(tiny_run, "no_such_quiz")
 
@@ -297,8 +388,12 @@ def test_the_kl_of_an_assembled_child_is_that_of_the_saved_one(finished_run):
     model = child.load(finished_run.stage_folder("assemble"), torch.float32, torch.device("cpu"))
     tokens = finished_run.corpus["validation"].head(finished_run.recipe.score.sequences)
     with torch.no_grad():
-        reference, own = (F.log_softmax(m(tokens, use_cache=False).logits[:, :-1], -1) for m in (parent, model))
-    assert found == pytest.approx((reference.exp() * (reference - own)).sum(-1).mean().item(), rel=1e-4)
+        reference, own = (
+            F.log_softmax(m(tokens, use_cache=False).logits[:, :-1], -1) for m in (parent, model)
+        )
+    assert found == pytest.approx(
+        (reference.exp() * (reference - own)).sum(-1).mean().item(), rel=1e-4
+    )
 
 
 def test_validation_compares_sums_with_assembled_children(finished_run):
@@ -315,6 +410,10 @@ def test_validation_compares_sums_with_assembled_children(finished_run):
 def test_correlations_know_order_and_line():
     line = [{"sum": x, "kl": 2 * x + 1} for x in (0.0, 1.0, 2.0, 5.0)]
     bent = [{"sum": x, "kl": x**5} for x in (0.0, 1.0, 2.0, 5.0)]
-    assert validate.correlations(line) == {"count": 4, "spearman": pytest.approx(1), "pearson": pytest.approx(1)}
+    assert validate.correlations(line) == {
+        "count": 4,
+        "spearman": pytest.approx(1),
+        "pearson": pytest.approx(1),
+    }
     found = validate.correlations(bent)
     assert found["spearman"] == pytest.approx(1) and found["pearson"] < 0.95

@@ -18,10 +18,11 @@ from conftest import make_parent
 from test_child import write_child
 from test_engines import NEEDS_VLLM
 
-from puzzle import artifacts, child, parent
+from puzzle import artifacts
 from puzzle.engines import vllm_engine
 from puzzle.errors import UserError
-from puzzle.export import source
+from puzzle.export.stage import source
+from puzzle.model import child, parent
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -86,14 +87,26 @@ def test_the_openai_client_gets_completions_chat_and_streams(server):
     model = child.load(source(run), torch.float32, torch.device("cpu"))
     tokenizer = run.parent.tokenizer
     ids = torch.tensor([tokenizer(prompt).input_ids])
-    ours = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    ours = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
     assert text == tokenizer.decode(ours, skip_special_tokens=True)
-    assert "".join(part.choices[0].text for part in client.completions.create(**asked, stream=True)) == text
+    assert (
+        "".join(part.choices[0].text for part in client.completions.create(**asked, stream=True))
+        == text
+    )
 
-    chat = {"model": run.folder.name, "messages": [{"role": "user", "content": "add"}], "max_tokens": 16,
-            "temperature": 0}  # fmt: skip
+    chat = {
+        "model": run.folder.name,
+        "messages": [{"role": "user", "content": "add"}],
+        "max_tokens": 16,
+        "temperature": 0,
+    }
     said = client.chat.completions.create(**chat).choices[0].message.content
-    parts = [part.choices[0].delta.content or "" for part in client.chat.completions.create(**chat, stream=True)]
+    parts = [
+        part.choices[0].delta.content or ""
+        for part in client.chat.completions.create(**chat, stream=True)
+    ]
     assert said and len(parts) > 1 and "".join(parts) == said
 
 

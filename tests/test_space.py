@@ -3,15 +3,21 @@ from dataclasses import replace
 
 import pytest
 
-from puzzle import space
-from puzzle.architecture import FFN, Attention, ModelShape
 from puzzle.config import LibraryConfig
 from puzzle.errors import UserError
+from puzzle.model import space
+from puzzle.model.architecture import FFN, Attention, ModelShape
 
 SHAPE = ModelShape(
-    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False,
-)  # fmt: skip
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
 PAPER = LibraryConfig(ffn_percent=[100, 87, 75, 50, 25, 20, 10], ffn_multiple=256)
 
 
@@ -35,7 +41,11 @@ def test_sizes_are_rounded_to_the_multiple():
 
 def test_vllm_leaves_out_linear_and_a_no_op_attention_in_layer_0_and_says_so():
     found = space.build(PAPER, SHAPE, ["vllm"])
-    assert not any(b.attention.kind == "linear" or b.ffn.kind == "linear" for la in found.layers for b in la.blocks)
+    assert not any(
+        b.attention.kind == "linear" or b.ffn.kind == "linear"
+        for la in found.layers
+        for b in la.blocks
+    )
     assert Attention("no_op") not in found.layers[0].attention
     assert Attention("no_op") in found.layers[1].attention
     assert len(found.left_out) == 2
@@ -53,21 +63,33 @@ def test_the_plugin_serves_everything_and_is_what_other_families_need():
 def test_llama_cpp_allows_an_ffn_no_op_only_with_an_attention_no_op():
     blocks = space.build(PAPER, SHAPE, ["llama.cpp"]).layers[3].blocks
     kinds = {(b.attention.kind, b.ffn.kind) for b in blocks}
-    assert ("no_op", "no_op") in kinds and ("gqa", "no_op") not in kinds and ("linear", "no_op") not in kinds
+    assert (
+        ("no_op", "no_op") in kinds
+        and ("gqa", "no_op") not in kinds
+        and ("linear", "no_op") not in kinds
+    )
     assert not any(ffn == "linear" for _, ffn in kinds)
 
 
 def test_a_layer_can_be_kept_as_the_parents():
     found = space.build(
-        PAPER.model_validate(PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}), SHAPE, []
+        PAPER.model_validate(
+            PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}
+        ),
+        SHAPE,
+        [],
     )
     assert found.layers[0].blocks == (SHAPE.parent_block,)
     assert [b.name for b in found.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
 
 
 def test_a_layer_cannot_ask_for_a_variant_outside_the_space():
-    with pytest.raises(UserError, match=r"library.layers.0: got 'gated_500', expected one of the space's: gqa_8"):
-        space.build(LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}}), SHAPE, [])
+    with pytest.raises(
+        UserError, match=r"library.layers.0: got 'gated_500', expected one of the space's: gqa_8"
+    ):
+        space.build(
+            LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}}), SHAPE, []
+        )
 
 
 def test_kv_heads_must_divide_the_parents():

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from puzzle import subblocks
-from puzzle.architecture import FFN, Attention
+from puzzle.model import variants as subblocks
+from puzzle.model.architecture import FFN, Attention
 
 
 @pytest.fixture(scope="module")
@@ -11,7 +11,9 @@ def layer(tiny):
 
 
 def made(tiny, layer, variant, contribution=None, found=None):
-    contribution = torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
+    contribution = (
+        torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
+    )
     found = found or subblocks.Calibration(contribution)
     module = subblocks.module(tiny, 0, variant, "sdpa")
     module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found))
@@ -41,7 +43,9 @@ def test_merging_equal_kv_heads_changes_nothing(tiny, layer):
         projection.weight[16:] = projection.weight[:16]
     merged = made(tiny, twin, Attention("gqa", 1))
     x = torch.randn(2, 7, 64)
-    torch.testing.assert_close(merged.attention(x, **context(7)), twin.attention(x, **context(7)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        merged.attention(x, **context(7)), twin.attention(x, **context(7)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_merged_heads_are_the_mean_of_their_group(tiny, layer):
@@ -61,7 +65,9 @@ def test_a_narrower_ffn_is_the_parents_with_the_weakest_channels_silenced(tiny, 
     normed = layer.post_attention_layernorm(h)
     x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
     mask = torch.zeros(96).index_fill(0, kept, 1.0)
-    torch.testing.assert_close(narrow.feed_forward(h), h + layer.mlp.down_proj(x * mask), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        narrow.feed_forward(h), h + layer.mlp.down_proj(x * mask), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -69,7 +75,9 @@ def test_a_linear_ffn_is_down_times_up(tiny, layer):
     h = torch.randn(3, 5, 64)
     normed = layer.post_attention_layernorm(h)
     expected = h + layer.mlp.down_proj(layer.mlp.up_proj(normed))
-    torch.testing.assert_close(made(tiny, layer, FFN("linear")).feed_forward(h), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        made(tiny, layer, FFN("linear")).feed_forward(h), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_channel_contribution_is_the_papers_formula():
@@ -114,13 +122,17 @@ def test_calibration_sees_the_activation_before_the_down_projection(tiny, layer)
     h = torch.cat([layer.attention(x, **context(7)) for x in batches])
     normed = layer.post_attention_layernorm(h)
     x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
-    expected = subblocks.channel_contribution(x.abs().sum((0, 1)), 30 * 28, layer.mlp.down_proj.weight)
+    expected = subblocks.channel_contribution(
+        x.abs().sum((0, 1)), 30 * 28, layer.mlp.down_proj.weight
+    )
     torch.testing.assert_close(found.contribution_I, expected)
     assert found.intermediate_II is None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [FFN("linear"), FFN("gated", 40), Attention("linear")], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "variant", [FFN("linear"), FFN("gated", 40), Attention("linear")], ids=lambda v: v.name
+)
 def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, monkeypatch):
     """Oracle: numpy.linalg.lstsq on the activations themselves."""
     import numpy as np
@@ -137,7 +149,9 @@ def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, 
     if variant.kind == "gated":
         kept = found.contribution_I.topk(40).indices.sort().values
         given = (layer.mlp.act_fn(layer.mlp.gate_proj(given)) * layer.mlp.up_proj(given))[..., kept]
-    expected, *_ = np.linalg.lstsq(given.flatten(0, 1).double().numpy(), wanted.flatten(0, 1).double().numpy())
+    expected, *_ = np.linalg.lstsq(
+        given.flatten(0, 1).double().numpy(), wanted.flatten(0, 1).double().numpy()
+    )
     state = subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found)
     matrix = next(t for name, t in state.items() if "linear_" in name or "down_proj" in name)
     torch.testing.assert_close(matrix.double(), torch.from_numpy(expected.T), rtol=1e-3, atol=1e-4)

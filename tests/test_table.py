@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from puzzle import cli, table
+from puzzle import cli
 from puzzle.errors import Infeasible, UserError
+from puzzle.search import published as table
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "llama-3.3-70b-block-library.json"
 
@@ -21,7 +22,11 @@ def variant(kl, ms):
 
 
 GOOD = {
-    f"layer_{i}": {"parent": variant(0.0, 10.0), "half": variant(1.0 + i, 5.0), "none": variant(4.0, 0.0)}
+    f"layer_{i}": {
+        "parent": variant(0.0, 10.0),
+        "half": variant(1.0 + i, 5.0),
+        "none": variant(4.0, 0.0),
+    }
     for i in range(3)
 }
 
@@ -41,17 +46,26 @@ def test_the_published_library_has_the_optimum_that_the_paper_page_names():
 
 def test_bounds_from_above_and_below_and_either_direction(tmp_path):
     found = table.read(write(tmp_path, GOOD))
-    (best,) = table.search(found, target="metrics.kl_div", most=[("stats.runtime_ms", 20.0)], least=[], gap=0.0)
+    (best,) = table.search(
+        found, target="metrics.kl_div", most=[("stats.runtime_ms", 20.0)], least=[], gap=0.0
+    )
     assert best["objective"] == 3.0 and set(best["choices"].values()) == {"parent", "half"}
     (worst,) = table.search(
-        found, target="metrics.kl_div", maximize=True, most=[], least=[("stats.runtime_ms", 20.0)], gap=0.0
+        found,
+        target="metrics.kl_div",
+        maximize=True,
+        most=[],
+        least=[("stats.runtime_ms", 20.0)],
+        gap=0.0,
     )
     assert worst["objective"] == 5.0 and worst["totals"]["stats.runtime_ms"] == 20.0
 
 
 def test_solutions_differ_in_as_many_layers_as_asked(tmp_path):
     found = table.read(write(tmp_path, GOOD))
-    answers = table.search(found, target="metrics.kl_div", most=[], least=[], gap=0.0, solutions=3, differ=2)
+    answers = table.search(
+        found, target="metrics.kl_div", most=[], least=[], gap=0.0, solutions=3, differ=2
+    )
     chosen = [list(a["choices"].values()) for a in answers]
     for i, a in enumerate(chosen):
         for b in chosen[:i]:
@@ -63,7 +77,10 @@ def test_what_cannot_be_met_names_the_best_attainable_and_the_nearest(tmp_path):
     found = table.read(write(tmp_path, GOOD))
     with pytest.raises(Infeasible) as raised:
         table.search(
-            found, target="metrics.kl_div", most=[("stats.runtime_ms", 10.0), ("metrics.kl_div", 2.0)], least=[]
+            found,
+            target="metrics.kl_div",
+            most=[("stats.runtime_ms", 10.0), ("metrics.kl_div", 2.0)],
+            least=[],
         )
     text = str(raised.value)
     assert "stats.runtime_ms at most 10 is reachable alone (best attainable: 0)" in text
@@ -73,7 +90,15 @@ def test_what_cannot_be_met_names_the_best_attainable_and_the_nearest(tmp_path):
 
 
 def command(path):
-    return ["search", "--table", str(path), "--minimize", "metrics.kl_div", "--max", "stats.runtime_ms=20"]
+    return [
+        "search",
+        "--table",
+        str(path),
+        "--minimize",
+        "metrics.kl_div",
+        "--max",
+        "stats.runtime_ms=20",
+    ]
 
 
 def broken(edit):
@@ -94,14 +119,31 @@ def broken(edit):
         ('{"layer_0": {"a": {}, "a": {}}}', "'a' stands there twice"),
         ('{"layer_0": {"a": {}}, "layer_0": {"a": {}}}', "'layer_0' stands there twice"),
         (broken(lambda t: t.pop("layer_1")), "layer_1 is missing"),
-        (broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div=float("nan"))), "layer_1, 'half': metrics.kl"),
-        (broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div="low")), "expected a finite number"),
-        (broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div=True)), "expected a finite number"),
-        (broken(lambda t: t["layer_2"]["half"]["stats"].update(runtime_ms=-1.0)), "stats.runtime_ms is -1 somewhere"),
-        (broken(lambda t: t["layer_2"]["half"].pop("stats")), "layer_2, 'half': has no 'stats.runtime_ms'"),
+        (
+            broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div=float("nan"))),
+            "layer_1, 'half': metrics.kl",
+        ),
+        (
+            broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div="low")),
+            "expected a finite number",
+        ),
+        (
+            broken(lambda t: t["layer_1"]["half"]["metrics"].update(kl_div=True)),
+            "expected a finite number",
+        ),
+        (
+            broken(lambda t: t["layer_2"]["half"]["stats"].update(runtime_ms=-1.0)),
+            "stats.runtime_ms is -1 somewhere",
+        ),
+        (
+            broken(lambda t: t["layer_2"]["half"].pop("stats")),
+            "layer_2, 'half': has no 'stats.runtime_ms'",
+        ),
     ],
-)  # fmt: skip
-def test_a_bad_table_is_one_clear_line_and_exit_code_2(tmp_path, content, message, capsys, monkeypatch):
+)
+def test_a_bad_table_is_one_clear_line_and_exit_code_2(
+    tmp_path, content, message, capsys, monkeypatch
+):
     path = write(tmp_path, content)
     monkeypatch.setattr("sys.argv", ["puzzle", *command(path)])
     with pytest.raises(SystemExit) as stopped:
@@ -117,7 +159,9 @@ def test_a_bound_must_be_a_key_and_a_number(text):
 
 
 def test_an_unknown_key_names_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="has no 'metrics.kl'; expected one of: stats.runtime_ms, metrics.kl_div"):
+    with pytest.raises(
+        UserError, match="has no 'metrics.kl'; expected one of: stats.runtime_ms, metrics.kl_div"
+    ):
         table.read(write(tmp_path, GOOD)).column("metrics.kl")
 
 
@@ -127,16 +171,24 @@ def test_the_command_prints_what_the_design_promises(tmp_path):
     result = CliRunner().invoke(cli.app, arguments)
     answer = json.loads(result.stdout.splitlines()[-1])
     assert set(answer) == {"objective", "bound", "gap", "seconds", "totals", "choices"}
-    many = CliRunner().invoke(cli.app, [*arguments, "--solutions", "2", "--diversity", "2", "--gap", "0"])
+    many = CliRunner().invoke(
+        cli.app, [*arguments, "--solutions", "2", "--diversity", "2", "--gap", "0"]
+    )
     assert len(json.loads(many.stdout.splitlines()[-1])["solutions"]) == 2
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--minimize", "a", "--maximize", "b"], ["--minimize", "metrics.kl_div", "--throughput", "2x"],
-     ["--minimize", "metrics.kl_div", "--solutions", "2", "--diversity", "9"],
-     ["--minimize", "metrics.kl_div", "--gap", "-1"]],
-)  # fmt: skip
+    [
+        [],
+        ["--minimize", "a", "--maximize", "b"],
+        ["--minimize", "metrics.kl_div", "--throughput", "2x"],
+        ["--minimize", "metrics.kl_div", "--solutions", "2", "--diversity", "9"],
+        ["--minimize", "metrics.kl_div", "--gap", "-1"],
+    ],
+)
 def test_a_wrong_command_is_a_user_error(tmp_path, arguments):
-    result = CliRunner().invoke(cli.app, ["search", "--table", str(write(tmp_path, GOOD)), *arguments])
+    result = CliRunner().invoke(
+        cli.app, ["search", "--table", str(write(tmp_path, GOOD)), *arguments]
+    )
     assert isinstance(result.exception, UserError)

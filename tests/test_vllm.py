@@ -1,4 +1,6 @@
-"""Children of every family in vLLM, stock where it can and with our plugin where not: our own greedy tokens."""
+"""Children of every family in vLLM, stock where it can and with our plugin where not: our own
+greedy tokens.
+"""
 
 import json
 import os
@@ -12,12 +14,18 @@ import torch
 from test_child import MIXED, write_child
 from test_engines import NEEDS_VLLM
 
-from puzzle import child, parent
+from puzzle.model import child, parent
 
 pytestmark = [pytest.mark.training, pytest.mark.vllm, NEEDS_VLLM]
 PROMPTS = [[5, 17, 200, 31], [9, 9, 2, 250, 77, 140], list(range(20, 36))]
-NEW = 46  # with the longest prompt beyond every window, and within the first 64 positions of long rope
-EVERYTHING = ["no_op+gated_32", "linear+gated_96", "gqa_1+linear", "gqa_2+no_op"]  # that stock vLLM cannot serve
+# With the longest prompt beyond every window, and within the first 64 positions of long rope
+NEW = 46
+EVERYTHING = [
+    "no_op+gated_32",
+    "linear+gated_96",
+    "gqa_1+linear",
+    "gqa_2+no_op",
+]  # that stock vLLM cannot serve
 PLAIN = ["gqa_1+gated_96", "gqa_2+gated_32", "gqa_2+gated_96", "gqa_1+gated_64"]
 SERVE = """
 import gc, json, sys
@@ -39,7 +47,9 @@ def served(folders: list[Path], plugin: bool) -> list[list[list[int]]]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment |= {} if plugin else {"VLLM_PLUGINS": ""}
     request = json.dumps([[str(folder) for folder in folders], PROMPTS, NEW, not plugin])
-    out = subprocess.run([sys.executable, "-c", SERVE, request], capture_output=True, text=True, env=environment)
+    out = subprocess.run(
+        [sys.executable, "-c", SERVE, request], capture_output=True, text=True, env=environment
+    )
     found = [json.loads(line[7:]) for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
     assert len(found) == len(folders), out.stderr[-3000:]
     return found
@@ -59,7 +69,10 @@ def with_plugin(tmp_path_factory):
         described = parent.describe(str(families.make(row, root / row / "parent")))
         folders[row] = write_child(described, root / row / "child", EVERYTHING)
     theirs = served(list(folders.values()), plugin=True)
-    return {row: (ours(folder), tokens) for (row, folder), tokens in zip(folders.items(), theirs, strict=True)}
+    return {
+        row: (ours(folder), tokens)
+        for (row, folder), tokens in zip(folders.items(), theirs, strict=True)
+    }
 
 
 @pytest.mark.parametrize("row", families.ROWS)

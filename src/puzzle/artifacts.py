@@ -1,8 +1,9 @@
 """Files between stages: atomic writes, append-only records, manifests, fingerprints.
 
-A stage folder is done when it holds a `manifest.json` whose inputs equal the inputs of now. The manifest is
-written last and atomically, so its existence means everything before it is complete. A manifest's
-`fingerprint` covers inputs and outputs; the next stage names it among its own inputs, which chains the run.
+A stage folder is done when it holds a `manifest.json` whose inputs equal the inputs of now. The
+manifest is written last and atomically, so its existence means everything before it is complete. A
+manifest's `fingerprint` covers inputs and outputs; the next stage names it among its own inputs,
+which chains the run.
 """
 
 import contextlib
@@ -58,7 +59,9 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record and force it to disk: once this returns, the work behind it is never done again."""
+    """Append one record and force it to disk: once this returns, the work behind it is never done
+    again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record) + "\n")
@@ -67,7 +70,9 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole record. A line torn by an interruption can only be the last one; it is cut off the file."""
+    """Every whole record. A line torn by an interruption can only be the last one; it is cut off
+    the file.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -79,7 +84,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the records that are not wanted: what was written after the checkpoint that a run goes on from."""
+    """Drop the records that are not wanted: what was written after the checkpoint that a run goes
+    on from.
+    """
     if path.exists():
         write_jsonl(path, (record for record in read_jsonl(path) if wanted(record)))
 
@@ -112,7 +119,10 @@ def write_manifest(folder: Path, inputs: dict[str, Any], outputs: Any) -> str:
     """Close a stage. Returns the manifest's fingerprint."""
     inputs = json.loads(json.dumps(inputs))
     mark = fingerprint({"inputs": inputs, "outputs": outputs})
-    write_json(folder / MANIFEST, {"inputs": inputs, "outputs": outputs, "fingerprint": mark, "versions": versions()})
+    write_json(
+        folder / MANIFEST,
+        {"inputs": inputs, "outputs": outputs, "fingerprint": mark, "versions": versions()},
+    )
     return mark
 
 
@@ -129,9 +139,11 @@ def is_done(folder: Path, inputs: dict[str, Any]) -> bool:
 
 
 def begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Open a stage folder for `inputs`: work of an interrupted run on the same inputs is kept, any other removed.
+    """Open a stage folder for `inputs`: work of an interrupted run on the same inputs is kept, any
+    other removed.
 
-    A folder that holds files but neither of our marks is somebody else's: `UserError`, and nothing is touched.
+    A folder that holds files but neither of our marks is somebody else's: `UserError`, and nothing
+    is touched.
     """
     started, stale = folder / STARTED, folder.with_name(f".{folder.name}.stale")
     shutil.rmtree(stale, ignore_errors=True)
@@ -139,7 +151,9 @@ def begin(folder: Path, inputs: dict[str, Any]) -> None:
         return
     if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
-            raise UserError(f"{folder}: holds files that no run of puzzle wrote; choose another run directory (--out)")
+            raise UserError(
+                f"{folder}: holds files that no run of puzzle wrote; choose another run directory (--out)"
+            )
         folder.replace(stale)  # at once: a half-emptied folder must not pass for unfinished work
         shutil.rmtree(stale)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""The recipe: every setting of every stage, strictly checked. An unknown key is an error that names its neighbours.
+"""The recipe: every setting of every stage, strictly checked. An unknown key is an error that names
+its neighbours.
 
-A recipe is a YAML file with one section per stage; what it leaves out keeps the default below. `--set a.b=c`
-overrides a dotted key. The resolved recipe is written to `RUN/run.yaml`.
+A recipe is a YAML file with one section per stage; what it leaves out keeps the default below.
+`--set a.b=c` overrides a dotted key. The resolved recipe is written to `RUN/run.yaml`.
 """
 
 import difflib
@@ -22,7 +23,9 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """One place text comes from. In YAML: `stdlib`, a path, or a mapping with exactly one of these three."""
+    """One place text comes from. In YAML: `stdlib`, a path, or a mapping with exactly one of these
+    three.
+    """
 
     stdlib: bool = False
     path: str | None = None
@@ -52,9 +55,13 @@ class SourceConfig(Section):
 
 
 class CorpusConfig(Section):
-    """What is packed once and read by every stage; stages that want more than `train_tokens` see them again."""
+    """What is packed once and read by every stage; stages that want more than `train_tokens` see
+    them again.
+    """
 
-    sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(stdlib=True)], min_length=1)
+    sources: list[SourceConfig] = Field(
+        default_factory=lambda: [SourceConfig(stdlib=True)], min_length=1
+    )
     sequence_length: Annotated[int, Field(ge=2)] = 256
     train_tokens: Positive = 4_000_000
     validation_fraction: Fraction = 0.04
@@ -83,33 +90,49 @@ class LibraryConfig(Section):
     ffn_multiple: Positive = 32
     ffn_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
     layers: dict[int, LayerOverride] = {}
-    coupled: int = Field(default=0, ge=0)  # blocks a layer kept by a first search and then trained as pairs; 0: none
+    coupled: int = Field(
+        default=0, ge=0
+    )  # blocks a layer kept by a first search and then trained as pairs; 0: none
     initialization: Literal["training_free", "least_squares"] = "least_squares"
     tokens: Positive = 600_000
-    budgets: dict[str, Positive] = {}  # tokens by variant name where they differ, e.g. {linear: 1_000_000}
-    stop_when_flat: float = Field(default=0.0, ge=0, lt=1)  # stop below this relative gain a chunk; 0: never
+    budgets: dict[
+        str, Positive
+    ] = {}  # tokens by variant name where they differ, e.g. {linear: 1_000_000}
+    stop_when_flat: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # stop below this relative gain a chunk; 0: never
     stop_patience: Positive = 2
     batch_sequences: Positive = 16
-    learning_rate: float = Field(default=2e-3, gt=0)  # of variants that start at FULL_RATE_NMSE or above (bld.py)
+    learning_rate: float = Field(
+        default=2e-3, gt=0
+    )  # of variants that start at FULL_RATE_NMSE or above (bld.py)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
     validation_sequences: Positive = 32
-    chunk_steps: Positive = 32  # so many batches go through a layer before the next: the unit of loss and of streaming
+    chunk_steps: Positive = (
+        32  # so many batches go through a layer before the next: the unit of loss and of streaming
+    )
     memory: Literal["auto", "resident", "streamed"] = "auto"
 
 
 class ScoreConfig(Section):
-    """Replace-1-block scores. `metric` is what the search adds up; the others are recorded beside it."""
+    """Replace-1-block scores. `metric` is what the search adds up; the others are recorded beside
+    it.
+    """
 
     method: Literal["exact", "fisher", "hybrid"] = "exact"
     metric: Literal["kl", "lm_loss", "top1", "top5", "top10", "cosine", "task"] = "kl"
-    granularity: Literal["block", "subblock"] = "block"  # subblock: a block's loss is the sum of its two subblocks'
+    granularity: Literal["block", "subblock"] = (
+        "block"  # subblock: a block's loss is the sum of its two subblocks'
+    )
     sequences: Positive = 32
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
     fisher_samples: Positive = 16  # predictions drawn for every sequence
-    task: str | None = None  # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval
+    task: str | None = (
+        None  # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval
+    )
     task_questions: Positive = 64
 
     @model_validator(mode="after")
@@ -117,7 +140,9 @@ class ScoreConfig(Section):
         if self.metric == "task" and self.task is None:
             raise ValueError("metric task needs a task, for example task: held-out")
         if self.method == "fisher" and self.metric != "kl":
-            raise ValueError(f"method fisher estimates the KL only; got metric {self.metric}, use exact or hybrid")
+            raise ValueError(
+                f"method fisher estimates the KL only; got metric {self.metric}, use exact or hybrid"
+            )
         return self
 
 
@@ -135,28 +160,46 @@ class ScenarioConfig(Section):
 
 
 class CostConfig(Section):
-    """Where costs are measured. `auto` is vllm where it is installed, otherwise the built-in torch engine."""
+    """Where costs are measured. `auto` is vllm where it is installed, otherwise the built-in torch
+    engine.
+    """
 
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
     device_sheet: str = "this-cpu"
     scenario: ScenarioConfig = ScenarioConfig()  # called `main`
-    batch_sizes: list[Positive] = []  # further ones of `main`; the search takes the one with the best child
-    scenarios: dict[str, ScenarioConfig] = {}  # further scenarios by name, in which the constraints must hold too
-    precision: float = Field(default=0.01, gt=0)  # standard error of a variant, as a share of a parent's block
-    seconds: float = Field(default=60.0, gt=0)  # of serving, for each scenario and batch size, unless precise before
+    batch_sizes: list[
+        Positive
+    ] = []  # further ones of `main`; the search takes the one with the best child
+    scenarios: dict[
+        str, ScenarioConfig
+    ] = {}  # further scenarios by name, in which the constraints must hold too
+    precision: float = Field(
+        default=0.01, gt=0
+    )  # standard error of a variant, as a share of a parent's block
+    seconds: float = Field(
+        default=60.0, gt=0
+    )  # of serving, for each scenario and batch size, unless precise before
     table: str | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "CostConfig":
-        if wrong := [name for name in self.scenarios if name == "main" or not name.replace("-", "_").isidentifier()]:
-            raise ValueError(f"scenarios: a name is letters, digits, - and _, and not main; got {wrong[0]!r}")
+        if wrong := [
+            name
+            for name in self.scenarios
+            if name == "main" or not name.replace("-", "_").isidentifier()
+        ]:
+            raise ValueError(
+                f"scenarios: a name is letters, digits, - and _, and not main; got {wrong[0]!r}"
+            )
         return self
 
     @property
     def sweep(self) -> dict[str, ScenarioConfig]:
         """The main scenario at each of its batch sizes, by the name its costs go under."""
         others = [size for size in self.batch_sizes if size != self.scenario.batch_size]
-        swept = {f"main@{size}": self.scenario.model_copy(update={"batch_size": size}) for size in others}
+        swept = {
+            f"main@{size}": self.scenario.model_copy(update={"batch_size": size}) for size in others
+        }
         return {"main": self.scenario} | swept
 
     @property
@@ -165,11 +208,15 @@ class CostConfig(Section):
         return self.sweep | self.scenarios
 
 
-Quantity = str | dict[str, str] | None  # one text for every scenario, or a text by the scenario's name
+Quantity = (
+    str | dict[str, str] | None
+)  # one text for every scenario, or a text by the scenario's name
 
 
 class SearchConfig(Section):
-    """Constraints, absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent ("2x", "50%")."""
+    """Constraints, absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent
+    ("2x", "50%").
+    """
 
     throughput: Quantity = None
     latency: Quantity = None
@@ -177,14 +224,20 @@ class SearchConfig(Section):
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None
-    changed_layers: int | None = Field(default=None, ge=0)  # at most so many may differ from the parent's
+    changed_layers: int | None = Field(
+        default=None, ge=0
+    )  # at most so many may differ from the parent's
     homogeneous: bool = False  # one block everywhere, as in Minitron
     monotone: bool = False  # FFN widths never grow with depth
-    frontier: Literal["throughput", "latency", "time_to_first_token", "memory", "parameters", "kv_cache"] = "throughput"
+    frontier: Literal[
+        "throughput", "latency", "time_to_first_token", "memory", "parameters", "kv_cache"
+    ] = "throughput"
     points: Positive = 25
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
-    diversity: Annotated[float, Field(gt=0)] = 0.2  # in how many layers: a share, or a number of layers from 1 on
+    diversity: Annotated[float, Field(gt=0)] = (
+        0.2  # in how many layers: a share, or a number of layers from 1 on
+    )
     margin: float = Field(default=0.05, ge=0, lt=0.5)
     attempts: Positive = 3
     time_limit_s: float = Field(default=60.0, gt=0)
@@ -193,7 +246,9 @@ class SearchConfig(Section):
 class LengthStage(Section):
     """A part of uptraining at one sequence length, for example 8192 tokens a sequence, then 65,536."""
 
-    sequence_length: Annotated[int, Field(ge=2)]  # a multiple of corpus.sequence_length: neighbouring rows are joined
+    sequence_length: Annotated[
+        int, Field(ge=2)
+    ]  # a multiple of corpus.sequence_length: neighbouring rows are joined
     tokens: Positive
 
 
@@ -202,11 +257,17 @@ class UptrainConfig(Section):
 
     tokens: Positive = 1_500_000
     stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
-    batch_sequences: Positive = 16  # in sequences of corpus.sequence_length, of all processes together
-    micro_batch_sequences: Positive | None = None  # at a time and process, the gradients add up; default: all at once
+    batch_sequences: Positive = (
+        16  # in sequences of corpus.sequence_length, of all processes together
+    )
+    micro_batch_sequences: Positive | None = (
+        None  # at a time and process, the gradients add up; default: all at once
+    )
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear to zero over `decay_share`
+    schedule: Literal["cosine", "wsd"] = (
+        "cosine"  # wsd: constant, then linear to zero over `decay_share`
+    )
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     decay_share: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=1.0, gt=0)
@@ -215,13 +276,19 @@ class UptrainConfig(Section):
     lm_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     train: Literal["all", "replaced"] = "all"  # replaced: only blocks that are not the parent's
-    freeze: list[str] = []  # patterns of weights that stay, e.g. ["*embed_tokens*", "model.layers.0.*"]
-    lora_rank: int = Field(default=0, ge=0)  # 0: the weights themselves; otherwise low-rank adapters, merged at the end
+    freeze: list[
+        str
+    ] = []  # patterns of weights that stay, e.g. ["*embed_tokens*", "model.layers.0.*"]
+    lora_rank: int = Field(
+        default=0, ge=0
+    )  # 0: the weights themselves; otherwise low-rank adapters, merged at the end
     lora_alpha: float = Field(default=16.0, gt=0)
     activation_checkpointing: bool = False
     validate_steps: Positive = 50
     checkpoint_steps: Positive = 25
-    patience: int = Field(default=0, ge=0)  # stop after so many validations without a better KL; 0: never
+    patience: int = Field(
+        default=0, ge=0
+    )  # stop after so many validations without a better KL; 0: never
     keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL
     processes: Literal["auto"] | Positive = "auto"  # auto: one for each GPU, one on a CPU
     wandb: bool = False
@@ -229,9 +296,13 @@ class UptrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "UptrainConfig":
         if not self.cosine_weight and not self.kl_weight and not self.lm_weight:
-            raise ValueError("cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; set one")
+            raise ValueError(
+                "cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; set one"
+            )
         if self.lora_rank and self.processes not in ("auto", 1):
-            raise ValueError(f"lora_rank is for one process; got processes {self.processes}, use 1 or lora_rank: 0")
+            raise ValueError(
+                f"lora_rank is for one process; got processes {self.processes}, use 1 or lora_rank: 0"
+            )
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share + decay_share exceed 1; lower one of them")
         return self
@@ -250,7 +321,10 @@ class Recipe(Section):
     out: str = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    deploy: list[Literal["vllm", "vllm-plugin", "llama.cpp", "transformers", "tensorrt-llm"]] = ["vllm", "transformers"]
+    deploy: list[Literal["vllm", "vllm-plugin", "llama.cpp", "transformers", "tensorrt-llm"]] = [
+        "vllm",
+        "transformers",
+    ]
     trust_remote_code: bool = False
     corpus: CorpusConfig = CorpusConfig()
     library: LibraryConfig = LibraryConfig()
@@ -261,7 +335,7 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _expected_keys(location: tuple[Any, ...]) -> list[str]:
@@ -296,7 +370,9 @@ def parse(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"recipe {path}: no such file; `puzzle run` without a recipe runs the embedded parent")
+        raise UserError(
+            f"recipe {path}: no such file; `puzzle run` without a recipe runs the embedded parent"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -304,17 +380,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path}: got {type(values).__name__}, expected a mapping of settings")
+        raise UserError(
+            f"recipe {path}: got {type(values).__name__}, expected a mapping of settings"
+        )
     return values
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply `a.b=c` assignments; the value is read as YAML."""
-    values = {key: value.copy() if isinstance(value, dict) else value for key, value in values.items()}
+    values = {
+        key: value.copy() if isinstance(value, dict) else value for key, value in values.items()
+    }
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise UserError(f"--set {assignment!r}: expected KEY=VALUE, for example --set search.throughput=2x")
+            raise UserError(
+                f"--set {assignment!r}: expected KEY=VALUE, for example --set search.throughput=2x"
+            )
         section = values
         *parents, last = key.strip().split(".")
         for parent in parents:

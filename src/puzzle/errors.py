@@ -11,6 +11,8 @@ class UserError(ValueError):
 
 
 class Infeasible(UserError):
-    """No architecture meets the constraints. The message names what binds and the best attainable value."""
+    """No architecture meets the constraints. The message names what binds and the best attainable
+    value.
+    """
 
     exit_code = 3

@@ -1,4 +1,5 @@
-"""Progress for people: bars with an ETA on a terminal, a line every few seconds elsewhere, nothing when quiet.
+"""Progress for people: bars with an ETA on a terminal, a line every few seconds elsewhere, nothing
+when quiet.
 
 Everything goes to standard error; standard output carries results only.
 """
@@ -22,7 +23,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {seconds:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 class Task:
@@ -50,7 +55,9 @@ class Task:
             rate = (self.done - self.resumed) / (now - self.started)
             left = duration((self.total - self.done) / rate)
             share = self.done / self.total if self.total else 1.0
-            self.owner.say(f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{note and ', ' + note}")
+            self.owner.say(
+                f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{note and ', ' + note}"
+            )
 
 
 class Progress:
@@ -72,9 +79,14 @@ class Progress:
             yield task
             return
         columns = (
-            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Bars(*columns, console=self.console, transient=True) as self.bars:
             task.bar = self.bars.add_task(name, total=total, note="")
             try:

@@ -1,6 +1,8 @@
-"""A run: its recipe, its directory, and what every stage needs from both (device, precision, parent, corpus).
+"""A run: its recipe, its directory, and what every stage needs from both (device, precision,
+parent, corpus).
 
-Stages take a `Run` and their own folder; everything expensive here is made once, when first asked for.
+Stages take a `Run` and their own folder; everything expensive here is made once, when first asked
+for.
 """
 
 import contextlib
@@ -17,20 +19,26 @@ from typing import Any
 import torch
 import yaml
 
-from puzzle import artifacts, corpus, engines, parent
-from puzzle import space as spaces
+from puzzle import artifacts, engines
 from puzzle.config import Recipe
+from puzzle.data import corpus
 from puzzle.errors import UserError
-from puzzle.modeling_puzzle import PuzzleForCausalLM
+from puzzle.model import parent
+from puzzle.model import space as spaces
+from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.progress import Progress
 
-EAGER_UP_TO_TOKENS = 256  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
+EAGER_UP_TO_TOKENS = (
+    256  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
+)
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large buffers instead of returning them: 1.3x faster training steps on CPUs.
+    """Tell glibc to reuse large buffers instead of returning them: 1.3x faster training steps on
+    CPUs.
 
-    By default every activation of more than 128 KiB to 32 MiB is mapped anew, and its pages are zeroed on first touch.
+    By default every activation of more than 128 KiB to 32 MiB is mapped anew, and its pages are
+    zeroed on first touch.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -47,7 +55,9 @@ def return_freed_memory() -> None:
 
 
 class Run:
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, corpus_folder: Path | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: Progress, corpus_folder: Path | None = None
+    ) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.corpus_folder = corpus_folder or folder / "corpus"
         keep_freed_memory()
@@ -59,7 +69,9 @@ class Run:
             from puzzle import config
 
             if not (folder / "run.yaml").exists():
-                raise UserError(f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`")
+                raise UserError(
+                    f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
+                )
             recipe = config.parse(config.read_yaml(folder / "run.yaml"), str(folder / "run.yaml"))
         return cls(recipe, folder, progress)
 
@@ -71,18 +83,24 @@ class Run:
         return self.folder / {"assemble": "child", "uptrain": "uptrained"}.get(stage, stage)
 
     def fingerprint_of(self, stage: str) -> str:
-        """The fingerprint of a stage done for the settings of now; otherwise a `UserError` names the command."""
+        """The fingerprint of a stage done for the settings of now; otherwise a `UserError` names
+        the command.
+        """
         found = artifacts.manifest(self.stage_folder(stage))
         if found is None or not artifacts.is_done(self.stage_folder(stage), self.inputs_of(stage)):
             state = "not done" if found is None else "out of date"
-            raise UserError(f"run {self.folder}: stage {stage} is {state}; run `puzzle {stage} {self.folder}` first")
+            raise UserError(
+                f"run {self.folder}: stage {stage} is {state}; run `puzzle {stage} {self.folder}` first"
+            )
         return found["fingerprint"]
 
     def inputs_of(self, stage: str) -> dict[str, Any]:
-        """Everything that decides the result of a stage, the fingerprints of the stages before it among it."""
-        return import_module(f"puzzle.{stage}").inputs(self)
+        """Everything that decides the result of a stage, the fingerprints of the stages before it
+        among it.
+        """
+        return import_module(f"puzzle.{stage}.stage").inputs(self)
 
-    # ------------------------------------------------------------------------------------------ machine
+    # -------------------------------------------------------------------------------------- machine
 
     @cached_property
     def device(self) -> torch.device:
@@ -93,7 +111,9 @@ class Run:
             device = torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use device=auto or device=cpu") from None
+            raise UserError(
+                f"device {name!r}: {str(error).splitlines()[0]}; use device=auto or device=cpu"
+            ) from None
         return device
 
     @cached_property
@@ -116,7 +136,7 @@ class Run:
     def attention_for(self, length: int) -> str:
         return "eager" if self.device.type == "cpu" and length <= EAGER_UP_TO_TOKENS else "sdpa"
 
-    # ------------------------------------------------------------------------------------------ inputs
+    # --------------------------------------------------------------------------------------- inputs
 
     @cached_property
     def parent(self) -> parent.Parent:
@@ -157,7 +177,9 @@ class Run:
 
     @property
     def space(self) -> spaces.SearchSpace:
-        """What may be chosen; with `library.coupled`, what the first search has left of it, once that is done."""
+        """What may be chosen; with `library.coupled`, what the first search has left of it, once
+        that is done.
+        """
         if self.first is None or artifacts.manifest(self.first.stage_folder("search")) is None:
             return self.full_space
         return self._narrowed
@@ -174,7 +196,9 @@ class Run:
 
     @cached_property
     def first(self) -> "Run | None":
-        """The decoupled run inside a coupled one, in `RUN/first`: its library, scores, costs and search."""
+        """The decoupled run inside a coupled one, in `RUN/first`: its library, scores, costs and
+        search.
+        """
         if not self.recipe.library.coupled:
             return None
         library = self.recipe.library.model_copy(update={"coupled": 0})
@@ -182,7 +206,9 @@ class Run:
         return Run(recipe, self.folder / "first", self.progress, self.corpus_folder)
 
     def curve(self, stage: str, step: int, values: dict[str, dict[str, float]]) -> None:
-        """A live record for people, in `RUN/logs`: JSON lines, TensorBoard where it is installed, W&B where asked."""
+        """A live record for people, in `RUN/logs`: JSON lines, TensorBoard where it is installed,
+        W&B where asked.
+        """
         artifacts.append_jsonl(self.folder / "logs" / f"{stage}.jsonl", {"step": step, **values})
         if self._tensorboard is not None:
             for name, figures in values.items():
@@ -190,7 +216,11 @@ class Run:
                     if kind != "tokens":
                         self._tensorboard.add_scalar(f"{stage}/{name}/{kind}", value, step)
         if stage == "uptrain" and self.recipe.uptrain.wandb:
-            flat = {f"{name}/{kind}": value for name, figures in values.items() for kind, value in figures.items()}
+            flat = {
+                f"{name}/{kind}": value
+                for name, figures in values.items()
+                for kind, value in figures.items()
+            }
             self._wandb.log(flat, step=step)
 
     @cached_property
@@ -198,7 +228,9 @@ class Run:
         import wandb  # there: uptrain.check has looked
 
         mark = artifacts.fingerprint(str(self.folder.resolve()))
-        return wandb.init(project="puzzle", name=self.folder.name, id=mark, resume="allow", dir=str(self.folder))
+        return wandb.init(
+            project="puzzle", name=self.folder.name, id=mark, resume="allow", dir=str(self.folder)
+        )
 
     @cached_property
     def _tensorboard(self) -> Any:

@@ -1,4 +1,6 @@
-"""The built-in engine: plain PyTorch with a real KV cache, on any device. For machines without a serving engine."""
+"""The built-in engine: plain PyTorch with a real KV cache, on any device. For machines without a
+serving engine.
+"""
 
 import itertools
 import time
@@ -9,10 +11,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from puzzle import child, parent
 from puzzle.config import ScenarioConfig
 from puzzle.engines import Timing, machine, random_prompts
 from puzzle.errors import UserError
+from puzzle.model import child, parent
 
 NAME, MEASURED = "torch", True
 
@@ -28,7 +30,8 @@ def describe(device_sheet: str) -> dict[str, Any]:
 class FixedLayer(DynamicLayer):
     """One layer's keys and values in memory taken once, written at `position`.
 
-    Nothing grows or is copied from step to step, and a layer that sat out a step still has its place in the cache.
+    Nothing grows or is copied from step to step, and a layer that sat out a step still has its
+    place in the cache.
     """
 
     def __init__(self, length: int) -> None:
@@ -44,7 +47,10 @@ class FixedLayer(DynamicLayer):
             self.keys, self.values = key_states.new_zeros(2, B, K, self.length, d)
         assert self.keys is not None and self.values is not None
         end = self.position + new
-        self.keys[:, :, self.position : end], self.values[:, :, self.position : end] = key_states, value_states
+        self.keys[:, :, self.position : end], self.values[:, :, self.position : end] = (
+            key_states,
+            value_states,
+        )
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
@@ -70,7 +76,8 @@ class TorchSession:
         self.layers = list(self.model.model.layers)
         attention = [getattr(layer.self_attn, "k_proj", None) for layer in self.layers]
         self.pages = [
-            (1, 2 * k.weight.shape[0] * k.weight.element_size()) if k is not None else (1, 0) for k in attention
+            (1, 2 * k.weight.shape[0] * k.weight.element_size()) if k is not None else (1, 0)
+            for k in attention
         ]
         self.batches = 0
 
@@ -88,7 +95,9 @@ class TorchSession:
     @torch.inference_mode()
     def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
         self.batches += 1
-        tokens = torch.tensor(random_prompts(scenario, self.model.config.vocab_size, self.batches), device=self.device)
+        tokens = torch.tensor(
+            random_prompts(scenario, self.model.config.vocab_size, self.batches), device=self.device
+        )
         length = scenario.input_length + scenario.output_length
         rows = [FixedLayer(length) for _ in self.layers]
         cache = Cache(layers=list(rows))
@@ -96,8 +105,12 @@ class TorchSession:
         for step in range(scenario.output_length):
             if layers:
                 chosen = layers[min(step, len(layers) - 1)]
-                self.model.model.layers = torch.nn.ModuleList([self.layers[index] for index in chosen])
-            logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                self.model.model.layers = torch.nn.ModuleList(
+                    [self.layers[index] for index in chosen]
+                )
+            logits = self.model(
+                tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
             for row in rows:
                 row.position += tokens.shape[1]
             tokens = logits[:, -1].argmax(-1, keepdim=True)
@@ -106,5 +119,7 @@ class TorchSession:
         return Timing(seconds[0], tuple(seconds[1:]))
 
 
-def open_session(folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, probe: bool) -> TorchSession:
+def open_session(
+    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, probe: bool
+) -> TorchSession:
     return TorchSession(folder, scenario)

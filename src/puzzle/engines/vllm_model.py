@@ -1,8 +1,9 @@
-"""vLLM's model of the children that stock vLLM cannot load: linear replacements, no-op attention in layer 0, and the
-families whose attention or norms are not Llama's. Registered by `vllm_engine.register`, vLLM's plugin entry point.
+"""vLLM's model of the children that stock vLLM cannot load: linear replacements, no-op attention in
+layer 0, and the families whose attention or norms are not Llama's. Registered by
+`vllm_engine.register`, vLLM's plugin entry point.
 
-It is stock vLLM's DeciLM with another decoder layer. Tensor parallel: attention and FFNs are cut as vLLM cuts Llama's,
-linear replacements are replicated.
+It is stock vLLM's DeciLM with another decoder layer. Tensor parallel: attention and FFNs are cut as
+vLLM cuts Llama's, linear replacements are replicated.
 """
 
 from typing import Any
@@ -33,13 +34,19 @@ def norm(size: int, config: Any) -> nn.Module:
 class Linear(nn.Module):
     """Attention or an FFN replaced by one matrix."""
 
-    def __init__(self, name: str, size: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(
+        self, name: str, size: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
-        matrix = ReplicatedLinear(size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
+        matrix = ReplicatedLinear(
+            size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
+        )
         self.add_module(name, matrix)
         self.name = name
 
-    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return getattr(self, self.name)(hidden_states)[0]
 
 
@@ -47,42 +54,71 @@ class PuzzleAttention(nn.Module):
     """Shape legend: T tokens; this rank has some of the query heads and at least one KV head."""
 
     def __init__(
-        self, config: Any, block: Any, cache_config: CacheConfig | None, quant_config: QuantizationConfig | None,
+        self,
+        config: Any,
+        block: Any,
+        cache_config: CacheConfig | None,
+        quant_config: QuantizationConfig | None,
         prefix: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         ranks = get_tensor_model_parallel_world_size()
-        heads, kv_heads = config.num_attention_heads, config.num_attention_heads // block.n_heads_in_group
+        heads, kv_heads = (
+            config.num_attention_heads,
+            config.num_attention_heads // block.n_heads_in_group,
+        )
         self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, config.head_dim, heads, kv_heads, bias=config.qkv_bias, quant_config=quant_config,
+            config.hidden_size,
+            config.head_dim,
+            heads,
+            kv_heads,
+            bias=config.qkv_bias,
+            quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
-        )  # fmt: skip
+        )
         self.o_proj = RowParallelLinear(
-            heads * config.head_dim, config.hidden_size, bias=config.attention_bias, quant_config=quant_config,
+            heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
-        )  # fmt: skip
+        )
         own_heads, own_kv_heads = heads // ranks, max(1, kv_heads // ranks)
         self.copies = max(1, ranks // kv_heads)  # neighbouring ranks that hold the same KV head
         self.sizes = [own_heads * config.head_dim, *[own_kv_heads * config.head_dim] * 2]
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = norm(config.head_dim, config), norm(config.head_dim, config)
         elif config.qk_norm == "projection":
-            self.q_norm, self.k_norm = norm(heads * config.head_dim, config), norm(kv_heads * config.head_dim, config)
+            self.q_norm, self.k_norm = (
+                norm(heads * config.head_dim, config),
+                norm(kv_heads * config.head_dim, config),
+            )
         window, rope = block.get("window_length"), config.rope_parameters
         if window is not None and config.window_rope_theta is not None:
             rope = {"rope_type": "default", "rope_theta": config.window_rope_theta}
         self.rotary_emb = get_rope(
-            config.head_dim, max_position=config.max_position_embeddings, rope_parameters=rope, is_neox_style=True
+            config.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=rope,
+            is_neox_style=True,
         )
         self.attn = Attention(
-            own_heads, config.head_dim, config.query_scale or config.head_dim**-0.5, num_kv_heads=own_kv_heads,
-            cache_config=cache_config, quant_config=quant_config, per_layer_sliding_window=window,
-            logits_soft_cap=config.attn_logit_softcapping, prefix=f"{prefix}.attn",
-        )  # fmt: skip
+            own_heads,
+            config.head_dim,
+            config.query_scale or config.head_dim**-0.5,
+            num_kv_heads=own_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            per_layer_sliding_window=window,
+            logits_soft_cap=config.attn_logit_softcapping,
+            prefix=f"{prefix}.attn",
+        )
 
     def _normed(self, x: torch.Tensor, by: nn.Module, copies: int = 1) -> torch.Tensor:
-        """x [T, heads of this rank * head_dim]; `copies`: how many neighbouring ranks hold the same heads."""
+        """x [T, heads of this rank * head_dim]; `copies`: how many neighbouring ranks hold the same
+        heads.
+        """
         if self.qk_norm == "head":
             return by(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2, -1)
         parts = tensor_model_parallel_all_gather(x.contiguous()).split(x.shape[-1], dim=-1)
@@ -101,11 +137,18 @@ class PuzzleDecoderLayer(nn.Module):
     """The residual stream is the sum of what goes from layer to layer: hidden states and residual."""
 
     def __init__(
-        self, config: Any, layer_idx: int, cache_config: CacheConfig | None = None,
-        quant_config: QuantizationConfig | None = None, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        config: Any,
+        layer_idx: int,
+        cache_config: CacheConfig | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
-        attention, ffn = config.block_configs[layer_idx].attention, config.block_configs[layer_idx].ffn
+        attention, ffn = (
+            config.block_configs[layer_idx].attention,
+            config.block_configs[layer_idx].ffn,
+        )
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         size = config.hidden_size
         self._is_no_op_attention = attention.no_op  # read by DeciModel
@@ -116,14 +159,18 @@ class PuzzleDecoderLayer(nn.Module):
         if attention.replace_with_linear:
             self.self_attn = Linear("linear_attn", size, quant_config, f"{prefix}.self_attn")
         elif not attention.no_op:
-            self.self_attn = PuzzleAttention(config, attention, cache_config, quant_config, f"{prefix}.self_attn")
+            self.self_attn = PuzzleAttention(
+                config, attention, cache_config, quant_config, f"{prefix}.self_attn"
+            )
         if not attention.no_op:
             self.input_layernorm = norm(size, config) if before else None
             self.attention_output_layernorm = norm(size, config) if after else None
         if ffn.replace_with_linear:
             self.mlp = Linear("linear_mlp", size, quant_config, f"{prefix}.mlp")
         elif not ffn.no_op:
-            self.mlp = Gemma3MLP(size, ffn.intermediate_size, config.hidden_act, quant_config, f"{prefix}.mlp")
+            self.mlp = Gemma3MLP(
+                size, ffn.intermediate_size, config.hidden_act, quant_config, f"{prefix}.mlp"
+            )
         if not ffn.no_op:
             self.post_attention_layernorm = norm(size, config) if before else None
             self.feedforward_output_layernorm = norm(size, config) if after else None
@@ -133,7 +180,9 @@ class PuzzleDecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.self_attn is not None:
             x, residual = _into(self.input_layernorm, hidden_states, residual)
-            hidden_states = _out_of(self.attention_output_layernorm, self.self_attn(x, positions=positions))
+            hidden_states = _out_of(
+                self.attention_output_layernorm, self.self_attn(x, positions=positions)
+            )
         if self.mlp is not None:
             x, residual = _into(self.post_attention_layernorm, hidden_states, residual)
             hidden_states = _out_of(self.feedforward_output_layernorm, self.mlp(x))

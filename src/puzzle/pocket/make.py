@@ -1,11 +1,13 @@
-"""Make the embedded parent: tokenizer, training, evaluation, model card. `python -m puzzle.pocket.make --help`.
+"""Make the embedded parent: tokenizer, training, evaluation, model card. `python -m
+puzzle.pocket.make --help`.
 
-The pocket parent is a 12-layer Llama (GQA) trained on the source of the Python standard library of the
-interpreter that runs this script. Everything about it is decided here; why its size is what it is stands in
-docs/log.md. Training is resumable: run the same command again after an interruption.
+The pocket parent is a 12-layer Llama (GQA) trained on the source of the Python standard library of
+the interpreter that runs this script. Everything about it is decided here; why its size is what it
+is stands in docs/log.md. Training is resumable: run the same command again after an interruption.
 
-Optimiser: Muon for the matrices, AdamW for embedding and norms, warm-up, constant rate, linear decay to zero
-(WSD, so that the length can still be changed until the decay starts). bf16 autocast over float32 weights.
+Optimiser: Muon for the matrices, AdamW for embedding and norms, warm-up, constant rate, linear
+decay to zero (WSD, so that the length can still be changed until the decay starts). bf16 autocast
+over float32 weights.
 """
 
 import argparse
@@ -19,18 +21,30 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle import artifacts, checkpoint, corpus
+from puzzle import artifacts
 from puzzle.config import CorpusConfig
+from puzzle.data import corpus
 from puzzle.progress import Progress, duration
+from puzzle.training import checkpoint
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
 SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
-    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
     "initializer_range": 0.02,
-}  # fmt: skip
+}
 STAGES = ((0.85, 256), (0.15, 512))  # share of the tokens, sequence length
 BATCH_TOKENS = 6144
 MATRIX_LR, OTHER_LR, WEIGHT_DECAY, WARMUP_STEPS, DECAY_SHARE = 3e-3, 3e-3, 0.1, 60, 0.4
@@ -42,7 +56,9 @@ def make_tokenizer(out: Path, config: CorpusConfig) -> PreTrainedTokenizerFast:
     """Byte-level BPE on the training side of the split only."""
     if not (out / "tokenizer.json").exists():
         documents = corpus.documents(config.sources[0], None, config.seed)
-        texts = [d.text for d in documents if corpus.split_of(d, config.validation_fraction) == "train"]
+        texts = [
+            d.text for d in documents if corpus.split_of(d, config.validation_fraction) == "train"
+        ]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +70,10 @@ def make_tokenizer(out: Path, config: CorpusConfig) -> PreTrainedTokenizerFast:
         )
         tokenizer.train_from_iterator(texts, trainer)
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+            tokenizer_object=tokenizer,
+            eos_token=END_OF_TEXT,
+            bos_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
         ).save_pretrained(out)
     return PreTrainedTokenizerFast.from_pretrained(out)
 
@@ -69,7 +88,10 @@ def next_token_loss(model: LlamaForCausalLM, tokens_BS: torch.Tensor) -> torch.T
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, data: corpus.Sequences, device: str) -> float:
     model.eval()
-    losses = [next_token_loss(model, part.to(device)).item() for part in data.head(VALIDATION_ROWS).split(24)]
+    losses = [
+        next_token_loss(model, part.to(device)).item()
+        for part in data.head(VALIDATION_ROWS).split(24)
+    ]
     model.train()
     return sum(losses) / len(losses)
 
@@ -83,7 +105,9 @@ def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return {
-        "muon": torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        "muon": torch.optim.Muon(
+            matrices, lr=MATRIX_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
         "adamw": torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0),
     }
 
@@ -95,9 +119,12 @@ def read_corpora(out: Path, progress: Progress) -> dict[int, dict[corpus.Split, 
         config = CorpusConfig(sequence_length=length, train_tokens=10**9, validation_tokens=10**9)
         tokenizer = make_tokenizer(out, config)
         data[length] = corpus.build(
-            config, tokenizer, out / f"corpus-{length}",
-            tokenizer_fingerprint=artifacts.file_fingerprint(out / "tokenizer.json"), progress=progress,
-        )  # fmt: skip
+            config,
+            tokenizer,
+            out / f"corpus-{length}",
+            tokenizer_fingerprint=artifacts.file_fingerprint(out / "tokenizer.json"),
+            progress=progress,
+        )
     return data
 
 
@@ -116,7 +143,9 @@ def train(out: Path, tokens: int, device: str, compile_layers: bool) -> LlamaFor
     if compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    progress.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {steps}")
+    progress.say(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {steps}"
+    )
     began, began_step, running = time.perf_counter(), step, 0.0
     while step < steps:
         length = STAGES[0][1] if step < first_long else STAGES[1][1]
@@ -139,7 +168,12 @@ def train(out: Path, tokens: int, device: str, compile_layers: bool) -> LlamaFor
         if step % VALIDATE_EVERY == 0 or step == steps:
             value = validation_loss(model, data[STAGES[0][1]]["validation"], device)
             progress.say(f"step {step} validation loss {value:.4f}")
-            record = {"step": step, "tokens": step * BATCH_TOKENS, "train_loss": running, "validation_loss": value}
+            record = {
+                "step": step,
+                "tokens": step * BATCH_TOKENS,
+                "train_loss": running,
+                "validation_loss": value,
+            }
             artifacts.append_jsonl(out / "curve.jsonl", record)
             if not math.isfinite(value):
                 raise RuntimeError("training diverged")
@@ -149,7 +183,9 @@ def train(out: Path, tokens: int, device: str, compile_layers: bool) -> LlamaFor
 
 
 def finish(model: LlamaForCausalLM, out: Path, tokens: int) -> None:
-    """Write the parent as it is shipped: bf16 safetensors, tokenizer, model card with the figures of this run."""
+    """Write the parent as it is shipped: bf16 safetensors, tokenizer, model card with the figures
+    of this run.
+    """
     folder = out / "model"
     data = read_corpora(out, Progress())[STAGES[0][1]]
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
@@ -200,7 +236,9 @@ The standard library is licensed under the PSF licence; the weights are ours, un
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-parent"))
     parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,26 @@
+"""OLMo 2: norms after the subblocks instead of before, and over the whole of q and of k."""
+
+from typing import Any
+
+from puzzle.model.families import Family, common, renamed
+
+
+def settings(config: Any) -> dict[str, Any]:
+    return common(config) | {
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_bias,
+        "qk_norm": "projection",
+        "norm_style": "olmo2",
+        "norm_placement": "post",
+        "rotate_in_float32": True,
+    }
+
+
+tensors = renamed(
+    {
+        "post_attention_layernorm": "attention_output_layernorm",
+        "post_feedforward_layernorm": "feedforward_output_layernorm",
+    }
+)
+
+FAMILY = Family(settings, tensors=tensors)

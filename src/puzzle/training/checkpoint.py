@@ -1,0 +1,172 @@
+"""Training state in one safetensors file: trained weights, optimisers, step. Restoring it continues
+bit-identically.
+
+Random numbers need no saving: batches are a pure function of (seed, step) and nothing here uses
+dropout.
+
+The file holds whole tensors, whatever the number of processes: sharded ones are gathered one at a
+time and written by process 0 as they come, so no process ever holds a second copy, and any number
+of processes can go on from it.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from puzzle import artifacts
+
+FOLDER = "training"  # inside a stage folder; the pipeline removes it once the manifest is written
+Modules = Mapping[str, nn.Module]
+Optimizers = Mapping[str, torch.optim.Optimizer]
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+
+
+def save(
+    path: Path,
+    step: int,
+    modules: Modules,
+    optimizers: Optimizers,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """What is trained; frozen weights have not changed. `notes` are small values (JSON) that must
+    survive an interruption, such as skipped steps. Every process must call it; it returns when the
+    file is complete."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, module in modules.items():
+        tensors |= {f"module/{key}/{name}": parameter for name, parameter in _trained(module)}
+    for key, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer/{key}/{index}/{name}": torch.as_tensor(value)
+                for name, value in state.items()
+            }
+    metadata = {"step": str(step), "notes": json.dumps(dict(notes or {}))}
+    if not distributed.is_initialized():
+        with artifacts.atomic_path(path) as temporary:
+            _write(temporary, tensors, metadata)
+        return
+    if distributed.get_rank() == 0:
+        with artifacts.atomic_path(path) as temporary:
+            _write(temporary, tensors, metadata)
+    else:
+        for tensor in tensors.values():
+            whole(tensor)
+    distributed.barrier()
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; a sharded one is gathered, in which every process must take part."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, one tensor at a time: length of the header, header (JSON), the tensors'
+    bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+@torch.no_grad()
+def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
+    """Load in place; (the step to go on from, notes), which is (0, {}) where there is no
+    checkpoint.
+    """
+    if not path.exists():
+        return 0, {}
+    with safe_open(path, framework="pt") as file:
+        for key, module in modules.items():
+            for name, parameter in _trained(module):
+                parameter.copy_(shard(file.get_tensor(f"module/{key}/{name}"), parameter))
+        for key, optimizer in optimizers.items():
+            state_dict = optimizer.state_dict()
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for full_name in file.keys():  # noqa: SIM118 (not a dict)
+                if full_name.startswith(f"optimizer/{key}/"):
+                    index, name = full_name.removeprefix(f"optimizer/{key}/").split("/")
+                    value = shard(file.get_tensor(full_name), parameters[int(index)])
+                    state_dict["state"].setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(state_dict)
+    return peek(path)
+
+
+def shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, laid out as `like`; single numbers and unsharded
+    tensors stay whole.
+    """
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return (
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    )
+
+
+def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """The weights of one of the modules of a checkpoint."""
+    with safe_open(path, framework="pt") as file:
+        prefix = f"module/{key}/"
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def peek(path: Path) -> tuple[int, dict[str, Any]]:
+    """(step, notes) of a checkpoint, without its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"]), json.loads(file.metadata()["notes"])
+
+
+def cosine_schedule(step: int, steps: int, warmup_share: float) -> float:
+    """The learning-rate factor of a step: linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = torch.tensor((step - warmup) / max(1, steps - warmup))
+    return float(0.5 * (1 + torch.cos(torch.pi * progress)))
+
+
+def wsd_schedule(step: int, steps: int, warmup_share: float, decay_share: float) -> float:
+    """The learning-rate factor of a step: linear warm-up, constant, then a straight line down to
+    zero.
+    """
+    warmup, decay = max(1, round(steps * warmup_share)), max(1, math.ceil(steps * decay_share))
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,326 @@
+"""The losses of the paper. Logits are never held whole: everything over the vocabulary runs in
+chunks of tokens.
+
+Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def normalized_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect. Paper: section 3, the
+    BLD loss.
+    """
+    parent = parent.float()
+    return (child.float() - parent).square().mean() / parent.square().mean()
+
+
+class _SquaredError(torch.autograd.Function):
+    """Keeps the difference only, in the child's dtype: two passes over memory instead of autograd's
+    five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+        difference = child - parent.to(child.dtype)
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * grad).to(difference.dtype), None
+
+
+def squared_error(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """Sum of squared differences, a float32 scalar; no gradient for the parent."""
+    return _SquaredError.apply(child, parent)
+
+
+def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of 1 - cos(child, parent), a float32 scalar. Paper: section 4.3, the GKD
+    hidden-state loss.
+    """
+    return 1 - F.cosine_similarity(child_BSD.float(), parent_BSD.float(), dim=-1).mean()
+
+
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
+LOSS_ELEMENTS = (
+    1 << 26
+)  # products of fewer tokens are slower: 523 at a vocabulary of 128k, within 6 % of all at once
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """The terms over the vocabulary: `kl_weight * KL(parent || child) + lm_weight * LM`, KL at a
+    temperature.
+    """
+
+    kl_weight: float = 1.0
+    lm_weight: float = 0.0
+    temperature: float = 1.0
+    soft_cap: float | None = (
+        None  # `final_logit_softcapping`: z -> cap * tanh(z / cap), of both sides
+    )
+    chunk_elements: int = LOSS_ELEMENTS  # logits of one side that exist at a time, in four buffers
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """The loss and, in the same pass, its gradient: four matrix products in all, as many as plain
+    torch takes.
+
+    With z the child's logits, p and q the probabilities of parent and child at temperature t, N
+    tokens: d KL / dz = t (q - p) / N (the KL is multiplied by t^2), d LM / dz = (softmax(z) -
+    target) / N. A chunk's dz is turned into gradients of the hidden states and of the head at once,
+    so nothing over the vocabulary outlives it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        child_TD: torch.Tensor,
+        head_VD: torch.Tensor,
+        parent_TD: torch.Tensor | None,
+        parent_head_VD: torch.Tensor | None,
+        targets_T: torch.Tensor,
+        settings: LogitLoss,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rounded = torch.is_autocast_enabled(child_TD.device.type)
+        with torch.autocast(child_TD.device.type, enabled=False):
+            work = _Chunks(
+                child_TD,
+                head_VD,
+                parent_TD,
+                parent_head_VD,
+                settings,
+                rounded,
+                ctx.needs_input_grad[:2],
+            )
+            for first in range(0, len(child_TD), work.size):
+                work.take(slice(first, first + work.size), targets_T)
+        ctx.gradients = work.gradients()
+        kl, lm = work.kl / len(child_TD), work.lm / len(child_TD)
+        total = settings.lm_weight * lm + (settings.kl_weight * kl if settings.kl_weight else 0)
+        ctx.mark_non_differentiable(kl, lm)
+        return total, kl, lm
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so they serve once
+        if gradients is None:
+            raise RuntimeError("the distillation loss can be differentiated once only")
+        return (
+            *(None if g is None else g.mul_(grads[0].to(g.dtype)) for g in gradients),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Chunks:
+    """Buffers of `size` tokens' logits, and the sums over the chunks taken so far."""
+
+    def __init__(
+        self,
+        child_TD: torch.Tensor,
+        head_VD: torch.Tensor,
+        parent_TD: torch.Tensor | None,
+        parent_head_VD: torch.Tensor | None,
+        settings: LogitLoss,
+        rounded: bool,
+        wanted: tuple[bool, bool],
+    ) -> None:
+        device, self.settings, self.tokens = child_TD.device, settings, len(child_TD)
+        self.dtype = torch.float64 if child_TD.dtype == torch.float64 else torch.float32
+        self.product_dtype = torch.get_autocast_dtype(device.type) if rounded else self.dtype
+        self.size = max(1, min(len(child_TD), settings.chunk_elements // len(head_VD)))
+        self.child_TD, self.head_VD = (
+            child_TD.to(self.product_dtype),
+            head_VD.to(self.product_dtype),
+        )
+        if settings.kl_weight:
+            assert parent_TD is not None and parent_head_VD is not None
+            self.parent_TD, self.parent_head_VD = (
+                x.to(self.product_dtype) for x in (parent_TD, parent_head_VD)
+            )
+        shape = (4 if settings.kl_weight else 2, self.size, len(head_VD))
+        self.buffers = torch.empty(shape, dtype=self.dtype, device=device)
+        self.kl = torch.full(
+            (), 0.0 if settings.kl_weight else torch.nan, dtype=self.dtype, device=device
+        )
+        self.lm = torch.zeros((), dtype=self.dtype, device=device)
+        self.child_grad_TD = torch.empty_like(child_TD) if wanted[0] else None
+        self.head_grad_VD = torch.zeros_like(head_VD, dtype=self.dtype) if wanted[1] else None
+        self.head_dtype = head_VD.dtype
+
+    def take(self, rows: slice, targets_T: torch.Tensor) -> None:
+        """Add a chunk's losses and gradients."""
+        settings, t = self.settings, self.settings.temperature
+        targets_T1 = targets_T[rows, None]
+        z_TV, work_TV, *more = self.buffers[:, : len(targets_T1)]
+        self._logits(self.child_TD[rows], self.head_VD, z_TV)
+        grad_TV = None
+        if settings.kl_weight:
+            p_TV, q_TV = more
+            self._logits(self.parent_TD[rows], self.parent_head_VD, work_TV)
+            torch.log_softmax(work_TV.div_(t) if t != 1 else work_TV, -1, out=p_TV)
+            torch.log_softmax(torch.div(z_TV, t, out=work_TV) if t != 1 else z_TV, -1, out=q_TV)
+            torch.sub(p_TV, q_TV, out=work_TV)
+            self.kl += work_TV.mul_(p_TV.exp_()).sum() * t**2
+            grad_TV = q_TV.exp_().sub_(p_TV).mul_(settings.kl_weight * t)
+        torch.log_softmax(z_TV, -1, out=work_TV)
+        self.lm -= work_TV.gather(-1, targets_T1).sum()
+        if self.child_grad_TD is None and self.head_grad_VD is None:
+            return
+        if settings.lm_weight:
+            work_TV.exp_().scatter_add_(
+                -1, targets_T1, -torch.ones_like(targets_T1, dtype=self.dtype)
+            )
+            grad_TV = (
+                work_TV.mul_(settings.lm_weight)
+                if grad_TV is None
+                else grad_TV.add_(work_TV, alpha=settings.lm_weight)
+            )
+        assert grad_TV is not None
+        if settings.soft_cap:
+            grad_TV.mul_(z_TV.div_(settings.soft_cap).square_().neg_().add_(1))
+        self._spread(rows, grad_TV.div_(self.tokens))
+
+    def _logits(self, hidden_TD: torch.Tensor, head_VD: torch.Tensor, out_TV: torch.Tensor) -> None:
+        if self.product_dtype == self.dtype:
+            torch.mm(hidden_TD, head_VD.T, out=out_TV)
+        else:
+            out_TV.copy_(hidden_TD @ head_VD.T)
+        if self.settings.soft_cap:
+            out_TV.div_(self.settings.soft_cap).tanh_().mul_(self.settings.soft_cap)
+
+    def _spread(self, rows: slice, grad_TV: torch.Tensor) -> None:
+        """Gradients of the hidden states and of the head from dz. The head's is summed in float32,
+        in place.
+        """
+        hidden_TD, small_TV = self.child_TD[rows], grad_TV.to(self.product_dtype)
+        if self.child_grad_TD is not None:
+            self.child_grad_TD[rows] = small_TV @ self.head_VD
+        if self.head_grad_VD is None:
+            return
+        if self.product_dtype == self.dtype:
+            self.head_grad_VD.addmm_(grad_TV.T, hidden_TD)
+        elif (
+            grad_TV.device.type == "cpu"
+        ):  # inputs rounded, result not, and no second buffer of the head's size
+            with _rounded_inputs():
+                self.head_grad_VD.addmm_(grad_TV.T, hidden_TD.to(self.dtype))
+        else:
+            self.head_grad_VD += small_TV.T @ hidden_TD
+
+    def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        head = self.head_grad_VD
+        return self.child_grad_TD, None if head is None else head.to(self.head_dtype)
+
+
+def distillation_losses(
+    child_TD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    parent_TD: torch.Tensor | None,
+    parent_head_VD: torch.Tensor | None,
+    targets_T: torch.Tensor,
+    settings: LogitLoss,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weighted sum, KL, LM loss), means over tokens, from final hidden states (after the last
+    norm).
+
+    Only the weighted sum has a gradient, for the child's hidden states and head (where it is not
+    frozen). Without a KL weight the parent's side is not computed, may be None, and the KL is NaN.
+    Paper: section 4.3.
+    """
+    return _DistillationLoss.apply(
+        child_TD, child_head_VD, parent_TD, parent_head_VD, targets_T, settings
+    )
+
+
+def tokens_per_chunk(vocabulary: int) -> int:
+    """How many tokens' logits may exist at once."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
+
+
+METRICS = ("kl", "lm_loss", "top1", "top5", "top10", "cosine")
+ACCURACIES = ("top1", "top5", "top10", "task")  # more is better
+
+
+@torch.no_grad()
+def token_metrics(
+    parent_TD: torch.Tensor,
+    parent_head_VD: torch.Tensor,
+    child_CTD: torch.Tensor,
+    child_head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    chunk_tokens: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once
+    per chunk.
+
+    KL in nats per token; LM loss is the cross entropy of the next token; top1, top5 and top10 are 0
+    or 1; cosine is 1 - cos of the final hidden states. At most `CHUNK_ELEMENTS` logits exist at a
+    time, in four copies.
+    """
+    chunks, chunk_tokens = [], chunk_tokens or tokens_per_chunk(len(parent_head_VD))
+    for first in range(0, len(parent_TD), chunk_tokens):
+        rows = slice(first, first + chunk_tokens)
+        parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
+        p_TV = parent_TV.exp()
+        children = (_logits(child_TD[rows], child_head_VD, soft_cap) for child_TD in child_CTD)
+        chunks.append(
+            torch.stack(
+                [_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]
+            )
+        )
+    cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
+    return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
+
+
+def _metrics(
+    parent_TV: torch.Tensor, p_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor
+) -> torch.Tensor:
+    """[5, T] of one candidate, all but the cosine; the parent's log-probabilities and probabilities
+    are given.
+    """
+    normaliser_T = logits_TV.logsumexp(-1)
+    own_T1 = logits_TV.gather(-1, targets_T[:, None])
+    rank_T = (logits_TV > own_T1).sum(-1, dtype=torch.int32)
+    kl_T = (p_TV * (parent_TV - logits_TV)).sum(
+        -1
+    ) + normaliser_T  # a dot product would run in bfloat16 under autocast
+    ranks = [(rank_T < first).float() for first in (1, 5, 10)]
+    return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
+
+
+def _logits(
+    hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None
+) -> torch.Tensor:
+    """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank. Autocast
+    only rounds what goes into the product, where the device can (half the time on a CPU with
+    bfloat16 instructions)."""
+    device = hidden_TD.device.type
+    rounded = _rounded_inputs() if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with rounded, torch.autocast(device, enabled=False):
+        logits_TV = hidden_TD.float() @ head_VD.float().T
+    return logits_TV if soft_cap is None else logits_TV.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+@contextlib.contextmanager
+def _rounded_inputs() -> Iterator[None]:
+    """Float32 products may round their inputs where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
