@@ -3,6 +3,7 @@ offline.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from puzzle.model import parent
 from puzzle.progress import Progress
 from puzzle.run import Run
 
-TEXT = "def add(left, right):\n    return left + right\n\nfor number in range(10):\n    print(add(number, number))\n"
+DEVICE_SHEET = Path(__file__).parent / "device.yaml"
+TEXT = (
+    "def add(left, right):\n    return left + right\n\n"
+    "for number in range(10):\n    print(add(number, number))\n"
+)
+NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
@@ -110,7 +116,7 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
         "score": {"sequences": 8, "shard_sequences": 4, "tokens_per_pass": 512},
         "cost": {
             "engine": "roofline",
-            "device_sheet": str(Path(__file__).parent / "device.yaml"),
+            "device_sheet": str(DEVICE_SHEET),
             "scenario": {"batch_size": 8, "input_length": 16, "output_length": 16},
         },
         "search": {"throughput": "1.3x"},

@@ -8,7 +8,7 @@ from puzzle import cli
 from puzzle.errors import Infeasible, UserError
 from puzzle.search import published as table
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "llama-3.3-70b-block-library.json"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "llama-3.3-70b-block-library.json"
 
 
 def write(folder, text):

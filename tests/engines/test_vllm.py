@@ -11,8 +11,8 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from test_child import MIXED, write_child
-from test_engines import NEEDS_VLLM
+from children import MIXED, write_child
+from conftest import NEEDS_VLLM
 
 from puzzle.model import child, parent
 

@@ -4,47 +4,18 @@ import sys
 
 import pytest
 import torch
+from children import MIXED, generate, write_child
 from torch.nn.functional import log_softmax
 
 from puzzle.model import child
-from puzzle.model import variants as subblocks
 from puzzle.model.architecture import Architecture
 
 CPU = torch.device("cpu")
-MIXED = {
-    "reduced": ["gqa_1+gated_96", "no_op+gated_32", "gqa_2+no_op", "gqa_2+gated_64"],
-    "no-op in layer 0": ["no_op+gated_32", "gqa_1+no_op", "no_op+no_op", "gqa_2+gated_96"],
-    "linear": ["linear+gated_96", "gqa_2+linear", "linear+linear", "gqa_1+no_op"],
-    "no attention at all": ["no_op+gated_96", "linear+linear", "no_op+gated_32", "no_op+no_op"],
-}
-
-
-def write_child(tiny, folder, names):
-    architecture = Architecture.from_names(names)
-    weights = tiny.weights()
-    state = {name: weights[name] for name in weights if not name.startswith("model.layers.")}
-    contribution = torch.arange(tiny.shape.intermediate_size, dtype=torch.float32)
-    for index, block in enumerate(architecture):
-        prefix = f"model.layers.{index}."
-        own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
-        for variant in (block.attention, block.ffn):
-            made = subblocks.initial_state(
-                own, variant, tiny.shape, subblocks.Calibration(contribution)
-            )
-            state |= {prefix + name: tensor for name, tensor in made.items()}
-    child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
-    return folder
 
 
 @pytest.fixture(params=MIXED.values(), ids=MIXED.keys())
 def mixed(request, tiny, tmp_path):
     return write_child(tiny, tmp_path / "child", request.param)
-
-
-def generate(model, prompt, use_cache):
-    return model.generate(
-        prompt, max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1
-    )
 
 
 def test_generation_with_a_cache_equals_generation_without(mixed):

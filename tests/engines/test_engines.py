@@ -1,11 +1,10 @@
 """One conformance suite for every engine."""
 
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-from conftest import make_parent
-from test_child import MIXED, write_child
+from children import MIXED, write_child
+from conftest import DEVICE_SHEET, NEEDS_VLLM, make_parent
 
 from puzzle import engines
 from puzzle.config import CostConfig, ScenarioConfig
@@ -13,10 +12,7 @@ from puzzle.errors import UserError
 from puzzle.model import parent
 
 SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=8)
-SHEET = str(Path(__file__).parent / "device.yaml")
-NEEDS_VLLM = pytest.mark.skipif(
-    import_module(engines.ENGINES["vllm"]).available() is not None, reason="vllm is not installed"
-)
+SHEET = str(DEVICE_SHEET)
 ENGINES = [
     "roofline",
     pytest.param("torch", marks=pytest.mark.training),

@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from test_child import generate, write_child
+from children import generate, write_child
 from transformers import AutoModelForCausalLM
 
 from puzzle.errors import UserError
@@ -153,7 +153,7 @@ def test_an_unsupported_family_is_refused_in_one_line_that_helps(model_type, tmp
 
 
 def test_the_worked_example_of_the_docs_works(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     module = types.ModuleType("puzzle.model.families.seed_oss")
     exec(code, module.__dict__)

@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from children import write_child
 from conftest import CHAT_TEMPLATE, TEXT, make_parent
 from safetensors.torch import load_file, save_file
-from test_child import write_child
 from tokenizers import (
     AddedToken,
     Regex,

@@ -9,37 +9,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import make_parent
-from test_child import write_child
-from test_engines import NEEDS_VLLM
+from children import run_with_child
+from conftest import NEEDS_VLLM
 
-from puzzle import artifacts
 from puzzle.engines import vllm_engine
 from puzzle.errors import UserError
 from puzzle.export.stage import source
-from puzzle.model import child, parent
-from puzzle.progress import Progress
-from puzzle.run import Run
+from puzzle.model import child
 
 LINEAR = ["gqa_1+gated_96", "no_op+linear", "linear+gated_32", "gqa_2+no_op"]
-
-
-def run_with_child(folder: Path, blocks: list[str]) -> Run:
-    """A run directory whose child is as `assemble` leaves it."""
-    made = make_parent(folder / "parent", hidden_size=128, num_attention_heads=4, head_dim=32)
-    (folder / "run").mkdir()
-    recipe = {"parent": str(made), "cost": {"scenario": {"dtype": "float32"}}}
-    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(recipe))
-    target = folder / "run" / "child"
-    artifacts.begin(target, {})
-    write_child(parent.describe(str(made)), target, blocks)
-    artifacts.write_manifest(target, {}, {})
-    return Run.open(folder / "run", Progress(quiet=True))
 
 
 def free_port() -> int:

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_child import MIXED, write_child
-from test_serve import run_with_child
+from children import MIXED, run_with_child, write_child
 from transformers import LlamaConfig
 
 from puzzle import artifacts, cli

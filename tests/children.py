@@ -1,0 +1,57 @@
+"""Children made by hand from a parent's own weights, for tests of everything that reads a child."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from conftest import make_parent
+
+from puzzle import artifacts
+from puzzle.model import child, parent
+from puzzle.model import variants as subblocks
+from puzzle.model.architecture import Architecture
+from puzzle.progress import Progress
+from puzzle.run import Run
+
+MIXED = {
+    "reduced": ["gqa_1+gated_96", "no_op+gated_32", "gqa_2+no_op", "gqa_2+gated_64"],
+    "no-op in layer 0": ["no_op+gated_32", "gqa_1+no_op", "no_op+no_op", "gqa_2+gated_96"],
+    "linear": ["linear+gated_96", "gqa_2+linear", "linear+linear", "gqa_1+no_op"],
+    "no attention at all": ["no_op+gated_96", "linear+linear", "no_op+gated_32", "no_op+no_op"],
+}
+
+
+def write_child(tiny, folder, names):
+    architecture = Architecture.from_names(names)
+    weights = tiny.weights()
+    state = {name: weights[name] for name in weights if not name.startswith("model.layers.")}
+    contribution = torch.arange(tiny.shape.intermediate_size, dtype=torch.float32)
+    for index, block in enumerate(architecture):
+        prefix = f"model.layers.{index}."
+        own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
+        for variant in (block.attention, block.ffn):
+            made = subblocks.initial_state(
+                own, variant, tiny.shape, subblocks.Calibration(contribution)
+            )
+            state |= {prefix + name: tensor for name, tensor in made.items()}
+    child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
+    return folder
+
+
+def generate(model, prompt, use_cache):
+    return model.generate(
+        prompt, max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1
+    )
+
+
+def run_with_child(folder: Path, blocks: list[str]) -> Run:
+    """A run directory whose child is as `assemble` leaves it."""
+    made = make_parent(folder / "parent", hidden_size=128, num_attention_heads=4, head_dim=32)
+    (folder / "run").mkdir()
+    recipe = {"parent": str(made), "cost": {"scenario": {"dtype": "float32"}}}
+    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(recipe))
+    target = folder / "run" / "child"
+    artifacts.begin(target, {})
+    write_child(parent.describe(str(made)), target, blocks)
+    artifacts.write_manifest(target, {}, {})
+    return Run.open(folder / "run", Progress(quiet=True))
