@@ -28,8 +28,8 @@ from puzzle import config, pipeline
 from puzzle.engines import machine
 from puzzle.library import stage as library
 from puzzle.library.bld import Lesson, Trainee
-from puzzle.model import parent
 from puzzle.model.architecture import Attention
+from puzzle.model.layers import ParentLayers
 from puzzle.plan import matmul_flops_per_s
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -110,7 +110,7 @@ def obvious_step(run: Run, trainee: Trainee, tokens_BS: torch.Tensor) -> None:
 def speed(folder: Path, rounds: int, chunk: int) -> dict[str, float]:
     run = open_run(folder, tokens=1 << 30, chunk_steps=chunk)
     settings = run.recipe.library
-    trainees, layers = library.enrol(run), parent.ParentLayers(run.parent_model)
+    trainees, layers = library.enrol(run), ParentLayers(run.parent_model)
     library.initialise(run, folder / "library", layers, trainees, keep=True)
     batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
     sampled = [t for t in trainees if t.layer in LAYERS]

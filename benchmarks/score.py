@@ -87,8 +87,8 @@ class SwappedModels:
     def kl(self, layer: int, block: Any) -> float:
         own = self.parent.model.layers[layer]
         state = read_block(self.run, layer, block, own.state_dict())
-        self.parent.model.layers[layer] = subblocks.load(
-            self.run.parent, layer, block, self.run.attention, state, self.run.device
+        self.parent.model.layers[layer] = subblocks.frozen_module(
+            self.run.parent, layer, block, self.run.attention, state
         )
         total, tokens, head = 0.0, 0, self.parent.lm_head.weight
         with self.run.autocast():

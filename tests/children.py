@@ -7,8 +7,8 @@ import yaml
 from conftest import make_parent
 
 from puzzle import artifacts
+from puzzle.library import initialization
 from puzzle.model import child, parent
-from puzzle.model import variants as subblocks
 from puzzle.model.architecture import Architecture
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -30,8 +30,8 @@ def write_child(tiny, folder, names):
         prefix = f"model.layers.{index}."
         own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
         for variant in (block.attention, block.ffn):
-            made = subblocks.initial_state(
-                own, variant, tiny.shape, subblocks.Calibration(contribution)
+            made = initialization.initial_state(
+                own, variant, tiny.shape, initialization.Calibration(contribution)
             )
             state |= {prefix + name: tensor for name, tensor in made.items()}
     child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from puzzle import artifacts, config, pipeline
 from puzzle.cost import stage as cost
 from puzzle.engines import machine
-from puzzle.model import variants as subblocks
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -42,7 +41,7 @@ def write_costs(run: Run, path: Path) -> None:
     records = [cost.header(run)]
     for variant in cost.distinct_variants(run):
         parameters = run.parent.shape.parameters(variant)
-        slot = subblocks.slot(variant)
+        slot = variant.slot
         seconds = parameters * (1.5e-9 if slot == "attention" else 1e-9)
         figures = cost.Cost(
             seconds,

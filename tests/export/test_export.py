@@ -11,7 +11,7 @@ from puzzle import artifacts, cli
 from puzzle.errors import UserError
 from puzzle.export import nemotron_nas
 from puzzle.export import stage as export
-from puzzle.model import child
+from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture
 
 TOKENS = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -141,4 +141,7 @@ def test_transformers_own_per_layer_config_carries_plain_architectures(tiny, tmp
         (write_child(tiny, tmp_path / "mixed", MIXED["reduced"]) / "config.json").read_text()
     )
     assert "per_layer_config" not in mixed
-    assert Architecture.from_names(plain).per_layer_config(2, 96) == settings["per_layer_config"]
+    assert (
+        block_configs.per_layer_config(Architecture.from_names(plain), 2, 96)
+        == settings["per_layer_config"]
+    )

@@ -6,9 +6,9 @@ import torch
 from puzzle import artifacts, config, pipeline, plan
 from puzzle.library import bld
 from puzzle.library import stage as library
-from puzzle.model import parent
 from puzzle.model import variants as subblocks
 from puzzle.model.architecture import FFN, Attention, Block
+from puzzle.model.layers import ParentLayers
 from puzzle.run import Run
 from puzzle.training.losses import normalized_mse
 
@@ -28,7 +28,7 @@ def with_library(run, folder, **settings):
 
 def trainees_of(run):
     """Initialised trainees and the parent's layers, in memory."""
-    trainees, layers = library.enrol(run), parent.ParentLayers(run.parent_model)
+    trainees, layers = library.enrol(run), ParentLayers(run.parent_model)
     library.initialise(run, run.folder / "library", layers, trainees, keep=True)
     return trainees, layers
 

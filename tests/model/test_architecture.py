@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
+from puzzle.model import block_configs
 from puzzle.model import variants as subblocks
 from puzzle.model.architecture import (
     FFN,
@@ -30,8 +31,8 @@ architectures = st.lists(st.builds(Block, attentions, ffns), min_size=1, max_siz
 @given(architectures)
 def test_names_and_block_configs_keep_every_architecture(architecture):
     assert Architecture.from_names(architecture.names) == architecture
-    configs = architecture.block_configs(HEADS)
-    assert Architecture.from_block_configs(configs, HEADS) == architecture
+    configs = block_configs.write(architecture, HEADS)
+    assert block_configs.read(configs, HEADS) == architecture
 
 
 @pytest.mark.parametrize("name", ["", "gqa", "gqa_0", "gqa_-1", "gqa_x", "gated_4", "no-op"])
@@ -65,7 +66,7 @@ def test_a_block_needs_both_halves():
     ],
 )
 def test_counted_parameters_are_those_of_the_real_module(tiny, variant):
-    module = subblocks.module(tiny, 0, variant, "sdpa")
+    module = subblocks.block_module(tiny, 0, variant.alone, "sdpa")
     assert tiny.shape.parameters(variant) == sum(p.numel() for p in module.parameters())
 
 

@@ -12,7 +12,7 @@ from children import generate, write_child
 from transformers import AutoModelForCausalLM
 
 from puzzle.errors import UserError
-from puzzle.model import child, parent
+from puzzle.model import child, layers, parent
 from puzzle.model import variants as subblocks
 from puzzle.model.architecture import FFN, Architecture, Attention
 from puzzle.model.families import FAMILIES
@@ -123,14 +123,14 @@ def test_counted_parameters_are_those_of_the_real_modules(row, tmp_path):
         FFN("linear"),
         FFN("no_op"),
     ):
-        module = subblocks.module(described, 1, variant, "eager")
+        module = subblocks.block_module(described, 1, variant.alone, "eager")
         assert shape.parameters(variant) == sum(p.numel() for p in module.parameters())
 
 
 def test_the_parent_layer_by_layer_is_the_parent(row, tmp_path):
     described = parent.describe(str(families.make(row, tmp_path)))
     model = described.load(torch.float32, CPU, "eager")
-    streamed = parent.StreamedLayers(described, torch.float32, CPU, "eager")
+    streamed = layers.StreamedLayers(described, torch.float32, CPU, "eager")
     with torch.no_grad():
         hidden, context = streamed.embed(tokens())
         for index in range(described.shape.num_hidden_layers):

@@ -41,7 +41,6 @@ from puzzle.config import ScenarioConfig
 from puzzle.engines import Session, Timing
 from puzzle.errors import UserError
 from puzzle.model import child
-from puzzle.model import variants as subblocks
 from puzzle.model.architecture import FFN, Architecture, Attention, Block, ModelShape, Subblock
 from puzzle.run import Run
 
@@ -147,7 +146,7 @@ def inputs(run: Run) -> dict[str, Any]:
     settings = run.recipe.cost
     path = given_table(run)
     table = artifacts.file_fingerprint(path) if path and path.exists() else ""
-    names = [[subblocks.slot(v), v.name] for v in distinct_variants(run)]
+    names = [[v.slot, v.name] for v in distinct_variants(run)]
     effort = {"precision": settings.precision, "seconds": settings.seconds}
     return header(run) | effort | {"variants": names, "table": table}
 
@@ -196,7 +195,7 @@ def reuse(run: Run, path: Path) -> list[dict[str, Any]]:
         (record.get("scenario"), record.get("slot"), record.get("variant"))
         for record in records[1:]
     }
-    needed = [(subblocks.slot(variant), variant.name) for variant in distinct_variants(run)] + [
+    needed = [(variant.slot, variant.name) for variant in distinct_variants(run)] + [
         (CONSTANT, CONSTANT)
     ]
     for scenario, (slot, name) in itertools.product(run.recipe.cost.measured, needed):
@@ -531,7 +530,7 @@ def _records(
             parameter_bytes=parameters * element,
             kv_cache_bytes=cache_bytes([page], scenario),
         )
-        record = {"slot": subblocks.slot(variant), "variant": variant.name, **asdict(cost)}
+        record = {"slot": variant.slot, "variant": variant.name, **asdict(cost)}
         records.append(record | {"stderr_s": float(error[index]) if index is not None else 0.0})
     parameters = probe.shape.constant_parameters
     constant = Cost(float(prefill[-1]), float(decode[-1]), parameters, parameters * element)
@@ -661,7 +660,7 @@ def read(run: Run, scenario: str = "main") -> CostTable:
             )
     for record in records:
         variants[record["slot"], record["variant"]] = Cost(*(record[name] for name in fields))
-    needed = [(subblocks.slot(v), v.name) for v in distinct_variants(run)] + [(CONSTANT, CONSTANT)]
+    needed = [(v.slot, v.name) for v in distinct_variants(run)] + [(CONSTANT, CONSTANT)]
     for slot, name in needed:
         if (slot, name) not in variants:
             raise UserError(

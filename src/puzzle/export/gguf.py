@@ -34,10 +34,10 @@ import torch
 from puzzle import artifacts
 from puzzle.errors import UserError
 from puzzle.export import gguf_vocabulary
-from puzzle.model import child
+from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture, Block
 from puzzle.model.modeling_puzzle import PuzzleConfig
-from puzzle.model.parent import Weights
+from puzzle.model.weights import Weights
 
 NAME = "gguf"
 ARCHITECTURE = "deci"
@@ -197,7 +197,7 @@ def _describe(source: Path) -> tuple[PuzzleConfig, Architecture]:
         raise UserError(
             f"export gguf: {source}: its config has no block_configs; expected the folder of a child"
         )
-    return config, Architecture.from_block_configs(config.block_configs, config.num_attention_heads)
+    return config, block_configs.read(config.block_configs, config.num_attention_heads)
 
 
 def _notes(architecture: Architecture, entries: list[Entry], dtype: str) -> list[str]:

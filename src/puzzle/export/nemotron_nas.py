@@ -18,7 +18,7 @@ from puzzle.errors import UserError
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig
-from puzzle.model.parent import Weights
+from puzzle.model.weights import Weights
 
 NAME = "nemotron-nas"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

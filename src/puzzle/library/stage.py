@@ -28,11 +28,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puzzle import artifacts, plan
+from puzzle.library import initialization
 from puzzle.library.bld import Lesson, Trainee, mean
 from puzzle.model import variants as subblocks
 from puzzle.model.architecture import FFN, Attention, Block, Subblock
+from puzzle.model.layers import ParentLayers, StreamedLayers
 from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
-from puzzle.model.parent import ParentLayers, StreamedLayers
 from puzzle.run import Run, return_freed_memory
 from puzzle.training import checkpoint
 
@@ -121,7 +122,7 @@ def initialise(
     wanted = [
         (i, v) for i, o in enumerate(run.space.layers) for v in o.subblocks if v.kind == "no_op"
     ]
-    if missing or any((i, subblocks.slot(v)) not in no_ops for i, v in wanted):
+    if missing or any((i, v.slot) not in no_ops for i, v in wanted):
         settings = run.recipe.library
         tokens_NS = run.corpus["train"].batch(0, settings.calibration_sequences)
         calibration, context = _embed(run, parent, list(tokens_NS.split(settings.batch_sequences)))
@@ -129,11 +130,7 @@ def initialise(
         with run.progress.task("initialising the library", len(run.space.layers), "layers") as task:
             for layer in range(len(run.space.layers)):
                 own = [t for t in missing if t.layer == layer]
-                slots = [
-                    subblocks.slot(v)
-                    for i, v in wanted
-                    if i == layer and (i, subblocks.slot(v)) not in no_ops
-                ]
+                slots = [v.slot for i, v in wanted if i == layer and (i, v.slot) not in no_ops]
                 with parent.layer(layer) as module:
                     _initialise_layer(
                         run,
@@ -169,7 +166,7 @@ def _initialise_layer(
 ) -> None:
     with run.autocast():
         least_squares = run.recipe.library.initialization == "least_squares"
-        found = subblocks.calibrate(module, _moved(run, calibration), context, least_squares)
+        found = initialization.calibrate(module, _moved(run, calibration), context, least_squares)
     for trainee in trainees:
         first = _first_state(run, trainee, module.state_dict(), found)
         _initialise_one(run, folder, trainee, first, module, validation, context, keep)
@@ -207,7 +204,7 @@ def _first_state(
     run: Run,
     trainee: Trainee,
     layer_state: Mapping[str, torch.Tensor],
-    found: subblocks.Calibration,
+    found: initialization.Calibration,
 ) -> Mapping[str, torch.Tensor]:
     """Training-free weights of a subblock; a pair starts from the first run's library."""
     if trainee.attention and trainee.ffn:
@@ -219,7 +216,7 @@ def _first_state(
         }
     variant = trainee.attention or trainee.ffn
     assert variant is not None
-    return subblocks.initial_state(layer_state, variant, run.parent.shape, found)
+    return initialization.initial_state(layer_state, variant, run.parent.shape, found)
 
 
 def _note_no_op(

@@ -1,43 +1,81 @@
-"""Variants, blocks, architectures and the shape of a parent: the nouns of the project, without
-torch.
+"""Variants, blocks, architectures and the shape of a parent: the nouns of the project, without torch.
 
 A subblock variant has a short name that is used in files, tables and the command line: `gqa_2`
 (attention with 2 KV heads), `gated_384` (FFN of intermediate size 384), `linear`, `no_op`. A block
-is `gqa_2+gated_384`. The checkpoint's `block_configs` (the convention of the nemotron-nas model
-type) is written and read here. Paper: section 2.
+is `gqa_2+gated_384`. Everything that follows from a variant alone (which half of a block it is, its
+name, the block that holds nothing else) is said here once. The checkpoint's `block_configs` (the
+convention of the nemotron-nas model type) is written and read in `block_configs.py`.
+Paper: section 2.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from puzzle.errors import UserError
 
+Slot = Literal["attention", "ffn"]
 KINDS_WITHOUT_SIZE = ("linear", "no_op")
 
 
 @dataclass(frozen=True, order=True)
 class Attention:
-    """`kind` is gqa, linear or no_op; `kv_heads` counts for gqa only."""
+    """An attention variant: `kind` is gqa, linear or no_op; `kv_heads` counts for gqa only."""
 
     kind: str
     kv_heads: int = 0
 
     @property
     def name(self) -> str:
+        """`gqa_2`, `linear` or `no_op`."""
         return f"gqa_{self.kv_heads}" if self.kind == "gqa" else self.kind
+
+    @property
+    def slot(self) -> Slot:
+        """The half of a block this variant takes."""
+        return "attention"
+
+    @property
+    def size(self) -> int:
+        """KV heads; 0 for variants without a size."""
+        return self.kv_heads
+
+    @property
+    def alone(self) -> "Block":
+        """The block that holds this variant and nothing else: its other half is a no-op."""
+        return Block(self, NO_FFN)
 
 
 @dataclass(frozen=True, order=True)
 class FFN:
-    """`kind` is gated, linear or no_op; `intermediate_size` counts for gated only."""
+    """An FFN variant: `kind` is gated, linear or no_op; `intermediate_size` counts for gated only."""
 
     kind: str
     intermediate_size: int = 0
 
     @property
     def name(self) -> str:
+        """`gated_384`, `linear` or `no_op`."""
         return f"gated_{self.intermediate_size}" if self.kind == "gated" else self.kind
+
+    @property
+    def slot(self) -> Slot:
+        """The half of a block this variant takes."""
+        return "ffn"
+
+    @property
+    def size(self) -> int:
+        """Intermediate size; 0 for variants without a size."""
+        return self.intermediate_size
+
+    @property
+    def alone(self) -> "Block":
+        """The block that holds this variant and nothing else: its other half is a no-op."""
+        return Block(NO_ATTENTION, self)
+
+
+Subblock = Attention | FFN
+NO_ATTENTION, NO_FFN = Attention("no_op"), FFN("no_op")
 
 
 @dataclass(frozen=True, order=True)
@@ -49,33 +87,60 @@ class Block:
 
     @property
     def name(self) -> str:
+        """`gqa_2+gated_384`."""
         return f"{self.attention.name}+{self.ffn.name}"
 
+    @property
+    def slot(self) -> Literal["block"]:
+        """Stands beside a subblock's slot in the names of library files."""
+        return "block"
 
-Subblock = Attention | FFN
+    @property
+    def subblocks(self) -> tuple[Attention, FFN]:
+        """Both halves, in the order in which a layer applies them."""
+        return self.attention, self.ffn
+
+    @property
+    def is_no_op(self) -> bool:
+        """Whether the layer does nothing at all."""
+        return self == Block(NO_ATTENTION, NO_FFN)
+
+
+def file_stem(layer: int, variant: Subblock | Block) -> str:
+    """The name, without suffix, of a variant's files in the library: `007.attention.gqa_2`."""
+    return f"{layer:03d}.{variant.slot}.{variant.name}"
+
+
+def _parse(name: str, sized_kind: str) -> tuple[str, int] | None:
+    """(kind, size) of a variant's name, or None where it is no such name."""
+    if name in KINDS_WITHOUT_SIZE:
+        return name, 0
+    kind, _, size = name.partition("_")
+    if kind == sized_kind and size.isdecimal() and size.isascii() and int(size) > 0:
+        return kind, int(size)
+    return None
 
 
 def parse_attention(name: str) -> Attention:
-    """`gqa_2`, `linear`, `no_op`; anything else is a `UserError`."""
-    kind, _, size = name.partition("_") if name not in KINDS_WITHOUT_SIZE else (name, "", "")
-    if kind == "gqa" and size.isdigit() and int(size) > 0:
-        return Attention("gqa", int(size))
-    if name in KINDS_WITHOUT_SIZE:
-        return Attention(name)
-    raise UserError(f"attention variant {name!r}: expected gqa_<kv heads>, linear or no_op")
+    """Read `gqa_2`, `linear` or `no_op`. Raises `UserError` for anything else."""
+    parsed = _parse(name, "gqa")
+    if parsed is None:
+        raise UserError(f"attention variant {name!r}: expected gqa_<kv heads>, linear or no_op")
+    return Attention(*parsed)
 
 
 def parse_ffn(name: str) -> FFN:
-    """`gated_384`, `linear`, `no_op`; anything else is a `UserError`."""
-    kind, _, size = name.partition("_") if name not in KINDS_WITHOUT_SIZE else (name, "", "")
-    if kind == "gated" and size.isdigit() and int(size) > 0:
-        return FFN("gated", int(size))
-    if name in KINDS_WITHOUT_SIZE:
-        return FFN(name)
-    raise UserError(f"FFN variant {name!r}: expected gated_<intermediate size>, linear or no_op")
+    """Read `gated_384`, `linear` or `no_op`. Raises `UserError` for anything else."""
+    parsed = _parse(name, "gated")
+    if parsed is None:
+        raise UserError(
+            f"FFN variant {name!r}: expected gated_<intermediate size>, linear or no_op"
+        )
+    return FFN(*parsed)
 
 
 def parse_block(name: str) -> Block:
+    """Read `gqa_2+gated_384`. Raises `UserError` for anything else."""
     attention, plus, ffn = name.partition("+")
     if not plus:
         raise UserError(f"block {name!r}: expected <attention>+<ffn>, for example gqa_2+gated_384")
@@ -96,31 +161,34 @@ class ModelShape:
     tie_word_embeddings: bool
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: str | None = None  # over each head, or over the projection
+    qk_norm: Literal["head", "projection"] | None = None  # over each head, or over the projection
     norms: int = 1  # of a subblock
-    windows: tuple[int | None, ...] = ()  # sliding-window length by layer; none where this is empty
-    stock: bool = (
-        True  # whether engines serve children of this family without our plugin, blocks aside
-    )
+    windows: tuple[int | None, ...] = ()  # sliding window by layer, in tokens; empty: none anywhere
+    stock: bool = True  # whether engines serve children of this family without our plugin
 
     @property
     def parent_block(self) -> Block:
+        """The block that every layer of the parent has."""
         return Block(
             Attention("gqa", self.num_key_value_heads), FFN("gated", self.intermediate_size)
         )
 
-    def parameters(self, variant: Subblock) -> int:
-        """Parameters of a subblock with its norms; a no-op has neither."""
+    def is_parents(self, variant: Subblock) -> bool:
+        """Whether a subblock is the parent's own."""
+        return variant in self.parent_block.subblocks
+
+    def parameters(self, variant: Subblock | Block) -> int:
+        """Parameters of a subblock with its norms, or of both of a block; a no-op has none."""
         D, query = self.hidden_size, self.num_attention_heads * self.head_dim
         norms = self.norms * D
         match variant:
+            case Block():
+                return sum(self.parameters(half) for half in variant.subblocks)
             case Attention(kind="gqa", kv_heads=heads):
                 key = heads * self.head_dim
                 biases = (query + 2 * key) * self.qkv_bias + D * self.output_bias
-                qk_norms = {None: 0, "head": 2 * self.head_dim, "projection": query + key}[
-                    self.qk_norm
-                ]
-                return 2 * D * query + 2 * D * key + biases + qk_norms + norms
+                by_kind = {None: 0, "head": 2 * self.head_dim, "projection": query + key}
+                return 2 * D * query + 2 * D * key + biases + by_kind[self.qk_norm] + norms
             case FFN(kind="gated", intermediate_size=size):
                 return 3 * D * size + norms
             case _:
@@ -132,10 +200,11 @@ class ModelShape:
         tables = 1 if self.tie_word_embeddings else 2
         return tables * self.vocab_size * self.hidden_size + self.hidden_size
 
-    def kv_elements_per_token(self, variant: Subblock) -> int:
-        """Keys and values that one token leaves in the cache of this subblock."""
-        if isinstance(variant, Attention) and variant.kind == "gqa":
-            return 2 * variant.kv_heads * self.head_dim
+    def kv_elements_per_token(self, variant: Subblock | Block) -> int:
+        """Keys and values that one token leaves in the cache of this subblock or block."""
+        attention = variant.attention if isinstance(variant, Block) else variant
+        if isinstance(attention, Attention) and attention.kind == "gqa":
+            return 2 * attention.kv_heads * self.head_dim
         return 0
 
 
@@ -153,96 +222,23 @@ class Architecture:
 
     @classmethod
     def of_parent(cls, shape: ModelShape) -> "Architecture":
+        """The parent's own block in every layer."""
         return cls((shape.parent_block,) * shape.num_hidden_layers)
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> "Architecture":
+        """From block names such as `gqa_2+gated_384`. Raises `UserError` for one that is none."""
         return cls(tuple(parse_block(name) for name in names))
 
     @property
     def names(self) -> list[str]:
+        """The blocks' names, in the order of the layers."""
         return [block.name for block in self.blocks]
 
     def parameters(self, shape: ModelShape) -> int:
-        subblocks = sum(
-            shape.parameters(b.attention) + shape.parameters(b.ffn) for b in self.blocks
-        )
-        return shape.constant_parameters + subblocks
+        """Parameters of the whole model, embedding and head included."""
+        return shape.constant_parameters + sum(shape.parameters(block) for block in self.blocks)
 
     def kv_elements_per_token(self, shape: ModelShape) -> int:
-        return sum(shape.kv_elements_per_token(block.attention) for block in self.blocks)
-
-    def block_configs(
-        self, num_attention_heads: int, windows: Sequence[int | None] = ()
-    ) -> list[dict[str, Any]]:
-        """The checkpoint's `block_configs`, one entry per layer. `windows`: sliding-window length
-        by layer.
-        """
-        windows = windows or [None] * len(self.blocks)
-        return [
-            {
-                "attention": {
-                    "no_op": block.attention.kind == "no_op",
-                    "replace_with_linear": block.attention.kind == "linear",
-                    "n_heads_in_group": {
-                        "gqa": num_attention_heads // max(1, block.attention.kv_heads),
-                        # Without meaning, but vLLM reads it of the first block that is no no-op
-                        "linear": 1,
-                    }.get(block.attention.kind),
-                }
-                | (
-                    {"window_length": window}
-                    if window is not None and block.attention.kind == "gqa"
-                    else {}
-                ),
-                "ffn": {
-                    "no_op": block.ffn.kind == "no_op",
-                    "replace_with_linear": block.ffn.kind == "linear",
-                    "intermediate_size": block.ffn.intermediate_size
-                    if block.ffn.kind == "gated"
-                    else None,
-                },
-            }
-            for block, window in zip(self.blocks, windows, strict=True)
-        ]
-
-    def per_layer_config(
-        self, kv_heads: int, intermediate_size: int
-    ) -> dict[str, dict[str, int]] | None:
-        """transformers' own convention: what differs from the parent's sizes, by layer. It knows
-        sizes only, hence None for an architecture with a no-op or a linear replacement."""
-        if any(b.attention.kind != "gqa" or b.ffn.kind != "gated" for b in self.blocks):
-            return None
-        sizes = {"num_key_value_heads": kv_heads, "intermediate_size": intermediate_size}
-        layers = [
-            {
-                "num_key_value_heads": b.attention.kv_heads,
-                "intermediate_size": b.ffn.intermediate_size,
-            }
-            for b in self.blocks
-        ]
-        different = [
-            {key: size for key, size in layer.items() if size != sizes[key]} for layer in layers
-        ]
-        return {str(index): layer for index, layer in enumerate(different) if layer}
-
-    @classmethod
-    def from_block_configs(
-        cls, configs: Sequence[dict[str, Any]], num_attention_heads: int
-    ) -> "Architecture":
-        blocks = []
-        for config in configs:
-            attention, ffn = config["attention"], config["ffn"]
-            kinds = [
-                "no_op" if part["no_op"] else "linear" if part["replace_with_linear"] else ""
-                for part in (attention, ffn)
-            ]
-            blocks.append(
-                Block(
-                    Attention(kinds[0])
-                    if kinds[0]
-                    else Attention("gqa", num_attention_heads // attention["n_heads_in_group"]),
-                    FFN(kinds[1]) if kinds[1] else FFN("gated", ffn["intermediate_size"]),
-                )
-            )
-        return cls(tuple(blocks))
+        """Keys and values that one token leaves in the cache of all layers."""
+        return sum(shape.kv_elements_per_token(block) for block in self.blocks)

@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from puzzle import artifacts
+from puzzle.model import block_configs
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 
@@ -134,7 +135,7 @@ def save(
     }
     settings.pop("_attn_implementation", None)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
-    native = architecture.per_layer_config(kv_heads, config.intermediate_size)
+    native = block_configs.per_layer_config(architecture, kv_heads, config.intermediate_size)
     if native is not None:
         settings["per_layer_config"] = native
     artifacts.write_json(folder / "config.json", settings)

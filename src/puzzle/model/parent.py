@@ -5,70 +5,41 @@ memory-mapped, tensor by tensor, into the child's own model class with every blo
 tests hold that its logits are bitwise those of transformers. Stages therefore know one model class.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from puzzle import artifacts
 from puzzle.errors import UserError
-from puzzle.model import child
+from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture, ModelShape
-from puzzle.model.families import Tensors, family
-from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.model.families import family
+from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.model.weights import Weights
 
-
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors checkpoint under a child's names; each is read when it is asked
-    for.
-    """
-
-    def __init__(
-        self, folder: Path, tensors: Callable[[str], Tensors] = lambda name: [(name, slice(None))]
-    ) -> None:
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise UserError(
-                f"parent {folder}: no *.safetensors file; convert the weights to safetensors first"
-            )
-        self._where: dict[str, tuple[Any, str, slice]] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except Exception as error:
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            for stored in file.keys():  # noqa: SIM118 (not a dict)
-                self._where |= {name: (file, stored, rows) for name, rows in tensors(stored)}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._where:
-            raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
-        file, stored, rows = self._where[name]
-        return (
-            file.get_tensor(stored) if rows == slice(None) else file.get_slice(stored)[rows].clone()
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __enter__(self) -> "Weights":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Unmap the files; what was read of them no longer counts as memory of this process."""
-        for file, _stored, _rows in self._where.values():
-            file.__exit__(None, None, None)
-        self._where.clear()
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "LICENSE*",
+    "N[Oo]*",  # NOTICE in any spelling
+    "*.md",
+]
 
 
 @dataclass(frozen=True)
@@ -78,7 +49,7 @@ class Parent:
     name: str
     folder: Path
     shape: ModelShape
-    hf_config: Any
+    hf_config: PretrainedConfig
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,13 +61,13 @@ class Parent:
         return artifacts.fingerprint({"config": config, "weights": marks})
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As transformers loads it. Raises `UserError` where it cannot, or has no end of text."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:
-            raise UserError(
-                f"parent {self.name}: cannot load its tokenizer: {str(error).splitlines()[0]}"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"parent {self.name}: cannot load its tokenizer: {reason}") from None
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"parent {self.name}: its tokenizer has no end-of-text token; set eos_token"
@@ -105,16 +76,10 @@ class Parent:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        names = (
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "tokenizer.model",
-            "vocab.json",
-            "merges.txt",
-        )
-        found = [self.folder / name for name in names if (self.folder / name).exists()]
+        """Of the files that decide how text becomes tokens."""
+        paths = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).exists()]
         return artifacts.fingerprint(
-            {path.name: artifacts.file_fingerprint(path) for path in found}
+            {path.name: artifacts.file_fingerprint(path) for path in paths}
         )
 
     @property
@@ -122,22 +87,31 @@ class Parent:
         """The dtype of the weights on disk, which the child keeps."""
         return getattr(self.hf_config, "dtype", None) or torch.float32
 
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16`, `float16` or `float32`."""
+        return str(self.dtype).removeprefix("torch.")
+
     def child_config(
         self, architecture: Architecture, layers: Sequence[int] | None = None
     ) -> PuzzleConfig:
-        """`layers`: of the parent, whose places the blocks take, where they are not all of them in
-        order.
+        """The config of a child, or of some of its layers.
+
+        Args:
+            architecture: the blocks.
+            layers: the parent's layers whose places the blocks take; all of them in order if None.
         """
         windows = self.shape.windows
         if windows and layers is not None:
             windows = tuple(windows[layer] for layer in layers)
-        blocks = architecture.block_configs(self.shape.num_attention_heads, windows)
+        blocks = block_configs.write(architecture, self.shape.num_attention_heads, windows)
         settings = family(self.hf_config.model_type).settings(self.hf_config)
         config = PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)
         config.num_hidden_layers = len(architecture)
         return config
 
     def weights(self) -> Weights:
+        """The parent's tensors under a child's names."""
         tensors = family(self.hf_config.model_type).tensors
         return Weights(self.folder, lambda name: tensors(name, self.hf_config))
 
@@ -148,60 +122,6 @@ class Parent:
         config = self.child_config(Architecture.of_parent(self.shape))
         model = child.build(config, self.weights(), dtype, device, attention)
         return model.requires_grad_(False)
-
-
-class ParentLayers:
-    """The frozen parent, layer by layer, from a model that is in memory."""
-
-    on_host = False  # whether activations that wait are kept in host memory
-
-    def __init__(self, model: PuzzleForCausalLM) -> None:
-        self.model = model
-
-    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Layer 0's input [B, S, D] and the keyword arguments every layer takes."""
-        return self.model.model.embed(tokens_BS)
-
-    @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
-        yield self.model.model.layers[index]
-
-
-class StreamedLayers(ParentLayers):
-    """The frozen parent with at most one layer in memory, read from its files each time."""
-
-    on_host = True
-
-    def __init__(
-        self, parent: Parent, dtype: torch.dtype, device: torch.device, attention: str
-    ) -> None:
-        self.parent, self.dtype, self.device = parent, dtype, device
-        config = parent.child_config(Architecture.of_parent(parent.shape))
-        super().__init__(child.skeleton(config, device, attention))
-
-    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        with self.parent.weights() as weights:
-            rows_BSD = weights["model.embed_tokens.weight"][
-                tokens_BS.cpu()
-            ]  # touches only the rows it needs
-        rows_BSD = self.model.model.embed_tokens.scaled(
-            rows_BSD.to(device=self.device, dtype=self.dtype)
-        )
-        return self.model.model.embed(inputs_embeds=rows_BSD)
-
-    @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
-        module = self.model.model.layers[index]
-        prefix = f"model.layers.{index}."
-        with self.parent.weights() as weights:
-            state = {
-                name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
-                for name in module.state_dict()
-            }
-        module.load_state_dict(state, assign=True)
-        del state
-        yield module.requires_grad_(False)
-        module.to("meta")
 
 
 def _weights_mark(path: Path) -> str:
@@ -215,8 +135,9 @@ def _weights_mark(path: Path) -> str:
 
 
 def locate(name: str) -> Path:
-    """`pocket`, a local folder, or the name of a model on the Hugging Face hub (downloaded to its
-    cache).
+    """The folder of `pocket`, of a local folder's name, or of a model on the Hugging Face hub.
+
+    A model of the hub is downloaded to the hub's cache. Raises `UserError` where there is none.
     """
     if name == "pocket":
         return Path(str(files("puzzle") / "pocket" / "model"))
@@ -230,18 +151,7 @@ def locate(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [
-            "*.json",
-            "*.safetensors",
-            "tokenizer*",
-            "*.model",
-            "*.jinja",
-            "merges.txt",
-            "LICENSE*",
-            "N[Oo]*",
-            "*.md",
-        ]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:
         raise UserError(
             f"parent {name!r}: neither a folder here nor reachable on the hub ({type(error).__name__})"
@@ -249,7 +159,7 @@ def locate(name: str) -> Path:
 
 
 def describe(name: str, trust_remote_code: bool = False) -> Parent:
-    """Read config only. Raises `UserError` for a missing, unreadable or unsupported parent."""
+    """A parent from its config only. Raises `UserError` for a missing or unsupported one."""
     folder = locate(name)
     if not (folder / "config.json").exists():
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")

@@ -256,7 +256,9 @@ class Variants:
         own = parent_layer.state_dict()
 
         def load(block: Block, state: dict[str, torch.Tensor]) -> PuzzleDecoderLayer:
-            return subblocks.load(run.parent, layer, block, run.attention, state, run.device)
+            return subblocks.frozen_module(run.parent, layer, block, run.attention, state).to(
+                run.device
+            )
 
         if run.recipe.library.coupled:
             whole = {b: load(b, library.read_block(run, layer, b, own)) for b in blocks}

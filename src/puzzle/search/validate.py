@@ -144,7 +144,7 @@ def _block(run: Run, parent: PuzzleForCausalLM, layer: int, block: Block) -> Puz
     if block == run.parent.shape.parent_block:
         return own
     state = library.read_block(run, layer, block, own.state_dict())
-    return subblocks.load(run.parent, layer, block, run.attention, state, run.device)
+    return subblocks.frozen_module(run.parent, layer, block, run.attention, state).to(run.device)
 
 
 def correlations(points: list[dict[str, Any]]) -> dict[str, float | int | None]:

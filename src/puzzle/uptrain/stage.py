@@ -25,7 +25,7 @@ from puzzle.errors import UserError
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig
-from puzzle.model.parent import Weights
+from puzzle.model.weights import Weights
 from puzzle.progress import Progress
 from puzzle.report import card
 from puzzle.run import Run

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from puzzle.library import initialization
 from puzzle.model import variants as subblocks
 from puzzle.model.architecture import FFN, Attention
 
@@ -14,9 +15,11 @@ def made(tiny, layer, variant, contribution=None, found=None):
     contribution = (
         torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
     )
-    found = found or subblocks.Calibration(contribution)
-    module = subblocks.module(tiny, 0, variant, "sdpa")
-    module.load_state_dict(subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found))
+    found = found or initialization.Calibration(contribution)
+    module = subblocks.block_module(tiny, 0, variant.alone, "sdpa")
+    module.load_state_dict(
+        initialization.initial_state(layer.state_dict(), variant, tiny.shape, found)
+    )
     return module.eval()
 
 
@@ -49,8 +52,11 @@ def test_merging_equal_kv_heads_changes_nothing(tiny, layer):
 
 
 def test_merged_heads_are_the_mean_of_their_group(tiny, layer):
-    state = subblocks.initial_state(
-        layer.state_dict(), Attention("gqa", 1), tiny.shape, subblocks.Calibration(torch.ones(96))
+    state = initialization.initial_state(
+        layer.state_dict(),
+        Attention("gqa", 1),
+        tiny.shape,
+        initialization.Calibration(torch.ones(96)),
     )
     heads = layer.self_attn.k_proj.weight.view(2, 16, 64)
     torch.testing.assert_close(state["self_attn.k_proj.weight"], (heads[0] + heads[1]) / 2)
@@ -83,14 +89,17 @@ def test_a_linear_ffn_is_down_times_up(tiny, layer):
 def test_the_channel_contribution_is_the_papers_formula():
     x, down = torch.randn(50, 8), torch.randn(3, 8)
     expected = [(x[:, i].abs().mean() * down[:, i].norm()).item() for i in range(8)]
-    found = subblocks.channel_contribution(x.abs().sum(0), 50, down)
+    found = initialization.channel_contribution(x.abs().sum(0), 50, down)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
 def test_as_many_kv_heads_as_the_parent_is_the_identity(tiny, layer):
-    state = subblocks.initial_state(
-        layer.state_dict(), Attention("gqa", 2), tiny.shape, subblocks.Calibration(torch.ones(96))
+    state = initialization.initial_state(
+        layer.state_dict(),
+        Attention("gqa", 2),
+        tiny.shape,
+        initialization.Calibration(torch.ones(96)),
     )
     assert all(t.equal(layer.state_dict()[name]) for name, t in state.items())
 
@@ -113,7 +122,7 @@ def test_the_parents_subblocks_reproduce_its_block_bitwise(tiny, layer):
 def calibrated(layer, least_squares=True):
     torch.manual_seed(1)
     batches = [torch.randn(4, 7, 64) for _ in range(30)]
-    return batches, subblocks.calibrate(layer, batches, context(7), least_squares)
+    return batches, initialization.calibrate(layer, batches, context(7), least_squares)
 
 
 @torch.no_grad()
@@ -122,7 +131,7 @@ def test_calibration_sees_the_activation_before_the_down_projection(tiny, layer)
     h = torch.cat([layer.attention(x, **context(7)) for x in batches])
     normed = layer.post_attention_layernorm(h)
     x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
-    expected = subblocks.channel_contribution(
+    expected = initialization.channel_contribution(
         x.abs().sum((0, 1)), 30 * 28, layer.mlp.down_proj.weight
     )
     torch.testing.assert_close(found.contribution_I, expected)
@@ -137,7 +146,7 @@ def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, 
     """Oracle: numpy.linalg.lstsq on the activations themselves."""
     import numpy as np
 
-    monkeypatch.setattr(subblocks, "RIDGE", 1e-9)
+    monkeypatch.setattr(initialization, "RIDGE", 1e-9)
     batches, found = calibrated(layer)
     x = torch.cat(batches)
     if isinstance(variant, Attention):
@@ -152,6 +161,6 @@ def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, 
     expected, *_ = np.linalg.lstsq(
         given.flatten(0, 1).double().numpy(), wanted.flatten(0, 1).double().numpy()
     )
-    state = subblocks.initial_state(layer.state_dict(), variant, tiny.shape, found)
+    state = initialization.initial_state(layer.state_dict(), variant, tiny.shape, found)
     matrix = next(t for name, t in state.items() if "linear_" in name or "down_proj" in name)
     torch.testing.assert_close(matrix.double(), torch.from_numpy(expected.T), rtol=1e-3, atol=1e-4)

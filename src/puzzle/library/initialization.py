@@ -1,0 +1,211 @@
+"""The first weights of every variant, made from the parent's layer (paper: appendix A).
+
+- fewer KV heads: mean-pool the K and V projections of the merged heads (`pool_kv_heads`);
+- linear attention: the product of O and V, for each token attends to itself; V is repeated over
+  its query group;
+- narrower FFN: keep the channels with the largest contribution, mean |x_i| * ||W_down[:, i]||_2;
+- linear FFN: the product of down and up, gate ignored.
+
+With `library.initialization: least_squares` the linear variants, and the down projection that is
+left after pruning, solve a ridge regression on calibration activations instead: ours, not the
+paper's (docs/log.md compares them).
+
+Shape legend: B batch, S sequence, T = B * S tokens, D hidden, I intermediate, K KV heads, d head
+dimension.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from puzzle.model.architecture import Attention, ModelShape, Subblock
+from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.model.variants import State, subblock_state
+
+RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the initialisers need to know of one layer, from calibration tokens.
+
+    `contribution_I` is the paper's channel contribution. The Gram matrices (sums over tokens of
+    outer products, None where least squares is not asked for) are of the FFN's intermediate
+    activation, of its normed input, of its normed input with its output, and the last two again for
+    attention.
+    """
+
+    contribution_I: torch.Tensor
+    intermediate_II: torch.Tensor | None = None
+    ffn_in_DD: torch.Tensor | None = None
+    ffn_out_DD: torch.Tensor | None = None
+    attention_in_DD: torch.Tensor | None = None
+    attention_out_DD: torch.Tensor | None = None
+
+
+@dataclass
+class _Sums:
+    """Sums over the tokens that modules have seen, filled by forward hooks."""
+
+    products: bool
+    activation_I: torch.Tensor | None = None
+    grams: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add_activation(self, x_TI: torch.Tensor) -> None:
+        total_I = x_TI.abs().sum(dim=0)
+        self.activation_I = total_I if self.activation_I is None else self.activation_I + total_I
+
+    def add_product(self, name: str, left_TN: torch.Tensor, right_TM: torch.Tensor) -> None:
+        if name not in self.grams:
+            size = left_TN.shape[1], right_TM.shape[1]
+            self.grams[name] = torch.zeros(size, device=left_TN.device)
+        with torch.autocast(left_TN.device.type, enabled=False):
+            self.grams[name].addmm_(left_TN.T, right_TM)
+
+    def watch_down(self, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Sum up what goes into the FFN's down projection."""
+
+        def before(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x_TI = args[0].flatten(0, 1).float()
+            self.add_activation(x_TI)
+            if self.products:
+                self.add_product("down_in", x_TI, x_TI)
+
+        return module.register_forward_pre_hook(before)
+
+    def watch(self, name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Sum up the outer products of a module's input with itself and with its output."""
+
+        def after(
+            _: torch.nn.Module,
+            args: tuple[torch.Tensor, ...],
+            output: torch.Tensor | tuple[torch.Tensor, ...],
+        ) -> None:
+            y_BSD = output[0] if isinstance(output, tuple) else output
+            x_TD, y_TD = args[0].flatten(0, 1).float(), y_BSD.flatten(0, 1).float()
+            self.add_product(f"{name}_in", x_TD, x_TD)
+            self.add_product(f"{name}_out", x_TD, y_TD)
+
+        return module.register_forward_hook(after)
+
+
+@torch.no_grad()
+def calibrate(
+    layer: PuzzleDecoderLayer,
+    batches: Iterable[torch.Tensor],
+    context: Mapping[str, object],
+    least_squares: bool = False,
+) -> Calibration:
+    """Run the parent's layer on calibration inputs [B, S, D] and sum up what it does."""
+    sums, tokens = _Sums(least_squares), 0
+    hooks = [sums.watch_down(layer.mlp.down_proj)]
+    if least_squares:
+        hooks += [sums.watch("ffn", layer.mlp), sums.watch("attention", layer.self_attn)]
+    for x_BSD in batches:
+        layer(x_BSD, **context)
+        tokens += x_BSD.shape[0] * x_BSD.shape[1]
+    for hook in hooks:
+        hook.remove()
+    assert sums.activation_I is not None, "calibration needs at least one batch"
+    contribution_I = channel_contribution(sums.activation_I, tokens, layer.mlp.down_proj.weight)
+    names = ("down_in", "ffn_in", "ffn_out", "attention_in", "attention_out")
+    return Calibration(contribution_I, *(sums.grams.get(name) for name in names))
+
+
+def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor) -> torch.Tensor:
+    """argmin_W |X W^T - Y|^2 + ridge |W|^2, [M, N], from X^T X and X^T Y; solved in float64."""
+    gram = (
+        gram_NN.double() if gram_NN.dtype != torch.double else gram_NN
+    )  # a double is a copy: ours
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    factor = torch.linalg.cholesky(gram, out=gram)
+    return torch.cholesky_solve(cross_NM.double(), factor).T.float().contiguous()
+
+
+def initial_state(
+    layer_state: Mapping[str, torch.Tensor],
+    variant: Subblock,
+    shape: ModelShape,
+    calibration: Calibration,
+) -> State:
+    """Weights of a variant from those of the parent's layer, float32.
+
+    Args:
+        layer_state: the parent's layer; names are relative to the layer.
+        variant: what to make.
+        shape: of the parent.
+        calibration: of the same layer. With Gram matrices, least squares are used.
+    """
+    parent_state = {
+        name: tensor.float() for name, tensor in subblock_state(layer_state, type(variant)).items()
+    }
+    if variant.kind == "no_op":
+        return {}
+    if isinstance(variant, Attention):
+        return _initial_attention(parent_state, variant, shape, calibration)
+    norms = _norms(parent_state)
+    if variant.kind == "linear":
+        return norms | {"mlp.linear_mlp.weight": _initial_linear_ffn(parent_state, calibration)}
+    down_DI = parent_state["mlp.down_proj.weight"]
+    kept = calibration.contribution_I.topk(variant.intermediate_size).indices.sort().values
+    down = down_DI[:, kept].clone()
+    if calibration.intermediate_II is not None and len(kept) < down_DI.shape[1]:
+        rows_KI = calibration.intermediate_II[kept]
+        down = solve(rows_KI[:, kept].double(), rows_KI @ down_DI.T)
+    return norms | {
+        "mlp.gate_proj.weight": parent_state["mlp.gate_proj.weight"][kept].clone(),
+        "mlp.up_proj.weight": parent_state["mlp.up_proj.weight"][kept].clone(),
+        "mlp.down_proj.weight": down,
+    }
+
+
+def _norms(parent_state: State) -> State:
+    return {name: t.clone() for name, t in parent_state.items() if "layernorm" in name}
+
+
+def _initial_linear_ffn(parent_state: State, calibration: Calibration) -> torch.Tensor:
+    if calibration.ffn_in_DD is not None and calibration.ffn_out_DD is not None:
+        return solve(calibration.ffn_in_DD, calibration.ffn_out_DD)
+    return parent_state["mlp.down_proj.weight"] @ parent_state["mlp.up_proj.weight"]
+
+
+def _initial_attention(
+    parent_state: State, variant: Attention, shape: ModelShape, calibration: Calibration
+) -> State:
+    if variant.kind == "linear":
+        if calibration.attention_in_DD is not None and calibration.attention_out_DD is not None:
+            matrix = solve(calibration.attention_in_DD, calibration.attention_out_DD)
+        else:
+            matrix = linear_attention(parent_state, shape)
+        return _norms(parent_state) | {"self_attn.linear_attn.weight": matrix}
+    pooled = (".k_proj.", ".v_proj.", *([".k_norm."] if shape.qk_norm == "projection" else []))
+    return {
+        name: pool_kv_heads(tensor, shape, variant.kv_heads)
+        if any(part in name for part in pooled)
+        else tensor.clone()
+        for name, tensor in parent_state.items()
+    }
+
+
+def pool_kv_heads(projection: torch.Tensor, shape: ModelShape, kv_heads: int) -> torch.Tensor:
+    """[K*d, ...] -> [kv_heads*d, ...]: the mean over each group of neighbouring KV heads."""
+    group = shape.num_key_value_heads // kv_heads
+    grouped = projection.unflatten(0, (kv_heads, group, shape.head_dim))
+    return grouped.mean(dim=1).flatten(0, 1)
+
+
+def linear_attention(parent_state: State, shape: ModelShape) -> torch.Tensor:
+    """W_O W_V [D, D], V repeated over the query heads of its group; without a bias."""
+    heads = (shape.num_key_value_heads, shape.head_dim)
+    value_KdD = parent_state["self_attn.v_proj.weight"].unflatten(0, heads)
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    value_HdD = value_KdD.repeat_interleave(group, dim=0)
+    return parent_state["self_attn.o_proj.weight"] @ value_HdD.flatten(0, 1)
+
+
+def channel_contribution(
+    activation_sum_I: torch.Tensor, tokens: int, down_proj_DI: torch.Tensor
+) -> torch.Tensor:
+    """C_i = mean |x_i| * ||W_down[:, i]||_2, [I]. Paper: appendix A."""
+    return activation_sum_I / tokens * down_proj_DI.float().norm(dim=0)
