@@ -25,13 +25,14 @@ test: $(VENV)/vllm.stamp lint  ## everything: lint, types, tests with training a
 test-fast: $(VENV)/dev.stamp  ## no engine, no training
 	$(BIN)/python -m pytest -m "not training and not slow"
 
-test-engines: $(VENV)/llamacpp.stamp  ## exports in the engines they are for; builds llama.cpp first (minutes)
+test-engines: $(VENV)/llamacpp.stamp  ## slow tests: exports in the engines they are for, benchmarks; builds llama.cpp first (minutes)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py
 
 $(VENV)/dev.stamp: requirements/dev.txt pyproject.toml
 	@echo "setting up $(VENV): torch, then $(words $(shell grep -v '^#' requirements/dev.txt)) pinned packages"

@@ -2,69 +2,61 @@
 
     python benchmarks/attention.py [--json] [--quick]
 
-Decides `EAGER_UP_TO_TOKENS` in run.py: on CPUs the fused kernel loses at short sequences and small
-heads.
+Decides `EAGER_UP_TO_TOKENS` in puzzle/device.py: on CPUs the fused kernel loses at short sequences
+and small heads.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 
+import common
 import torch
 import torch.nn.functional as F
 
-from puzzle.engines import machine
-
 BATCH_TOKENS, HEADS, HEAD_DIM = 4096, 4, 64
+WARM_UPS = 2
 
 
-def plain(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = (q @ q.transpose(-1, -2)) * HEAD_DIM**-0.5 + mask
-    return weights.softmax(-1, dtype=torch.float32).to(q.dtype) @ q
+def plain(q_BHSD: torch.Tensor, mask_SS: torch.Tensor) -> torch.Tensor:
+    """Attention in separate products, as `eager` computes it."""
+    weights = (q_BHSD @ q_BHSD.transpose(-1, -2)) * HEAD_DIM**-0.5 + mask_SS
+    return weights.softmax(-1, dtype=torch.float32).to(q_BHSD.dtype) @ q_BHSD
 
 
-def fused(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+def fused(q_BHSD: torch.Tensor, mask_SS: torch.Tensor) -> torch.Tensor:
+    """The fused kernel, which needs no mask."""
+    return F.scaled_dot_product_attention(q_BHSD, q_BHSD, q_BHSD, is_causal=True)
 
 
 def seconds(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], length: int, repeats: int
+    attention: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], length: int, repeats: int
 ) -> float:
-    q = torch.randn(
-        BATCH_TOKENS // length, HEADS, length, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True
-    )
-    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+    """The median of a forward and backward pass over `BATCH_TOKENS`, in sequences of `length`."""
+    sizes = (BATCH_TOKENS // length, HEADS, length, HEAD_DIM)
+    q_BHSD = torch.randn(sizes, dtype=torch.bfloat16, requires_grad=True)
+    mask_SS = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + WARM_UPS):
         began = time.perf_counter()
-        function(q, mask).sum().backward()
+        attention(q_BHSD, mask_SS).sum().backward()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+    return statistics.median(times[WARM_UPS:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    print(
-        f"{machine()}, torch {torch.__version__}, {BATCH_TOKENS} tokens, {HEADS} heads of {HEAD_DIM}, bfloat16"
-    )
-    print("| sequence | plain ms | fused ms | fused / plain |\n| --- | --- | --- | --- |")
+    """Print a line for every sequence length."""
+    args = common.start(common.parser(__doc__, quick="two lengths, two repeats"))
+    print(f"{BATCH_TOKENS} tokens, {HEADS} heads of {HEAD_DIM}, bfloat16")
+    common.print_header("sequence", "plain ms", "fused ms", "fused / plain")
     rows = []
-    for length in (256, 512) if args.quick else (128, 256, 512, 1024, 2048):
-        times = [seconds(function, length, 5 if args.quick else 15) for function in (plain, fused)]
-        rows.append({"sequence": length, "plain_s": times[0], "fused_s": times[1]})
-        ratio = times[1] / times[0]
-        print(
-            f"| {length} | {times[0] * 1e3:.1f} | {times[1] * 1e3:.1f} | {ratio:.2f} |", flush=True
-        )
-    if args.json:
-        print(json.dumps(rows))
+    for length in (128, 256) if args.quick else (128, 256, 512, 1024, 2048):
+        repeats = 2 if args.quick else 15
+        plain_s, fused_s = (seconds(function, length, repeats) for function in (plain, fused))
+        rows.append({"sequence": length, "plain_s": plain_s, "fused_s": fused_s})
+        ratio = f"{fused_s / plain_s:.2f}"
+        common.print_row(length, f"{plain_s * 1e3:.1f}", f"{fused_s * 1e3:.1f}", ratio)
+    common.print_json(args, rows)
 
 
 if __name__ == "__main__":

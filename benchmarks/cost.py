@@ -1,7 +1,7 @@
 """Do predicted speeds hold? Random heterogeneous children of the embedded parent, predicted and
 then really served.
 
-    python benchmarks/cost.py [--quick] [--json] [--architectures 20] [--pairs 11]
+    python benchmarks/cost.py [--quick] [--json] [--architectures 20] [--pairs 11] [--seconds 60]
     # On a GPU, in one go
     python benchmarks/cost.py --llama-8b --engine torch --architectures 2 --seconds 300
 
@@ -10,187 +10,234 @@ then really served.
    the parent (A B A B), because this machine's absolute speed drifts. Measured throughput is the
    parent's median times the median ratio; predicted throughput is the table's. The error of the
    ratio is what the product promises.
-3. One architecture served several times over, each in an engine of its own: the noise of the
-   yardstick.
+3. One architecture served several times over, each in a new engine: the noise of the yardstick.
 4. The architectures a search would take for 1.5x and 2x: do they meet it, in how many attempts?
-   Scores are stood in for by the parameters that are removed, since speed does not depend on
-   quality: a search that is as lopsided as can be, it drops attentions and keeps FFNs.
+   Parameters that are removed stand in for scores, since speed does not depend on quality: a search
+   that is as lopsided as can be, it drops attentions and keeps FFNs.
 
 With `--llama-8b` the parent has the shapes of Llama-3.1-8B and random weights; 128 tokens in, 1024
 out, batch 128.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from memory import make_parent
 
-from puzzle import config, engines, pipeline
-from puzzle.cost import stage as cost
+from puzzle import pipeline
+from puzzle.cost import COST
+from puzzle.cost.probe import write_checkpoint
+from puzzle.cost.table import CostTable, read
+from puzzle.engines.turns import Served, measure_pair
 from puzzle.model.architecture import Architecture
-from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.search import mip
-from puzzle.search import stage as search
+from puzzle.search.constraints import KINDS
+from puzzle.search.space_program import Choices, Limit, build
+from puzzle.stage import Job
 
-LLAMA_8B = {
-    "intermediate_size": 14_336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
-
-
-def random_architecture(run: Run, rng: random.Random) -> Architecture:
-    """A random share of the layers takes a random block, the others stay the parent's."""
-    share, parent = rng.uniform(0.2, 0.9), run.parent.shape.parent_block
-    return Architecture(
-        tuple(rng.choice(o.blocks) if rng.random() < share else parent for o in run.space.layers)
-    )
+LLAMA_8B = common.LlamaSizes(
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128_256,
+)
+PROMISE_PAIRS = 5
 
 
-def searched(run: Run, table: cost.CostTable, speedup: float, factor: float) -> Architecture:
-    """What a search takes for this speed-up, aimed `factor` further, as the product does after a
-    miss.
-    """
-    layers, shape = [list(options.blocks) for options in run.space.layers], run.parent.shape
-    parameters = [
-        shape.parameters(b.attention) + shape.parameters(b.ffn)
-        for options in layers
-        for b in options
-    ]
-    scores = max(parameters) - np.array(parameters, dtype=float)
-    margin = run.recipe.search.margin
-    limit = table.predict(Architecture.of_parent(shape)).total_s / speedup * (1 - margin) / factor
-    found = mip.solve(search.build(layers, scores, [(search.KINDS["throughput"], table, limit)]))
-    assert found is not None
-    return Architecture.from_names(search.names(found.chosen, layers))
+@dataclass(frozen=True)
+class ServedChild:
+    """A child that was served beside its parent; speeds are relative to the parent's."""
+
+    measured: float
+    predicted: float
+    error: float  # of the prediction
+    measured_tok_per_s: float
+    predicted_tok_per_s: float
+    pair_spread: float  # standard deviation of the pairs over their median
+
+    def print_line(self, name: str) -> None:
+        """A line of the table."""
+        figures = (f"{self.measured:.3f}x", f"{self.predicted:.3f}x")
+        common.print_row(name, *figures, f"{self.error:+.1%}", f"{self.pair_spread:.1%}")
 
 
-def keep_promise(run: Run, table: cost.CostTable, asked: float) -> list[dict[str, Any]]:
-    """Search, serve, and on a miss search again with corrected costs, as `puzzle run` does."""
-    attempts: list[dict[str, Any]] = []
-    factor = 1.0
-    for _ in range(run.recipe.search.attempts):
-        attempts.append(
-            serve(run, table, searched(run, table, asked, factor), 5) | {"asked": asked}
+@dataclass(frozen=True)
+class Benchmark:
+    """A place whose costs are measured, and the table of them."""
+
+    job: Job
+    table: CostTable
+
+    def random_architecture(self, rng: random.Random) -> Architecture:
+        """A random share of the layers takes a random block, the others stay the parent's."""
+        run, share = self.job.run, rng.uniform(0.2, 0.9)
+        parent = run.parent.shape.widest_block
+        blocks = [
+            rng.choice(layer.blocks) if rng.random() < share else parent
+            for layer in run.space.layers
+        ]
+        return Architecture(tuple(blocks))
+
+    def predicted_s(self, architecture: Architecture) -> float:
+        """Seconds of a batch."""
+        return self.table.predict(architecture).total_s
+
+    @property
+    def parent_s(self) -> float:
+        """Predicted seconds of the parent's batch."""
+        return self.predicted_s(Architecture.of_parent(self.job.run.parent.shape))
+
+    def serve(self, architecture: Architecture, pairs: int) -> ServedChild:
+        """Serve an architecture with random weights in turn with the parent."""
+        parent, scenario = self.job.run.parent, self.table.scenario
+        with tempfile.TemporaryDirectory() as name:
+            write_checkpoint(parent, Path(name), architecture)
+            sides = (Served(parent.folder, scenario), Served(Path(name), scenario))
+            measurement = measure_pair(self.job.engine, *sides, pairs, on_batch=lambda: None)
+        child_s = self.predicted_s(architecture)
+        predicted, measured = self.parent_s / child_s, measurement.speedup
+        return ServedChild(
+            measured=measured,
+            predicted=predicted,
+            error=predicted / measured - 1,
+            measured_tok_per_s=measurement.child.throughput_tok_per_s,
+            predicted_tok_per_s=self.table.tokens / child_s,
+            pair_spread=statistics.pstdev(measurement.speedups) / measured,
         )
-        show(f"searched {asked}x", attempts[-1])
-        if attempts[-1]["measured"] >= asked:
-            break
-        factor = max(factor, attempts[-1]["predicted"] / attempts[-1]["measured"])
-    return attempts
+
+    def search(self, speedup: float, factor: float) -> Architecture | None:
+        """What a search takes for this speed-up, or None where no architecture is predicted to
+        reach it.
+
+        It is aimed `factor` further than asked, as the product does after a miss.
+        """
+        shape, settings = self.job.run.parent.shape, self.job.child.search
+        layers = [list(layer.blocks) for layer in self.job.run.space.layers]
+        parameters = [shape.parameters(block) for layer in layers for block in layer]
+        scores = max(parameters) - np.array(parameters, dtype=float)
+        limit_s = self.parent_s / speedup * (1 - settings.margin) / factor
+        choices = Choices(layers, scores)
+        program = build(choices, [Limit(KINDS["throughput"], self.table, limit_s)])
+        optimum = mip.solve(program)
+        if optimum is None:
+            return None
+        return Architecture.from_names(choices.names(optimum.columns))
+
+    def keep_promise(self, asked: float) -> list[ServedChild]:
+        """Every attempt: search, serve, and after a miss again with corrected costs."""
+        attempts: list[ServedChild] = []
+        factor = 1.0
+        for _ in range(self.job.child.search.attempts):
+            architecture = self.search(asked, factor)
+            if architecture is None:
+                break
+            attempts.append(self.serve(architecture, PROMISE_PAIRS))
+            attempts[-1].print_line(f"searched {asked}x")
+            if attempts[-1].measured >= asked:
+                break
+            factor = max(factor, attempts[-1].predicted / attempts[-1].measured)
+        return attempts
 
 
-def serve(
-    run: Run, table: cost.CostTable, architecture: Architecture, pairs: int
-) -> dict[str, Any]:
-    """An architecture with random weights, paired with the parent."""
-    with tempfile.TemporaryDirectory() as folder:
-        cost.write_checkpoint(run, Path(folder), architecture)
-        paired = cost.measure_pair(
-            run, Path(folder), (table.scenario, table.scenario), pairs, "benchmark"
-        )
-    parent, own = (
-        table.predict(a).total_s for a in (Architecture.of_parent(run.parent.shape), architecture)
-    )
-    spread = statistics.pstdev(paired.speedups) / paired.speedup
+def open_run(root: Path, args: argparse.Namespace) -> Run:
+    """A run of the parent that is asked for."""
+    cost: common.Settings = {"engine": args.engine, "seconds": args.seconds}
+    recipe: common.Settings = {"parent": "pocket"}
+    if args.quick:
+        recipe = common.tiny_recipe(root)
+    elif args.llama_8b:
+        common.make_parent(root / "parent", LLAMA_8B, torch.bfloat16)
+        recipe = {"parent": str(root / "parent"), "library": {"ffn_multiple": 256}}
+        cost["scenario"] = {"batch_size": 128, "input_length": 128, "output_length": 1024}
+    return common.open_run(root / "run", recipe, cost=cost)
+
+
+def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps 1 to 4; prints as it goes."""
+    job = run.child_job("main")
+    stage_s = pipeline.execute_stage(COST, job).seconds
+    benchmark = Benchmark(job, read(job))
+    print(f"cost stage: {stage_s:.0f} s for {len(benchmark.table.variants)} variants")
+    common.print_header("architecture", "speed-up", "predicted", "error", "sd of pairs")
+    rng, children = random.Random(0), []
+    for index in range(args.architectures):
+        children.append(benchmark.serve(benchmark.random_architecture(rng), args.pairs))
+        children[-1].print_line(f"random {index}")
+    same = benchmark.random_architecture(random.Random(0))
+    repeats = range(1 if args.quick else 4)
+    again = [benchmark.serve(same, args.pairs).measured for _ in repeats]
+    again.append(children[0].measured)
+    asked_for = (1.2,) if args.quick else (1.5, 2.0)
+    promises = {asked: benchmark.keep_promise(asked) for asked in asked_for}
+    errors = np.abs([child.error for child in children])
+    absolute = np.abs([c.predicted_tok_per_s / c.measured_tok_per_s - 1 for c in children])
     return {
-        "measured": paired.speedup,
-        "predicted": parent / own,
-        "error": parent / own / paired.speedup - 1,
-        "measured_tok_per_s": paired.child["throughput_tok_per_s"],
-        "predicted_tok_per_s": table.tokens / own,
-        "pair_spread": spread,
+        "stage_s": stage_s,
+        "median_error": float(np.median(errors)),
+        "worst_error": float(errors.max()),
+        "median_absolute_error": float(np.median(absolute)),
+        "worst_absolute_error": float(absolute.max()),
+        "again": again,
+        "noise": statistics.pstdev(again) / statistics.fmean(again),
+        "promises": {str(a): [asdict(child) for child in made] for a, made in promises.items()},
+        "met": [bool(made) and made[-1].measured >= a for a, made in promises.items()],
+        "rows": [asdict(child) for child in children],
     }
 
 
+def print_summary(figures: dict[str, Any]) -> None:
+    """Errors, noise and promises, a line each."""
+    median, worst = figures["median_error"], figures["worst_error"]
+    print(f"error of the predicted speed-up: median {median:.1%}, worst {worst:.1%}")
+    median, worst = figures["median_absolute_error"], figures["worst_absolute_error"]
+    print(f"error of absolute tokens/s: median {median:.1%}, worst {worst:.1%}")
+    speedups = ", ".join(f"{speedup:.3f}x" for speedup in figures["again"])
+    print(
+        f"the same architecture in {len(figures['again'])} engines: {speedups} "
+        f"(sd {figures['noise']:.1%})"
+    )
+    for (asked, attempts), met in zip(figures["promises"].items(), figures["met"], strict=True):
+        if not attempts:
+            print(f"asked {asked}x: no architecture is predicted to reach it")
+            continue
+        word = "met" if met else "missed"
+        print(
+            f"asked {asked}x: {word} in attempt {len(attempts)} (median of {PROMISE_PAIRS} pairs)"
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Measure costs, predict and serve."""
+    parser = common.parser(
+        __doc__, quick="a tiny parent on the torch engine, two architectures, 2 s of measuring"
+    )
     parser.add_argument("--architectures", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--engine", default="auto")
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of measuring in the cost stage"
-    )
-    parser.add_argument("--llama-8b", action="store_true")
-    parser.add_argument(
-        "--quick", action="store_true", help="two architectures, few pairs, 15 s of measuring"
-    )
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring, in the stage")
+    parser.add_argument("--llama-8b", action="store_true", help="the shapes of Llama-3.1-8B")
+    args = common.start(parser)
     if args.quick:
-        args.architectures, args.pairs, args.seconds = 2, 3, 15.0
-    with tempfile.TemporaryDirectory() as out:
-        settings: dict[str, Any] = {"engine": args.engine, "seconds": args.seconds}
-        recipe: dict[str, Any] = {"out": out, "cost": settings}
-        if args.llama_8b:
-            (Path(out) / "parent").mkdir()
-            recipe |= {"parent": str(Path(out) / "parent"), "library": {"ffn_multiple": 256}}
-            settings["scenario"] = {"batch_size": 128, "input_length": 128, "output_length": 1024}
-            make_parent(Path(out) / "parent", 4096, 32, torch.bfloat16, 128_256, **LLAMA_8B)
-        run = Run(config.parse(recipe), Path(out), Progress(quiet=True))
-        about = {**run.engine.describe(""), "cores": engines.machine()["count"]}
-        print(f"{about['engine']} {about['version']} on {about['device']}, {about['cores']} cores")
-        name = "shapes of Llama-3.1-8B" if args.llama_8b else "embedded parent"
-        print(f"{name}, {run.space.summary()}; {run.recipe.cost.scenario}")
-        began = time.monotonic()
-        pipeline.execute_stage(run, "cost")
-        stage_s, table = time.monotonic() - began, cost.read(run)
-        print(f"cost stage: {stage_s:.0f} s for {len(table.variants)} variants")
-        rng, rows = random.Random(0), []
-        print(f"{'':>14} {'speed-up':>9} {'predicted':>9} {'error':>7} {'sd of pairs':>11}")
-        for index in range(args.architectures):
-            rows.append(serve(run, table, random_architecture(run, rng), args.pairs))
-            show(f"random {index}", rows[-1])
-        same = random_architecture(run, random.Random(0))
-        again = [
-            serve(run, table, same, args.pairs)["measured"] for _ in range(2 if args.quick else 4)
-        ]
-        again.append(rows[0]["measured"])
-        promises = [keep_promise(run, table, asked) for asked in (1.5, 2.0)]
-    errors = np.abs([row["error"] for row in rows])
-    absolute = np.abs([row["predicted_tok_per_s"] / row["measured_tok_per_s"] - 1 for row in rows])
-    noise = statistics.pstdev(again) / statistics.fmean(again)
-    met = [attempts[-1]["measured"] >= attempts[-1]["asked"] for attempts in promises]
-    print(
-        f"error of the predicted speed-up: median {np.median(errors):.1%}, worst {errors.max():.1%}"
-    )
-    print(
-        f"error of absolute tokens/s: median {np.median(absolute):.1%}, worst {absolute.max():.1%}"
-    )
-    print(
-        f"the same architecture in {len(again)} engines: {', '.join(f'{x:.3f}x' for x in again)} (sd {noise:.1%})"
-    )
-    for attempts, one in zip(promises, met, strict=True):
-        word = "met" if one else "missed"
-        print(
-            f"asked {attempts[0]['asked']}x: {word} in attempt {len(attempts)} (median of 5 pairs)"
-        )
-    if args.json:
-        figures = {
-            "stage_s": stage_s,
-            "median_error": float(np.median(errors)),
-            "worst_error": float(errors.max()),
-            "median_absolute_error": float(np.median(absolute)),
-            "noise": noise,
-            "met": met,
-            "rows": rows,
-        }
-        print(json.dumps(figures))
-
-
-def show(name: str, row: dict[str, Any]) -> None:
-    figures = f"{row['measured']:>8.3f}x {row['predicted']:>8.3f}x {row['error']:>+7.1%} {row['pair_spread']:>11.1%}"
-    print(f"{name:>14} {figures}", flush=True)
+        args.architectures, args.pairs, args.seconds, args.engine = 2, 1, 2.0, "torch"
+    with tempfile.TemporaryDirectory() as root:
+        run = open_run(Path(root), args)
+        facts = run.child_job("main").engine.facts
+        print(f"{facts.engine} {facts.version}")
+        print(f"{run.recipe.parent}, {run.space.summary()}; {run.recipe.cost.scenario}")
+        figures = measure(run, args)
+    print_summary(figures)
+    common.print_json(args, figures)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,126 @@
-"""How wide must the embedded parent be? Throughput in vLLM of random Llamas, whole and with half of
+"""How wide must the embedded parent be? Throughput of random Llamas, with all and with half of
 their layers.
 
     python benchmarks/parent_size.py [--json] [--quick]
 
 If removing half of the layers gives nearly 2x, one layer's work is visible above the engine's
-per-step overhead. The two models of a pair are served side by side and timed in turn; the ratio is
-the median over the pairs. The share of a step that is not layers follows: overhead = 2 / ratio - 1.
+per-step overhead. The two models of a pair are served side by side by vLLM (--quick: by the
+built-in torch engine) and timed in turn; the ratio is the median over the pairs. The share of a
+step that is not layers follows: overhead = 2 / ratio - 1.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import common
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from puzzle.config import ScenarioConfig
-from puzzle.engines import machine, vllm_engine
-
-#         hidden, FFN, layers, vocabulary, heads, KV heads
-SHAPES = [
-    (192, 512, 12, 2048, 6, 2),
-    (256, 768, 12, 2048, 4, 2),
-    (256, 768, 12, 4096, 8, 4),
-    (320, 640, 12, 2048, 10, 5),
-]
+from puzzle import engines
+from puzzle.config import CostConfig, ScenarioConfig
+from puzzle.engines import Engine
+from puzzle.engines.turns import Served, time_in_turn
+from puzzle.model.architecture import Architecture
+from puzzle.model.parent import describe
 
 
-def write_llama(folder: Path, shape: tuple[int, ...], layers: int) -> int:
-    hidden, ffn, _, vocabulary, heads, kv_heads = shape
-    config = LlamaConfig(
-        hidden_size=hidden,
+def sizes(
+    width: int, ffn: int, vocabulary: int, heads: int, kv_heads: int, layers: int = 12
+) -> common.LlamaSizes:
+    """A candidate for the embedded parent."""
+    return common.LlamaSizes(
+        hidden_size=width,
         intermediate_size=ffn,
         num_hidden_layers=layers,
-        vocab_size=vocabulary,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
+        head_dim=width // heads,
+        vocab_size=vocabulary,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+
+
+CANDIDATES = [
+    sizes(192, 512, 2048, 6, 2),
+    sizes(256, 768, 2048, 4, 2),
+    sizes(256, 768, 4096, 8, 4),
+    sizes(320, 640, 2048, 10, 5),
+]
+QUICK_SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=8)
+
+
+def parameters(folder: Path) -> int:
+    """Of the model in a folder."""
+    shape = describe(str(folder)).shape
+    return Architecture.of_parent(shape).parameters(shape)
+
+
+def measure(
+    engine: Engine, scenario: ScenarioConfig, candidate: common.LlamaSizes, pairs: int
+) -> dict[str, Any]:
+    """Serve a candidate beside the same with half of the layers."""
+    half = replace(candidate, num_hidden_layers=candidate.num_hidden_layers // 2)
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / "full", Path(root) / "half"]
+        for folder, llama in zip(folders, (candidate, half), strict=True):
+            common.make_parent(folder, llama, torch.bfloat16)
+        count = parameters(folders[0])
+        served = [Served(folder, scenario) for folder in folders]
+        timings, _ = time_in_turn(engine, served, pairs, on_batch=lambda: None)
+    full_s, half_s = ([timing.total_s for timing in side] for side in timings)
+    tokens = scenario.batch_size * scenario.output_length
+    return {
+        "sizes": vars(candidate),
+        "parameters": count,
+        "tok_per_s": [tokens / statistics.median(side) for side in (full_s, half_s)],
+        "ratio": statistics.median(full / half for full, half in zip(full_s, half_s, strict=True)),
+    }
+
+
+def print_candidate(candidate: common.LlamaSizes, figures: dict[str, Any]) -> None:
+    """A line of the table."""
+    ratio, heads = figures["ratio"], candidate.num_attention_heads
+    common.print_row(
+        candidate.hidden_size,
+        candidate.intermediate_size,
+        candidate.num_hidden_layers,
+        candidate.vocab_size,
+        f"{heads}/{candidate.num_key_value_heads}",
+        f"{figures['parameters']:,}",
+        *(f"{speed:,.0f}" for speed in figures["tok_per_s"]),
+        f"{ratio:.2f}",
+        f"{2 / ratio - 1:.0%}",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="one shape, two pairs")
-    args = parser.parse_args()
-    scenario, pairs = ScenarioConfig(), 2 if args.quick else 5
-    print(
-        f"vLLM {vllm_engine.describe('')['version']}, {machine()}, {scenario.name}, bfloat16, {pairs} pairs"
-    )
-    print(
-        "| hidden | FFN | layers | vocabulary | heads/KV | parameters | tok/s | half the layers | ratio | overhead |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    rows = []
-    for shape in SHAPES[1:2] if args.quick else SHAPES:
-        with tempfile.TemporaryDirectory() as temporary:
-            folders = [Path(temporary) / name for name in ("whole", "half")]
-            parameters = write_llama(folders[0], shape, shape[2])
-            write_llama(folders[1], shape, shape[2] // 2)
-            sessions = [
-                vllm_engine.open_session(f, scenario, f / "log", "", False) for f in folders
-            ]
-            times: list[list[float]] = [[], []]
-            for _ in range(pairs + 1):
-                for session, kept in zip(sessions, times, strict=True):
-                    kept.append(session.time_batch(scenario).total_s)
-            for session in sessions:
-                session.__exit__(None, None, None)
-        whole, half = (kept[1:] for kept in times)
-        tokens = scenario.batch_size * scenario.output_length
-        ratio = statistics.median(w / h for w, h in zip(whole, half, strict=True))
-        speeds = [tokens / statistics.median(kept) for kept in (whole, half)]
-        rows.append({"shape": shape, "parameters": parameters, "tok_per_s": speeds, "ratio": ratio})
-        print(
-            f"| {shape[0]} | {shape[1]} | {shape[2]} | {shape[3]} | {shape[4]}/{shape[5]} | {parameters:,} "
-            f"| {speeds[0]:,.0f} | {speeds[1]:,.0f} | {ratio:.2f} | {2 / ratio - 1:.0%} |",
-            flush=True,
+    """Print a line for every candidate."""
+    parser = common.parser(__doc__, quick="one small candidate, two pairs, on the torch engine")
+    args = common.start(parser)
+    name, scenario, pairs, candidates = "vllm", ScenarioConfig(), 5, CANDIDATES
+    if args.quick:
+        name, scenario, pairs, candidates = "torch", QUICK_SCENARIO, 2, [common.TINY]
+    with tempfile.TemporaryDirectory() as logs:
+        engine = engines.make(name, CostConfig(), Path(logs))
+        print(f"{engine.name} {engine.facts.version}, {scenario}, bfloat16, {pairs} pairs")
+        common.print_header(
+            "hidden",
+            "FFN",
+            "layers",
+            "vocabulary",
+            "heads/KV",
+            "parameters",
+            "tok/s",
+            "half the layers",
+            "ratio",
+            "overhead",
         )
-    if args.json:
-        print(json.dumps(rows))
+        rows = []
+        for candidate in candidates:
+            rows.append(measure(engine, scenario, candidate, pairs))
+            print_candidate(candidate, rows[-1])
+    common.print_json(args, rows)
 
 
 if __name__ == "__main__":

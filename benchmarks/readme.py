@@ -1,64 +1,65 @@
 """Put the table, the architecture and the times of a real run into README.md, between its markers.
 
-    python benchmarks/readme.py RUN
+    make demo                             # or any other run that is finished
+    python benchmarks/readme.py runs/pocket
 
-Nothing in the README's result section is typed by hand.
+Nothing in the README's result section is typed by hand. Not a benchmark: it measures nothing, but
+writes README.md (what stands between `<!-- result:begin -->` and `<!-- result:end -->`) and
+docs/images/architecture.svg, and prints the section.
 """
 
 import argparse
 import re
 from pathlib import Path
 
-from puzzle.artifacts import read_json, write_text
-from puzzle.evaluate import stage as evaluate
+from puzzle.artifacts import write_text
+from puzzle.evaluate import results as evaluation
 from puzzle.progress import Progress, duration
+from puzzle.report import REPORT, table
+from puzzle.report.stage import stage_seconds
 from puzzle.run import Run
+from puzzle.stage import Job
 
-ROOT = Path(__file__).parent.parent
+SECTION = re.compile(r"(<!-- result:begin -->\n).*?(<!-- result:end -->)", re.DOTALL)
 
 
-def result_section(run: Run) -> str:
-    results, status = evaluate.read(run), read_json(run.folder / "status.json")
-    engine = results["engine"]
+def result_section(job: Job) -> str:
+    """The table of a finished child, and a line on how it was measured."""
+    results = evaluation.read(job)
     lines = ["| | parent | child | uptrained |", "| --- | ---: | ---: | ---: |"]
-    lines += ["| " + " | ".join(row) + " |" for row in evaluate.table(results)]
-    scenario = run.recipe.cost.scenario
-    stages = {
-        name: record["seconds"]
-        for name, record in status.items()
-        if record.get("seconds") is not None
-    }
+    lines += [f"| {' | '.join(row)} |" for row in table.rows(results)]
+    engine, dtype = results.costs.engine, results.costs.scenarios["main"].dtype
+    promises = "; ".join(f"asked {p.asked}, measured {p.measured}" for p in results.served.promises)
+    stages = stage_seconds(job)
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
-    promises = "; ".join(
-        f"asked {p['asked']}, measured {p['measured']}" for p in results["promises"]
-    )
     lines += [
         "",
-        f"{engine['engine']} {engine['version']} on {engine['count']} cores of {engine['device']}, {engine['dtype']}, "
-        f"{scenario}; "
-        f"quality on {results['evaluated_tokens']:,} held-out tokens. {promises}. "
-        f"Time: {duration(sum(stages.values()))} ({times}).",
+        f"{engine.engine} {engine.version} on {engine.count} cores of {engine.device}, {dtype}, "
+        f"{job.place.cost.scenario}; quality on {results.evaluated_tokens:,} held-out tokens. "
+        f"{promises}. Time: {duration(sum(stages.values()))} ({times}).",
     ]
     return "\n".join(lines)
 
 
+def update(job: Job, root: Path) -> str:
+    """Write the section and the picture into the repository at `root`; returns the section."""
+    section = result_section(job)
+    picture = (job.folder(REPORT) / "architecture.svg").read_text(encoding="utf-8")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme = SECTION.sub(lambda markers: f"{markers[1]}{section}\n{markers[2]}", readme)
+    write_text(root / "docs" / "images" / "architecture.svg", picture)
+    write_text(root / "README.md", readme)
+    return section
+
+
 def main() -> None:
+    """Update this repository's README from the run on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    args = parser.parse_args()
-    run = Run.open(args.run, Progress(quiet=True))
-    picture = (run.stage_folder("report") / "architecture.svg").read_text()
-    write_text(ROOT / "docs" / "images" / "architecture.svg", picture)
-    text = (ROOT / "README.md").read_text()
-    marked = r"(<!-- result:begin -->\n).*?(<!-- result:end -->)"
-    section = result_section(run)
-    write_text(
-        ROOT / "README.md",
-        re.sub(marked, lambda m: m[1] + section + "\n" + m[2], text, flags=re.DOTALL),
-    )
-    print(section)
+    parser.add_argument("run", type=Path, help="the directory of a finished run")
+    run = Run.open(parser.parse_args().run, Progress(quiet=True))
+    print(update(run.child_job("main"), Path(__file__).parent.parent))
 
 
 if __name__ == "__main__":

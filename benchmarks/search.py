@@ -7,25 +7,28 @@ of a 70B model.
 python-mip is given the program as appendix B writes it. Same machine, same process, in turn. Twelve
 pairs of limits, proven optimum (gap 0); then ten solutions that differ in at least ten layers (gap
 1e-4), a frontier of forty points, and random libraries of 160 layers x 200 variants with four
-constraints. Skips with a message without the data.
+constraints. Needs the published library in shared/data; --quick takes a small random one. Where
+python-mip is not installed its columns stay empty.
 """
 
-import argparse
-import json
+import importlib.util
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
-from puzzle.engines import machine
-from puzzle.search import mip as ours
-from puzzle.search import published as table
+from puzzle.search import mip
+from puzzle.search.program import Program, starts_of
+from puzzle.search.table import Table
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "llama-3.3-70b-block-library.json"
-PAIRS = [
+KL, RUNTIME, MEMORY = "metrics.kl_div", "stats.runtime_ms", "stats.memory_mib"
+PAIRS = [  # shares of the parent's runtime and memory
     (0.5, 0.55),
     (0.5, 0.6),
     (0.4, 0.5),
@@ -39,169 +42,212 @@ PAIRS = [
     (0.55, 0.5),
     (0.9, 0.4),
 ]
-REFERENCE_LIMIT_S = 400
+PYTHON_MIP_LIMIT_S = 400
 
 
-def theirs(
-    program: ours.Program, gap: float, avoid: list[np.ndarray], overlap: int, limit_s: float
+@dataclass(frozen=True)
+class BlockLibrary:
+    """Scores and costs of the variants of every layer, in a row; the parent's block comes first."""
+
+    starts: np.ndarray
+    kl: np.ndarray
+    runtime: np.ndarray
+    memory: np.ndarray
+
+    @classmethod
+    def published(cls) -> "BlockLibrary":
+        """The library of Llama-3.3-70B."""
+        table = Table.read(DATA)
+        return cls(table.starts, *(table.column(key) for key in (KL, RUNTIME, MEMORY)))
+
+    @classmethod
+    def random(cls, layers: int, variants: int) -> "BlockLibrary":
+        """A small one for quick runs: the smaller a variant, the larger its KL."""
+        generator = np.random.default_rng(0)
+        runtime, memory = generator.random((2, layers, variants))
+        runtime[:, 0] = memory[:, 0] = 1.0
+        kl = (2 - runtime - memory) * generator.lognormal(0, 0.4, (layers, variants))
+        starts = starts_of([variants] * layers)
+        return cls(starts, kl.ravel(), runtime.ravel(), memory.ravel())
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return len(self.starts) - 1
+
+    def program(self, runtime_share: float, memory_share: float) -> Program:
+        """At most these shares of the parent's runtime and memory."""
+        parent = self.starts[:-1]
+        limits = [
+            runtime_share * self.runtime[parent].sum(),
+            memory_share * self.memory[parent].sum(),
+        ]
+        resources = np.vstack([self.runtime, self.memory])
+        return Program(self.starts, self.kl, resources, np.array(limits))
+
+
+# ------------------------------------------------------------------------------------- python-mip
+
+
+def python_mip_missing() -> bool:
+    """Whether the reference's solver cannot be imported; says so."""
+    if importlib.util.find_spec("mip") is None:
+        print(
+            "python-mip is not installed: only ours is measured (pip install mip)", file=sys.stderr
+        )
+        return True
+    return False
+
+
+def solve_with_python_mip(
+    program: Program, gap: float, earlier: list[np.ndarray], overlap: int
 ) -> tuple[float, float, np.ndarray]:
-    """(objective, seconds, chosen) of python-mip on one program."""
-    import mip
+    """(objective, seconds, columns) of one program.
+
+    At most `overlap` groups may take the column that one of the `earlier` solutions took there.
+    """
+    import mip as python_mip
 
     began = time.perf_counter()
-    model = mip.Model(sense=mip.MINIMIZE, solver_name=mip.CBC)
+    model = python_mip.Model(sense=python_mip.MINIMIZE, solver_name=python_mip.CBC)
     model.verbose = 0
     model.max_mip_gap, model.max_mip_gap_abs = gap, 1e-9 if gap == 0 else 1e-10
-    x = [model.add_var(var_type=mip.BINARY) for _ in program.costs]
-    model.objective = mip.xsum(float(c) * v for c, v in zip(program.costs, x, strict=True))
-    for a, b in zip(program.starts[:-1], program.starts[1:], strict=True):
-        model += mip.xsum(x[a:b]) == 1
+    x = [model.add_var(var_type=python_mip.BINARY) for _ in program.costs]
+    total = python_mip.xsum
+    model.objective = total(float(c) * v for c, v in zip(program.costs, x, strict=True))
+    for first, end in zip(program.starts[:-1], program.starts[1:], strict=True):
+        model += total(x[first:end]) == 1
     for row, limit in zip(program.resources, program.limits, strict=True):
-        model += mip.xsum(float(r) * v for r, v in zip(row, x, strict=True)) <= float(limit)
-    for earlier in avoid:
-        model += mip.xsum(x[i] for i in earlier) <= overlap
-    model.optimize(max_seconds=limit_s)
-    chosen = np.array([i for i, v in enumerate(x) if v.x is not None and v.x > 0.5])
-    return float(program.costs[chosen].sum()), time.perf_counter() - began, chosen
+        model += total(float(r) * v for r, v in zip(row, x, strict=True)) <= float(limit)
+    for columns in earlier:
+        model += total(x[column] for column in columns) <= overlap
+    model.optimize(max_seconds=PYTHON_MIP_LIMIT_S)
+    columns = np.array([i for i, v in enumerate(x) if v.x is not None and v.x > 0.5])
+    return float(program.costs[columns].sum()), time.perf_counter() - began, columns
 
 
-def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    found = table.read(DATA)
-    starts = ours.starts_of([len(names) for names in found.names])
-    return starts, *(
-        found.column(key) for key in ("metrics.kl_div", "stats.runtime_ms", "stats.memory_mib")
-    )
+# ----------------------------------------------------------------------------------- measurements
 
 
 def pairs(
-    starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, quick: bool
+    library: BlockLibrary, limits: list[tuple[float, float]], missing: bool
 ) -> dict[str, Any]:
-    parents = starts[:-1]  # the parent's block comes first in every layer
-    rows = []
-    print(
-        "| runtime, memory | ours s | python-mip s | ratio | objective ours | theirs |\n"
-        "| --- | --- | --- | --- | --- | --- |"
-    )
-    for a, b in PAIRS[:3] if quick else PAIRS:
-        limits = np.array([a * runtime[parents].sum(), b * memory[parents].sum()])
-        program = ours.Program(starts, kl, np.vstack([runtime, memory]), limits)
-        one = ours.solve(program, gap=0.0)
-        assert one is not None and program.feasible(one.chosen)
-        value, seconds, _ = theirs(program, 0.0, [], 0, REFERENCE_LIMIT_S)
-        rows.append(
-            {
-                "limits": [a, b],
-                "ours_s": one.seconds,
-                "theirs_s": seconds,
-                "ours": one.objective,
-                "theirs": value,
-                "gap": one.gap,
-            }
-        )
-        print(
-            f"| {a:.0%}, {b:.0%} | {one.seconds:.3f} | {seconds:.2f} | {seconds / one.seconds:.1f} | "
-            f"{one.objective:.6f} | {value:.6f} |",
-            flush=True,
-        )
+    """Both solvers on every pair of limits. `missing`: ours alone."""
+    names = ("ours s", "python-mip s", "ratio", "objective ours", "theirs")
+    common.print_header("runtime, memory", *names)
+    rows: list[dict[str, Any]] = []
+    for runtime, memory in limits:
+        program = library.program(runtime, memory)
+        optimum = mip.solve(program, gap=0.0)
+        assert optimum is not None and program.feasible(optimum.columns)
+        ours_s, objective = optimum.seconds, optimum.objective
+        row = {"limits": [runtime, memory], "ours_s": ours_s, "ours": objective, "gap": optimum.gap}
+        cells = [f"{ours_s:.3f}", "", "", f"{objective:.6f}", ""]
+        if not missing:
+            theirs, theirs_s, _ = solve_with_python_mip(program, 0.0, [], 0)
+            row |= {"theirs_s": theirs_s, "theirs": theirs}
+            cells[1:3] = f"{theirs_s:.2f}", f"{theirs_s / ours_s:.1f}"
+            cells[4] = f"{theirs:.6f}"
+        rows.append(row)
+        common.print_row(f"{runtime:.0%}, {memory:.0%}", *cells)
+    if missing:
+        return {"rows": rows}
     mean = math.exp(np.mean([math.log(r["theirs_s"] / r["ours_s"]) for r in rows]))
     worse = sum(r["ours"] > r["theirs"] + 1e-6 for r in rows)
     print(f"geometric mean of the ratios {mean:.1f}x; a worse objective in {worse} of {len(rows)}")
     return {"rows": rows, "geometric_mean_ratio": mean, "worse": worse}
 
 
-def ten(
-    starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray, memory: np.ndarray, reference: bool
-) -> dict[str, Any]:
-    parents = starts[:-1]
-    limits = np.array([0.5 * runtime[parents].sum(), 0.6 * memory[parents].sum()])
-    program = ours.Program(starts, kl, np.vstack([runtime, memory]), limits)
-    overlap = len(parents) - 10
+def several(library: BlockLibrary, count: int, differ: int, missing: bool) -> dict[str, Any]:
+    """`count` solutions, each of which differs from the others in `differ` layers."""
+    program, overlap = library.program(0.5, 0.6), library.layers - differ
     began = time.perf_counter()
-    found = ours.diverse(program, solutions=10, overlap=overlap, gap=1e-4, time_limit_s=300)
-    seconds = time.perf_counter() - began
+    optima = mip.diverse(program, solutions=count, overlap=overlap, gap=1e-4, time_limit_s=300)
+    ours_s = time.perf_counter() - began
+    ours = [optimum.objective for optimum in optima]
+    gap = max(optimum.gap for optimum in optima)
     print(
-        f"\nten solutions, 10 layers apart, gap 1e-4: ours {seconds:.1f} s, objectives {found[0].objective:.5f} to "
-        f"{found[-1].objective:.5f}, largest gap {max(f.gap for f in found):.1e}",
+        f"\n{count} solutions, {differ} layers apart, gap 1e-4: ours {ours_s:.1f} s, "
+        f"objectives {ours[0]:.5f} to {ours[-1]:.5f}, largest gap {gap:.1e}",
         flush=True,
     )
-    result: dict[str, Any] = {"ours_s": seconds, "ours": [f.objective for f in found]}
-    if reference:
-        avoid: list[np.ndarray] = []
-        values, began = [], time.perf_counter()
-        for _ in range(10):
-            value, _, chosen = theirs(program, 1e-4, avoid, overlap, REFERENCE_LIMIT_S)
-            avoid.append(chosen)
-            values.append(value)
-        took = time.perf_counter() - began
-        result |= {"theirs_s": took, "theirs": values}
-        print(
-            f"python-mip {took:.1f} s, objectives {values[0]:.5f} to {values[-1]:.5f}: {took / seconds:.1f}x",
-            flush=True,
-        )
-    return result
+    if missing:
+        return {"ours_s": ours_s, "ours": ours}
+    earlier: list[np.ndarray] = []
+    theirs, began = [], time.perf_counter()
+    for _ in range(count):
+        value, _, columns = solve_with_python_mip(program, 1e-4, earlier, overlap)
+        earlier.append(columns)
+        theirs.append(value)
+    theirs_s = time.perf_counter() - began
+    print(
+        f"python-mip {theirs_s:.1f} s, objectives {theirs[0]:.5f} to {theirs[-1]:.5f}: "
+        f"{theirs_s / ours_s:.1f}x",
+        flush=True,
+    )
+    return {"ours_s": ours_s, "ours": ours, "theirs_s": theirs_s, "theirs": theirs}
 
 
-def frontier(starts: np.ndarray, kl: np.ndarray, runtime: np.ndarray) -> dict[str, Any]:
-    most = runtime[starts[:-1]].sum()
+def frontier(library: BlockLibrary, points: int) -> dict[str, float]:
+    """The best sums of scores from the parent's speed to five times that."""
+    parent_s = library.runtime[library.starts[:-1]].sum()
+    resources, gaps = library.runtime[None], []
     began = time.perf_counter()
-    gaps = []
-    for speedup in np.linspace(1.0, 5.0, 40):
-        found = ours.solve(ours.Program(starts, kl, runtime[None], np.array([most / speedup])))
-        assert found is not None
-        gaps.append(found.gap)
+    for speedup in np.linspace(1.0, 5.0, points):
+        limit = np.array([parent_s / speedup])
+        optimum = mip.solve(Program(library.starts, library.kl, resources, limit))
+        assert optimum is not None
+        gaps.append(optimum.gap)
     seconds = time.perf_counter() - began
     print(
-        f"\nfrontier of 40 throughputs, gap 1e-4: {seconds:.1f} s, largest gap {max(gaps):.1e}",
+        f"\nfrontier of {points} throughputs, gap 1e-4: {seconds:.1f} s, "
+        f"largest gap {max(gaps):.1e}",
         flush=True,
     )
     return {"seconds": seconds, "largest_gap": max(gaps)}
 
 
-def scale(layers: int, variants: int, shared: bool, seed: int) -> dict[str, Any]:
-    """A random library with four constraints; costs shared by all layers, as measured ones are, or
-    all different.
+def large(layers: int, variants: int, shared: bool) -> dict[str, Any]:
+    """A random library with four constraints.
+
+    `shared`: costs are the same in all layers, as measured ones are, instead of all different.
     """
-    generator = np.random.default_rng(seed)
-    size = 1 if shared else layers
-    resources = generator.random((4, size, variants))
-    resources = np.broadcast_to(resources, (4, layers, variants)).reshape(4, -1)
-    quality = 1 - resources.reshape(4, layers, variants).mean(
-        axis=0
-    )  # what takes less costs more quality
+    generator = np.random.default_rng(0)
+    drawn = generator.random((4, 1 if shared else layers, variants))
+    resources = np.broadcast_to(drawn, (4, layers, variants))
+    quality = 1 - resources.mean(axis=0)  # what takes less costs more quality
     costs = (quality**2 * generator.lognormal(0, 0.4, (layers, variants))).ravel()
-    limits = resources.reshape(4, layers, variants).mean(axis=2).sum(axis=1) * 0.7
-    program = ours.Program(ours.starts_of([variants] * layers), costs, resources, limits)
-    found = ours.solve(program, gap=1e-4, time_limit_s=60)
-    assert found is not None and program.feasible(found.chosen)
+    limits = resources.mean(axis=2).sum(axis=1) * 0.7
+    starts = starts_of([variants] * layers)
+    program = Program(starts, costs, resources.reshape(4, -1), limits)
+    optimum = mip.solve(program, gap=1e-4, time_limit_s=60)
+    assert optimum is not None and program.feasible(optimum.columns)
     kind = "costs shared by the layers" if shared else "every cost different"
     print(
-        f"{layers} layers x {variants} variants, 4 constraints, {kind}: {found.seconds:.1f} s, gap {found.gap:.1e}",
+        f"{layers} layers x {variants} variants, 4 constraints, {kind}: {optimum.seconds:.1f} s, "
+        f"gap {optimum.gap:.1e}",
         flush=True,
     )
-    return {"shared": shared, "seconds": found.seconds, "gap": found.gap}
+    return {"shared": shared, "seconds": optimum.seconds, "gap": optimum.gap}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--quick", action="store_true", help="three pairs, no reference for the ten solutions"
-    )
-    args = parser.parse_args()
-    if not DATA.exists():
-        sys.exit(f"{DATA} is not here: nothing to measure")
-    print(f"{machine()['device']}\n")
-    data = load()
-    found = {
-        "pairs": pairs(*data, args.quick),
-        "frontier": frontier(*data[:3]),
-        "scale": [scale(160, 200, shared, 0) for shared in (True, False)],
-        "ten": ten(*data, reference=not args.quick),
+    """All four measurements."""
+    parser = common.parser(__doc__, quick="a random library of 12 layers x 10 variants")
+    args = common.start(parser)
+    if not args.quick and not DATA.exists():
+        sys.exit(f"{DATA}: no such file, so there is nothing to measure; --quick does without it")
+    missing = python_mip_missing()
+    library = BlockLibrary.random(12, 10) if args.quick else BlockLibrary.published()
+    count, differ, points = (3, 2, 5) if args.quick else (10, 10, 40)
+    size = (16, 20) if args.quick else (160, 200)
+    figures = {
+        "pairs": pairs(library, PAIRS[:3] if args.quick else PAIRS, missing),
+        "frontier": frontier(library, points),
+        "large": [large(*size, shared) for shared in (True, False)],
+        "several": several(library, count, differ, missing),
     }
-    if args.json:
-        print(json.dumps(found))
+    common.print_json(args, figures)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Uptraining: memory and time of the loss, and the paper's table of losses at pocket scale.
 
-    python benchmarks/uptrain.py [--json] [--quick] [--bfloat16]
+    python benchmarks/uptrain.py [--json] [--bfloat16]
     python benchmarks/uptrain.py --mixes RUN [--tokens N] [--seeds 3] [--out DIR] [--json]
+    python benchmarks/uptrain.py --quick [--json]           # both, on tiny models
 
-The loss: KL and LM loss of 4096 tokens of width 2048 over a vocabulary of 128,256 (--quick: 512
-tokens), value and gradients of hidden states and head, against the plain implementation (all logits
-at once, torch's own functions). Memory: each in a process of its own, the peak resident set above
-the one with its inputs made; so everything that is allocated counts, the head's gradient included.
-Time: those processes, in turn, three of each; medians.
+The loss: KL and LM loss of 4096 tokens of width 2048 over a vocabulary of 128,256, value and
+gradients of hidden states and head, against the plain implementation (all logits at once, torch's
+own functions). Memory: each in a process of its own, the peak resident set above the one with its
+inputs made; so everything that is allocated counts, the head's gradient included. Time: those
+processes, in turn, three of each; medians.
 
 The table (`--mixes`): the child of a finished run is uptrained with the eight mixes of LM loss, KL
 and cosine, the same tokens for all, once for every seed (which decides the order of the data).
@@ -18,29 +19,50 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
 
-from puzzle import artifacts, config
-from puzzle.engines import machine
-from puzzle.evaluate import stage as evaluate
+from puzzle import artifacts, pipeline
+from puzzle.artifacts import Record
+from puzzle.assemble import ASSEMBLE
+from puzzle.config import UptrainConfig
+from puzzle.cost import COST
+from puzzle.device import keep_freed_memory
+from puzzle.evaluate.results import Quality
+from puzzle.evaluate.stage import quality
+from puzzle.library import LIBRARY
+from puzzle.metrics import Metrics
 from puzzle.model import child
 from puzzle.progress import Progress
-from puzzle.run import Run, keep_freed_memory
-from puzzle.training import checkpoint, losses
-from puzzle.uptrain import stage as uptrain
+from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.search import SEARCH
+from puzzle.stage import Job
+from puzzle.training import losses
+from puzzle.uptrain.stage import distil
 
-VOCABULARY, HIDDEN, TOKENS = 128_256, 2048, 4096
 SETTINGS = losses.LogitLoss(kl_weight=1.0, lm_weight=1.0)  # both terms: the case with the most work
 
-# ----------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class LossSizes:
+    """What the loss is measured on."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+
+
+FULL, QUICK = LossSizes(4096, 2048, 128_256), LossSizes(64, 128, 4096)
 
 
 def plain(
@@ -50,6 +72,7 @@ def plain(
     parent_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
 ) -> torch.Tensor:
+    """The loss as one would write it first."""
     logits_TV = child_TD @ head_VD.T
     with torch.no_grad():
         target_TV = parent_TD @ parent_head_VD.T
@@ -59,77 +82,59 @@ def plain(
 
 
 def chunked(*sides: torch.Tensor) -> torch.Tensor:
+    """Ours, of the same arguments."""
     return losses.distillation_losses(*sides, SETTINGS)[0]
 
 
-def measure_loss(name: str, tokens: int, bfloat16: bool) -> None:
-    """In a process of its own: prints bytes above the inputs, seconds, value and size of the
-    gradients.
-    """
+def measure_loss(name: str, tokens: int, width: int, vocabulary: int, bfloat16: bool) -> None:
+    """In a process of its own: print bytes above the inputs, seconds, value, gradient norms."""
     keep_freed_memory()
     torch.manual_seed(0)
-    child_TD = torch.randn(tokens, HIDDEN).requires_grad_()
-    head_VD = (torch.randn(VOCABULARY, HIDDEN) / HIDDEN**0.5).requires_grad_()
-    parent_TD = child_TD.detach() + 0.3 * torch.randn(tokens, HIDDEN)
+    child_TD = torch.randn(tokens, width).requires_grad_()
+    head_VD = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
+    parent_TD = child_TD.detach() + 0.3 * torch.randn(tokens, width)
     parent_head_VD = head_VD.detach().clone()
-    targets_T = torch.randint(VOCABULARY, (tokens,))
-    before, began = peak_bytes(), time.perf_counter()
+    targets_T = torch.randint(vocabulary, (tokens,))
+    function = {"plain": plain, "chunked": chunked}[name]
+    before, began = common.peak_bytes(), time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        loss = {"plain": plain, "chunked": chunked}[name](
-            child_TD, head_VD, parent_TD, parent_head_VD, targets_T
-        )
+        loss = function(child_TD, head_VD, parent_TD, parent_head_VD, targets_T)
     loss.backward()
-    seconds = time.perf_counter() - began
-    norms = [child_TD.grad.norm().item(), head_VD.grad.norm().item()]
-    print(
-        json.dumps(
-            {
-                "bytes": peak_bytes() - before,
-                "seconds": seconds,
-                "loss": loss.item(),
-                "gradients": norms,
-            }
-        )
-    )
-
-
-def compare_losses(tokens: int, bfloat16: bool, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
-    found: dict[str, Any] = {}
-    for _ in range(rounds):
-        for name, times in seconds.items():
-            words = [sys.executable, __file__, "--child", name, str(tokens), str(int(bfloat16))]
-            out = subprocess.run(words, capture_output=True, text=True)
-            if out.returncode:
-                sys.exit(out.stderr or f"{name}: ended with {out.returncode}")
-            one = json.loads(out.stdout.splitlines()[-1])
-            times.append(one["seconds"])
-            found[name] = one | {"seconds": times, "median_s": statistics.median(times)}
-    ours, theirs = found["chunked"], found["plain"]
-    ratios = {
-        "memory": ours["bytes"] / theirs["bytes"],
-        "time": ours["median_s"] / theirs["median_s"],
+    figures = {
+        "seconds": time.perf_counter() - began,
+        "bytes": common.peak_bytes() - before,
+        "loss": loss.item(),
+        "gradients": [child_TD.grad.norm().item(), head_VD.grad.norm().item()],
     }
+    print(json.dumps(figures))
+
+
+def compare_losses(sizes: LossSizes, bfloat16: bool, rounds: int) -> dict[str, Any]:
+    """Both implementations in turn; prints the table."""
+    measured: dict[str, list[dict[str, Any]]] = {"plain": [], "chunked": []}
+    for _ in range(rounds):
+        for name, results in measured.items():
+            words = (name, sizes.tokens, sizes.width, sizes.vocabulary, int(bfloat16))
+            results.append(common.in_own_process(__file__, *words))
     dtype = "bfloat16 products" if bfloat16 else "float32"
-    print(
-        f"{tokens} tokens, width {HIDDEN}, vocabulary {VOCABULARY:,}, {dtype}, {torch.get_num_threads()} threads"
-    )
-    print(
-        "| | peak above the inputs | median seconds | loss | gradient norms |\n| --- | ---: | ---: | ---: | --- |"
-    )
-    for name, row in found.items():
+    print(f"{sizes.tokens} tokens, width {sizes.width}, vocabulary {sizes.vocabulary:,}, {dtype}")
+    common.print_header("", "peak above the inputs", "median seconds", "loss", "gradient norms")
+    rows = {}
+    for name, results in measured.items():
+        seconds = [result["seconds"] for result in results]
+        row = results[-1] | {"seconds": seconds, "median_s": statistics.median(seconds)}
+        rows[name] = row
         norms = ", ".join(f"{norm:.6g}" for norm in row["gradients"])
-        print(
-            f"| {name} | {row['bytes'] / 1e9:.2f} GB | {row['median_s']:.2f} | {row['loss']:.6f} | {norms} |"
-        )
-    print(
-        f"memory 1/{1 / ratios['memory']:.1f}, time {ratios['time']:.2f}x of plain torch",
-        flush=True,
-    )
-    return {"tokens": tokens, "dtype": dtype, **found, "ratios": ratios}
+        figures = (f"{row['bytes'] / 1e9:.2f} GB", f"{row['median_s']:.2f}", f"{row['loss']:.6f}")
+        common.print_row(name, *figures, norms)
+    ours, theirs = rows["chunked"], rows["plain"]
+    memory, duration = ours["bytes"] / theirs["bytes"], ours["median_s"] / theirs["median_s"]
+    print(f"memory 1/{1 / memory:.1f}, time {duration:.2f}x of plain torch", flush=True)
+    ratios = {"memory": memory, "time": duration}
+    return {"tokens": sizes.tokens, "dtype": dtype, **rows, "ratios": ratios}
 
 
-# ---------------------------------------------------------------------------------------- the mixes
+# -------------------------------------------------------------------------------------- the mixes
 
 MIXES = {  # the paper's table: its validation KL at about 5B tokens
     "none": 0.19,
@@ -154,40 +159,72 @@ FINDINGS = [  # (what the paper found, figure, the better mix, the worse mix)
 ]
 
 
-def mixes(folder: Path, out: Path, tokens: int, seeds: int, as_json: bool) -> None:
-    path = out / "results.jsonl"
-    for seed in range(1, seeds + 1):
-        for mix in MIXES:
-            done = {(row["mix"], row["seed"], row["tokens"]) for row in artifacts.read_jsonl(path)}
-            key = (mix, seed if mix != "none" else 1, tokens if mix != "none" else 0)
-            if key not in done:
+class MixResult(Record):
+    """One line of `results.jsonl`: a mix with one order of the data."""
+
+    mix: str
+    seed: int
+    tokens: int  # 0 without uptraining, which has one seed
+    quality: Quality
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """The finished run whose child is uptrained, and where results are kept."""
+
+    run: Run
+    out: Path
+    tokens: int
+    seeds: int
+
+    def measure(self) -> list[MixResult]:
+        """Every mix with every seed that has no result yet; all results of these tokens."""
+        path = self.out / "results.jsonl"
+        for seed in range(1, self.seeds + 1):
+            for mix in MIXES:
+                key = (mix, 1, 0) if mix == "none" else (mix, seed, self.tokens)
+                rows = artifacts.read_records(path, MixResult)
+                if key in {(row.mix, row.seed, row.tokens) for row in rows}:
+                    continue
                 began = time.perf_counter()
-                figures = one_mix(folder, out, *key)
-                row = dict(zip(("mix", "seed", "tokens"), key, strict=True)) | figures
-                artifacts.append_jsonl(path, row | {"seconds": time.perf_counter() - began})
-                print(
-                    f"{mix}, seed {key[1]}: KL {figures['kl']:.4f}, {time.perf_counter() - began:.0f} s",
-                    flush=True,
+                figures = self._measure_mix(*key)
+                seconds = time.perf_counter() - began
+                row = MixResult(
+                    mix=mix, seed=key[1], tokens=key[2], quality=figures, seconds=seconds
                 )
-    rows = [
-        row
-        for row in artifacts.read_jsonl(path)
-        if row["tokens"] in (0, tokens) and row["seed"] <= seeds
-    ]
-    print_mixes(rows, tokens, seeds)
-    if as_json:
-        print(json.dumps({"tokens": tokens, "seeds": seeds, "rows": rows}))
+                artifacts.append_record(path, row)
+                print(f"{mix}, seed {key[1]}: KL {figures.kl:.4f}, {seconds:.0f} s", flush=True)
+        rows = artifacts.read_records(path, MixResult)
+        return [row for row in rows if row.tokens in (0, self.tokens) and row.seed <= self.seeds]
+
+    def _measure_mix(self, mix: str, seed: int, tokens: int) -> Quality:
+        """Uptrain the child with one mix and measure it.
+
+        The last weights are taken, so that nothing is selected by its KL.
+        """
+        settings = self.run.child_config("main")
+        job = self.run.child_job("main")
+        folder = job.folder(ASSEMBLE)
+        if mix != "none":
+            uptrain = _with_mix(settings.uptrain, mix, seed, tokens)
+            job = self.run.job_of("main", settings.model_copy(update={"uptrain": uptrain}))
+            folder = self.out / f"{mix}-{seed}-{tokens}"
+            if not (folder / "config.json").exists():  # it comes last
+                distil(job, folder)
+            shutil.rmtree(folder / artifacts.UNFINISHED, ignore_errors=True)
+        device, attention = self.run.device.torch_device, self.run.placement.attention
+        model = child.load(folder, torch.float32, device, attention)
+        tokens_NS = self.run.corpus["validation"].head(settings.evaluate.sequences)
+        return quality(job, model, tokens_NS)
 
 
-def one_mix(folder: Path, out: Path, mix: str, seed: int, tokens: int) -> dict[str, float]:
-    """Uptrain the run's child with one mix and measure it; the last weights, so that nothing is
-    chosen by its KL.
-    """
-    recipe = Run.open(folder, Progress(quiet=True)).recipe.model_dump(mode="json")
-    recipe["uptrain"] |= {
-        "lm_weight": float("LM" in mix),
-        "kl_weight": float("KLD" in mix),
-        "cosine_weight": float("cos" in mix),
+def _with_mix(settings: UptrainConfig, mix: str, seed: int, tokens: int) -> UptrainConfig:
+    terms = mix.split("+")
+    changes = {
+        "lm_weight": float("LM" in terms),
+        "kl_weight": float("KLD" in terms),
+        "cosine_weight": float("cos" in terms),
         "tokens": tokens,
         "seed": seed,
         "keep": "last",
@@ -195,82 +232,97 @@ def one_mix(folder: Path, out: Path, mix: str, seed: int, tokens: int) -> dict[s
         "patience": 0,
         "processes": 1,
     }
-    own, source = out / f"{mix}-{seed}-{tokens}", folder / "child"
-    if mix == "none":
-        recipe["uptrain"] |= {"kl_weight": 1.0, "tokens": 1}
-    run = Run(config.parse(recipe), folder, Progress())
-    if mix != "none":
-        run.curve = lambda *_: None  # type: ignore[method-assign]  # the finished run's own logs stay as they are
-        if not (own / "config.json").exists():
-            uptrain.distil(run, own)
-        shutil.rmtree(own / checkpoint.FOLDER, ignore_errors=True)
-        source = own
-    model = child.load(source, torch.float32, run.device, run.attention)
-    return evaluate.quality(
-        run, model, run.corpus["validation"].head(run.recipe.evaluate.sequences)
-    )
+    return UptrainConfig.model_validate(settings.model_dump() | changes)
 
 
-def print_mixes(rows: list[dict[str, Any]], tokens: int, seeds: int) -> None:
-    by_mix = {mix: {row["seed"]: row for row in rows if row["mix"] == mix} for mix in MIXES}
+def print_mixes(rows: list[MixResult], tokens: int, seeds: int) -> None:
+    """Means and standard deviations over seeds beside the paper's, then the paper's findings."""
     print(f"\n{tokens:,} tokens, {seeds} seeds; mean and standard deviation over seeds")
-    print(
-        "| mix | KL(parent, child) | the paper's | LM loss | top-1 accuracy |\n| --- | ---: | ---: | ---: | ---: |"
+    common.print_header(
+        "mix", "KL(parent || child)", "the paper's", "LM loss", "top-1 token accuracy"
     )
-    for mix, found in by_mix.items():
-        cells = []
-        for key, form in (("kl", ".4f"), ("lm_loss", ".4f"), ("top1", ".2%")):
-            values = [row[key] for row in found.values()]
-            spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-            cells.append(format(statistics.mean(values), form) + spread)
-        print(f"| {mix} | {cells[0]} | {MIXES[mix]:.2f} | {cells[1]} | {cells[2]} |")
-    print(
-        "\n| the paper's finding | difference here, mean (± standard error) | reproduces |\n| --- | ---: | --- |"
+    by_mix = {mix: {row.seed: row.quality for row in rows if row.mix == mix} for mix in MIXES}
+    for mix, by_seed in by_mix.items():
+        qualities = list(by_seed.values())
+        kl = _mean_and_spread([q.kl for q in qualities], ".4f")
+        lm_loss = _mean_and_spread([q.lm_loss for q in qualities], ".4f")
+        top1 = _mean_and_spread([q.top1 for q in qualities], ".2%")
+        common.print_row(mix, kl, f"{MIXES[mix]:.2f}", lm_loss, top1)
+    print()
+    common.print_header(
+        "the paper's finding", "difference here, mean (± standard error)", "reproduces"
     )
-    for what, key, better, worse in FINDINGS:
-        sign = 1 if key == "kl" else -1
-        pairs = [
-            (_of(by_mix[worse], seed), _of(by_mix[better], seed)) for seed in range(1, seeds + 1)
-        ]
-        gaps = [sign * (bad[key] - good[key]) for bad, good in pairs]
-        mean = statistics.mean(gaps)
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-        word = (
-            "too close to call"
-            if not abs(mean) > 2 * error
-            else "yes"
-            if mean > 0
-            else "NO, the reverse"
-        )
-        print(f"| {what} ({key}) | {mean:+.4f} ± {error:.4f} | {word} |")
+    for finding, figure, better, worse in FINDINGS:
+        sign = 1 if figure == "kl" else -1
+        gaps = []
+        for seed in range(1, seeds + 1):
+            # the child before uptraining has no seed: its only result is under 1
+            good, bad = (by_mix[mix].get(seed, by_mix[mix][1]) for mix in (better, worse))
+            gaps.append(sign * (getattr(bad, figure) - getattr(good, figure)))
+        common.print_row(f"{finding} ({figure})", *_judge(gaps))
 
 
-def _of(found: dict[int, dict[str, Any]], seed: int) -> dict[str, Any]:
-    return found.get(seed) or found[1]  # the child before uptraining has no seed
+def _mean_and_spread(values: list[float], form: str) -> str:
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def _judge(gaps: list[float]) -> tuple[str, str]:
+    """(mean and standard error, whether the finding reproduces); positive gaps agree with it."""
+    mean = statistics.mean(gaps)
+    if len(gaps) == 1:
+        return f"{mean:+.4f}", "too close to call"
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    word = "too close to call"
+    if abs(mean) > 2 * error:
+        word = "yes" if mean > 0 else "NO, the reverse"
+    return f"{mean:+.4f} ± {error:.4f}", word
+
+
+def measure_mixes(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """The table of losses of a run whose child is assembled."""
+    run.metrics = Metrics(args.out / "logs")  # the finished run's logs stay as they are
+    rows = Mixes(run, args.out, args.tokens, args.seeds).measure()
+    print_mixes(rows, args.tokens, args.seeds)
+    return {"tokens": args.tokens, "seeds": args.seeds, "rows": [row.as_json() for row in rows]}
+
+
+def make_tiny_run(root: Path) -> Run:
+    """A run of a tiny parent up to the assembled child."""
+    run = common.open_run(root / "run", common.tiny_recipe(root))
+    job: Job = run.child_job("main")
+    for stage in (LIBRARY, SCORE, COST, SEARCH, ASSEMBLE):
+        pipeline.execute_stage(stage, job)
+    return run
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        measure_loss(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1")
+    """The loss, or the mixes, or both of them quickly."""
+    arguments = common.worker_arguments()
+    if arguments is not None:
+        name, *numbers = arguments
+        tokens, width, vocabulary, bfloat16 = map(int, numbers)
+        measure_loss(name, tokens, width, vocabulary, bool(bfloat16))
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = common.parser(
+        __doc__, quick="a small loss; the mixes on a tiny child, 512 tokens each"
     )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--mixes", type=Path, metavar="RUN")
-    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16")
+    parser.add_argument("--mixes", type=Path, metavar="RUN", help="the directory of a finished run")
+    parser.add_argument("--tokens", type=int, default=500_000, help="of each mix")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/mixes"))
-    args = parser.parse_args()
-    print(f"{machine()['device']}, torch {torch.__version__}", flush=True)
-    if args.mixes:
-        mixes(args.mixes, args.out, args.tokens, args.seeds, args.json)
-        return
-    result = compare_losses(512 if args.quick else TOKENS, args.bfloat16, 1 if args.quick else 3)
-    if args.json:
-        print(json.dumps(result))
+    args = common.start(parser)
+    if args.quick:
+        figures = {"loss": compare_losses(QUICK, args.bfloat16, rounds=1)}
+        with tempfile.TemporaryDirectory() as name:
+            args.tokens, args.seeds, args.out = 512, 1, Path(name) / "mixes"
+            figures["mixes"] = measure_mixes(make_tiny_run(Path(name)), args)
+    elif args.mixes:
+        figures = measure_mixes(Run.open(args.mixes, Progress()), args)
+    else:
+        figures = compare_losses(FULL, args.bfloat16, rounds=3)
+    common.print_json(args, figures)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import torch
-import yaml
 from conftest import make_parent
 
-from puzzle import artifacts
+from puzzle import artifacts, config
+from puzzle.assemble import ASSEMBLE
 from puzzle.library import initialization
-from puzzle.model import child, parent
+from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.progress import Progress
 from puzzle.run import Run
+from puzzle.stage import Job
 
 MIXED = {
     "reduced": ["gqa_1+gated_96", "no_op+gated_32", "gqa_2+no_op", "gqa_2+gated_64"],
@@ -28,10 +29,10 @@ def write_child(tiny, folder, names):
     contribution = torch.arange(tiny.shape.intermediate_size, dtype=torch.float32)
     for index, block in enumerate(architecture):
         prefix = f"model.layers.{index}."
-        own = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
+        layer_state = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
         for variant in (block.attention, block.ffn):
             made = initialization.initial_state(
-                own, variant, tiny.shape, initialization.Calibration(contribution)
+                layer_state, variant, tiny.shape, initialization.Calibration(contribution)
             )
             state |= {prefix + name: tensor for name, tensor in made.items()}
     child.save(folder, tiny.child_config(architecture), architecture, state, tiny.folder, "card\n")
@@ -44,14 +45,14 @@ def generate(model, prompt, use_cache):
     )
 
 
-def run_with_child(folder: Path, blocks: list[str]) -> Run:
-    """A run directory whose child is as `assemble` leaves it."""
+def job_with_child(folder: Path, blocks: list[str]) -> Job:
+    """The job of a run whose child `main` is as `assemble` leaves it, all else undone."""
     made = make_parent(folder / "parent", hidden_size=128, num_attention_heads=4, head_dim=32)
-    (folder / "run").mkdir()
     recipe = {"parent": str(made), "cost": {"scenario": {"dtype": "float32"}}}
-    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(recipe))
-    target = folder / "run" / "child"
-    artifacts.begin(target, {})
-    write_child(parent.describe(str(made)), target, blocks)
-    artifacts.write_manifest(target, {}, {})
-    return Run.open(folder / "run", Progress(quiet=True))
+    Run(config.parse(recipe), folder / "run", Progress(quiet=True)).write()
+    job = Run.open(folder / "run", Progress(quiet=True)).child_job("main")
+    child_folder = job.folder(ASSEMBLE)
+    artifacts.begin(child_folder, {})
+    write_child(job.run.parent, child_folder, blocks)
+    artifacts.write_manifest(child_folder, {}, seconds=0.0)
+    return job

@@ -1,6 +1,4 @@
-"""One row per family and variation: a tiny random parent made with transformers, for the
-conformance suite.
-"""
+"""One tiny random parent per family and variation, made with transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +82,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(row: str, folder: Path, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
-    """Weights are random everywhere, norms and biases too, so that no part can hide."""
+    """Write the parent of a row with its tokenizer; `saving` goes to `save_pretrained`.
+
+    Weights are random everywhere, norms and biases too, so that leaving any part out shows.
+    """
     model_type, settings = ROWS[row]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**(SIZES | settings)))

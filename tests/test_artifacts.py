@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -16,23 +17,58 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+class Count(artifacts.Record):
+    n: int
+
+
 @pytest.mark.parametrize("torn", [b'{"n": 3', b'{"n": 3}', b"{"])
 def test_a_torn_last_line_is_cut_off_and_appending_goes_on(tmp_path, torn):
     path = tmp_path / "a.jsonl"
-    artifacts.append_jsonl(path, {"n": 1})
-    artifacts.append_jsonl(path, {"n": 2})
+    artifacts.append_record(path, Count(n=1))
+    artifacts.append_record(path, Count(n=2))
     with path.open("ab") as file:
         file.write(torn)
-    assert artifacts.read_jsonl(path) == [{"n": 1}, {"n": 2}]
-    artifacts.append_jsonl(path, {"n": 3})
-    assert artifacts.read_jsonl(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert artifacts.read_records(path, Count) == [Count(n=1), Count(n=2)]
+    artifacts.append_record(path, Count(n=3))
+    assert artifacts.read_records(path, Count) == [Count(n=1), Count(n=2), Count(n=3)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"n": "many"}', r"a.jsonl, line 2: n: got 'many'; .*; expected a Count"),
+        ('{"n": 1, "m": 2}', r"a.jsonl, line 2: m: got 2; .*; expected a Count"),
+        ("{", r"a.jsonl, line 2: not JSON .*; expected a Count"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"n": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=message) as error:
+        artifacts.read_records(path, Count)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_names_every_file_but_the_checkpoints_with_its_checksum(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "work").write_text("x")
+    (tmp_path / artifacts.UNFINISHED).mkdir()
+    (tmp_path / artifacts.UNFINISHED / "last").write_text("y")
+    manifest = artifacts.write_manifest(tmp_path, {"a": 1}, seconds=1.0)
+    digest = hashlib.sha256(b"x").hexdigest()
+    assert digest.startswith(manifest.files["sub/work"])
+    assert not any("last" in name for name in manifest.files)
+    assert not (tmp_path / artifacts.UNFINISHED).exists()
+    assert artifacts.read_manifest(tmp_path) == manifest
+    (tmp_path / "sub" / "work").write_text("z")
+    assert artifacts.write_manifest(tmp_path, {"a": 1}, 1.0).fingerprint != manifest.fingerprint
 
 
 def test_a_stage_is_done_only_for_the_inputs_it_was_done_for(tmp_path):
-    assert not artifacts.is_done(tmp_path, {"a": (1, 2)})
-    artifacts.write_manifest(tmp_path, {"a": (1, 2)}, {})
-    assert artifacts.is_done(tmp_path, {"a": (1, 2)})
-    assert not artifacts.is_done(tmp_path, {"a": (1, 3)})
+    assert not artifacts.is_done(tmp_path, {"a": [1, 2]})
+    artifacts.write_manifest(tmp_path, {"a": [1, 2]}, seconds=1.0)
+    assert artifacts.is_done(tmp_path, {"a": [1, 2]})
+    assert not artifacts.is_done(tmp_path, {"a": [1, 3]})
 
 
 def test_beginning_with_the_same_inputs_keeps_the_work_and_with_others_removes_it(tmp_path):

@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from puzzle import config
+from puzzle import config, settings
 from puzzle.errors import UserError
 
 RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
@@ -10,8 +12,27 @@ RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_shipped_recipe_parses(path):
-    recipe = config.parse(config.read_yaml(path), str(path))
+    recipe = config.parse(settings.read_yaml(path), str(path))
     assert recipe.out == f"runs/{path.stem}"
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+YAML_BLOCKS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(r"```ya?ml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "block"), YAML_BLOCKS)
+def test_every_yaml_in_the_docs_is_a_recipe(page, block):
+    recipe = config.parse(yaml.safe_load(block), page)
+    assert recipe.all_children() and recipe.all_places()
+
+
+def test_the_docs_have_recipes():
+    assert {"README.md"} <= {page for page, _ in YAML_BLOCKS}
 
 
 def test_an_unknown_key_names_its_neighbour():
@@ -31,38 +52,6 @@ def test_a_wrong_value_says_what_it_got():
         config.parse({"library": {"tokens": -3}})
 
 
-def test_overrides_reach_nested_keys_and_leave_the_original_alone():
-    values = {"search": {"throughput": "2x"}}
-    changed = config.override(values, ["search.throughput=3x", "cost.scenario.batch_size=8"])
-    assert config.parse(changed).search.throughput == "3x"
-    assert config.parse(changed).cost.scenario.batch_size == 8
-    assert values == {"search": {"throughput": "2x"}}
-
-
-@pytest.mark.parametrize("assignment", ["search", "=3", "a.b"])
-def test_a_malformed_override_is_a_user_error(assignment):
-    with pytest.raises(UserError, match="expected KEY=VALUE"):
-        config.override({}, [assignment])
-
-
 def test_a_source_is_exactly_one_thing():
     with pytest.raises(UserError, match="exactly one of stdlib, path, dataset"):
         config.parse({"corpus": {"sources": [{"path": "a", "dataset": "b"}]}})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b", "got list"), ("a: [", "not YAML"), ("", None)]
-)
-def test_a_recipe_file_that_is_not_a_mapping_is_a_user_error(tmp_path, text, message):
-    path = tmp_path / "r.yaml"
-    path.write_text(text)
-    if message is None:
-        assert config.read_yaml(path) == {}
-    else:
-        with pytest.raises(UserError, match=message):
-            config.read_yaml(path)
-
-
-def test_a_missing_recipe_is_a_user_error():
-    with pytest.raises(UserError, match="no such file"):
-        config.read_yaml(Path("missing.yaml"))

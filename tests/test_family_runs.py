@@ -1,5 +1,6 @@
-"""The whole job on parents that are not Llamas: norms around subblocks, soft caps, windows, biases,
-fused matrices.
+"""Complete runs on parents that are not Llamas.
+
+They bring norms around subblocks, soft caps, windows, biases and fused matrices.
 """
 
 import families
@@ -7,10 +8,12 @@ import pytest
 from conftest import tiny_recipe
 
 from puzzle import config, pipeline
-from puzzle.evaluate import stage as evaluate
-from puzzle.model import child
+from puzzle.evaluate import results
+from puzzle.model.modeling_puzzle import PuzzleConfig
 from puzzle.progress import Progress
+from puzzle.report import REPORT
 from puzzle.run import Run
+from puzzle.uptrain import UPTRAIN
 
 pytestmark = pytest.mark.training
 
@@ -20,18 +23,18 @@ def test_a_run_gives_a_child_that_keeps_its_promise_and_heals(row, text_folder, 
     recipe = tiny_recipe(families.make(row, tmp_path / "parent"), text_folder, tmp_path / "run")
     recipe["deploy"] = ["vllm"]  # with our plugin, where the family needs it
     run = Run(config.parse(recipe), tmp_path / "run", Progress(quiet=True))
-    assert pipeline.execute(run)["met"]
-    results = evaluate.read(run)
-    models = results["models"]
-    assert (
-        abs(models["parent"]["kl"]) < 1e-5
-    )  # the parent against itself, through every path a child takes
-    assert models["uptrained"]["kl"] < models["child"]["kl"]
-    names = [b for b in results["architecture"] if b != run.parent.shape.parent_block.name]
-    assert names
-    written = child.PuzzleConfig.from_pretrained(tmp_path / "run" / "uptrained")
-    kinds = {"qwen2": "DeciLMForCausalLM"}
-    if not any("linear" in name for name in names) and row != "qwen2":
-        assert written.architectures == [kinds.get(row, "PuzzleForCausalLM")]
-    text = (tmp_path / "run" / "uptrained" / "README.md").read_text()
-    assert f"{results['speed']['speedup']:.2f}x" in text and "modelled" in text
+    pipeline.execute(run)
+    job = run.child_job("main")
+    figures = results.read(job)
+    assert figures.met
+    # the parent against itself, through every path a child takes
+    assert abs(figures.parent.quality.kl) < 1e-5
+    assert figures.uptrained.quality.kl < figures.child.quality.kl
+    changed = [b for b in figures.architecture if b != run.parent.shape.widest_block.name]
+    assert changed
+    if not any("linear" in name for name in changed) and row != "qwen2":
+        written = PuzzleConfig.from_pretrained(job.folder(UPTRAIN))
+        assert written.architectures == ["PuzzleForCausalLM"]
+    assert "vLLM" in (job.folder(UPTRAIN) / "README.md").read_text()
+    card = (job.folder(REPORT) / "README.md").read_text()
+    assert f"{figures.speed.speedup:.2f}x" in card and "modelled" in card

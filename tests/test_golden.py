@@ -12,7 +12,6 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,45 +20,62 @@ from conftest import make_parent, make_text, tiny_recipe
 from safetensors.torch import load_file
 
 from puzzle import artifacts, config, pipeline
+from puzzle.assemble import ASSEMBLE
 from puzzle.cost import stage as cost
+from puzzle.cost import table
 from puzzle.engines import machine
+from puzzle.library import LIBRARY
 from puzzle.progress import Progress
 from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.score import results as scores
+from puzzle.search import answers
+from puzzle.stage import Job
+from puzzle.uptrain import UPTRAIN, trainer
 
 GOLDEN = Path(__file__).parent / "golden.json"
 pytestmark = pytest.mark.training
 
 
 def this_machine() -> str:
-    return f"{machine()['device']}, {machine()['count']} cores, torch {torch.__version__}, {platform.python_version()}"
+    device, cores = machine()
+    threads = torch.get_num_threads()
+    versions = f"torch {torch.__version__}, {platform.python_version()}"
+    return f"{device}, {cores} cores, {threads} threads, {versions}"
 
 
-def write_costs(run: Run, path: Path) -> None:
-    """A table in which seconds and bytes follow the parameters, and attention costs half as much
-    again.
-    """
-    records = [cost.header(run)]
-    for variant in cost.distinct_variants(run):
-        parameters = run.parent.shape.parameters(variant)
-        slot = variant.slot
-        seconds = parameters * (1.5e-9 if slot == "attention" else 1e-9)
-        figures = cost.Cost(
-            seconds,
-            4 * seconds,
-            parameters,
-            4 * parameters,
-            64 * (slot == "attention") * parameters,
-        )
-        records.append(
-            {"scenario": "main", "slot": slot, "variant": variant.name, **asdict(figures)}
-        )
-    constant = cost.Cost(
-        1e-5, 2e-5, run.parent.shape.constant_parameters, 4 * run.parent.shape.constant_parameters
-    )
+def write_costs(job: Job, path: Path) -> None:
+    """Seconds and bytes follow the parameters; attention costs half as much again."""
+    shape = job.run.parent.shape
+    records = []
+    for variant in table.distinct_variants(job):
+        parameters, is_attention = shape.parameters(variant), variant.slot == "attention"
+        seconds = parameters * (1.5e-9 if is_attention else 1e-9)
+        figures = {
+            "prefill_s": seconds,
+            "decode_s": 4 * seconds,
+            "parameters": parameters,
+            "parameter_bytes": 4 * parameters,
+            "kv_cache_bytes": 64 * is_attention * parameters,
+        }
+        names = {"scenario": "main", "slot": variant.slot, "variant": variant.name}
+        records.append(table.VariantCost(**names, **figures, stderr_s=0.0))
+    constant = shape.constant_parameters
     records.append(
-        {"scenario": "main", "slot": cost.CONSTANT, "variant": cost.CONSTANT, **asdict(constant)}
+        table.VariantCost(
+            scenario="main",
+            slot=table.CONSTANT,
+            variant=table.CONSTANT,
+            prefill_s=1e-5,
+            decode_s=2e-5,
+            parameters=constant,
+            parameter_bytes=4 * constant,
+            kv_cache_bytes=0,
+            stderr_s=0.0,
+        )
     )
-    artifacts.write_jsonl(path, records)
+    cost.header(job).write(path.with_name(table.HEADER))
+    artifacts.write_records(path, records)
 
 
 def digest(value: object) -> str:
@@ -84,21 +100,23 @@ def results(root: Path) -> dict[str, str]:
     recipe["cost"] |= {"table": str(root / "costs.jsonl"), "device_sheet": "this-cpu"}
     recipe["search"] = {"parameters": "55%", "solutions": 2, "points": 8}
     run = Run(config.parse(recipe), root / "run", Progress(quiet=True))
-    write_costs(run, root / "costs.jsonl")
+    job = run.child_job("main")
+    write_costs(job, root / "costs.jsonl")
     pipeline.execute(run)
-    scores = [
-        [r["layer"], r["block"], r["shard"], {k: v for k, v in r.items() if isinstance(v, float)}]
-        for r in artifacts.read_jsonl(run.stage_folder("score") / "scores.jsonl")
-    ]
-    solved = artifacts.read_json(run.stage_folder("search") / "solutions.json")
-    curve = artifacts.read_jsonl(run.stage_folder("uptrain") / "curve.jsonl")
+    records = artifacts.read_records(job.folder(SCORE) / scores.SCORES, scores.BlockScore)
+    rows = []
+    for record in records:
+        squares = {f"{name}_squares": value for name, value in record.result.squares.items()}
+        rows.append([record.layer, record.block, int(record.shard), record.result.sums | squares])
+    solutions = answers.read(job).solutions
+    curve = trainer.read_curve(job)
     return {
-        "library": weights(run.stage_folder("library")),
-        "scores": digest(scores),
-        "solutions": digest([[s["blocks"], s["objective"]] for s in solved["solutions"]]),
-        "child": weights(run.stage_folder("assemble")),
-        "uptrained": weights(run.stage_folder("uptrain")),
-        "curve": digest([[r["step"], r["kl"], r["cosine"]] for r in curve]),
+        "library": weights(job.folder(LIBRARY)),
+        "scores": digest(rows),
+        "solutions": digest([[solution.blocks, solution.objective] for solution in solutions]),
+        "child": weights(job.folder(ASSEMBLE)),
+        "uptrained": weights(job.folder(UPTRAIN)),
+        "curve": digest([[p.step, p.losses["kl"], p.losses["cosine"]] for p in curve]),
     }
 
 

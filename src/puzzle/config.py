@@ -1,31 +1,33 @@
-"""The recipe: every setting of every stage, strictly checked. An unknown key is an error that names
-its neighbours.
+"""The recipe: every setting of every stage, strictly checked.
 
-A recipe is a YAML file with one section per stage; what it leaves out keeps the default below.
-`--set a.b=c` overrides a dotted key. The resolved recipe is written to `RUN/run.yaml`.
+An unknown key is an error that names its neighbours. A recipe is a YAML file with one section per
+stage; what it leaves out keeps the default below. `--set a.b=c` overrides a dotted key. The
+resolved recipe is written to `RUN/run.yaml`.
 """
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from puzzle.errors import UserError
+from puzzle import settings
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Target = Literal["vllm", "vllm-plugin", "llama.cpp", "transformers"]  # what serves children
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # also a folder's name
+
+
 class SourceConfig(Section):
-    """One place text comes from. In YAML: `stdlib`, a path, or a mapping with exactly one of these
-    three.
-    """
+    """Where text comes from. In YAML: `stdlib`, a path, or a mapping with one of the three."""
 
     stdlib: bool = False
     path: str | None = None
@@ -38,7 +40,7 @@ class SourceConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def _shorthand(cls, value: object) -> object:
         if isinstance(value, str):
             return {"stdlib": True} if value == "stdlib" else {"path": value}
         return value
@@ -51,12 +53,14 @@ class SourceConfig(Section):
 
     @property
     def label(self) -> str:
+        """The source's name in messages and fingerprints."""
         return "stdlib" if self.stdlib else str(self.path or self.dataset)
 
 
 class CorpusConfig(Section):
-    """What is packed once and read by every stage; stages that want more than `train_tokens` see
-    them again.
+    """What is packed once and read by every stage.
+
+    Stages that want more than `train_tokens` see them again.
     """
 
     sources: list[SourceConfig] = Field(
@@ -77,7 +81,7 @@ class LayerOverride(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def _shorthand(cls, value: object) -> object:
         return {} if value == "parent" else value
 
 
@@ -90,49 +94,43 @@ class LibraryConfig(Section):
     ffn_multiple: Positive = 32
     ffn_replacements: list[Literal["linear", "no_op"]] = ["linear", "no_op"]
     layers: dict[int, LayerOverride] = {}
-    coupled: int = Field(
-        default=0, ge=0
-    )  # blocks a layer kept by a first search and then trained as pairs; 0: none
+    # Blocks of each layer that a first search keeps and that are then trained as pairs; 0: none.
+    coupled: int = Field(default=0, ge=0)
     initialization: Literal["training_free", "least_squares"] = "least_squares"
     tokens: Positive = 600_000
-    budgets: dict[
-        str, Positive
-    ] = {}  # tokens by variant name where they differ, e.g. {linear: 1_000_000}
-    stop_when_flat: float = Field(
-        default=0.0, ge=0, lt=1
-    )  # stop below this relative gain a chunk; 0: never
+    # Tokens by variant name where they differ, e.g. {linear: 1_000_000}.
+    budgets: dict[str, Positive] = {}
+    # Stop below this relative gain of validation loss in each of `stop_patience` chunks; 0: never.
+    stop_when_flat: float = Field(default=0.0, ge=0, lt=1)
     stop_patience: Positive = 2
     batch_sequences: Positive = 16
-    learning_rate: float = Field(
-        default=2e-3, gt=0
-    )  # of variants that start at FULL_RATE_NMSE or above (bld.py)
+    # Of variants that start at FULL_RATE_NMSE or above (library/bld.py).
+    learning_rate: float = Field(default=2e-3, gt=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
     validation_sequences: Positive = 32
-    chunk_steps: Positive = (
-        32  # so many batches go through a layer before the next: the unit of loss and of streaming
-    )
+    # So many batches go through a layer before the next: the unit of loss and of streaming.
+    chunk_steps: Positive = 32
     memory: Literal["auto", "resident", "streamed"] = "auto"
 
 
 class ScoreConfig(Section):
-    """Replace-1-block scores. `metric` is what the search adds up; the others are recorded beside
-    it.
+    """Replace-1-block scores.
+
+    `metric` is what the search adds up; the others are recorded beside it.
     """
 
     method: Literal["exact", "fisher", "hybrid"] = "exact"
     metric: Literal["kl", "lm_loss", "top1", "top5", "top10", "cosine", "task"] = "kl"
-    granularity: Literal["block", "subblock"] = (
-        "block"  # subblock: a block's loss is the sum of its two subblocks'
-    )
+    # subblock: a block's loss is the sum of its two subblocks'.
+    granularity: Literal["block", "subblock"] = "block"
     sequences: Positive = 32
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
     fisher_samples: Positive = 16  # predictions drawn for every sequence
-    task: str | None = (
-        None  # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval
-    )
+    # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval.
+    task: str | None = None
     task_questions: Positive = 64
 
     @model_validator(mode="after")
@@ -141,7 +139,8 @@ class ScoreConfig(Section):
             raise ValueError("metric task needs a task, for example task: held-out")
         if self.method == "fisher" and self.metric != "kl":
             raise ValueError(
-                f"method fisher estimates the KL only; got metric {self.metric}, use exact or hybrid"
+                f"method fisher estimates the KL only; got metric {self.metric}, "
+                "use exact or hybrid"
             )
         return self
 
@@ -160,37 +159,32 @@ class ScenarioConfig(Section):
 
 
 class CostConfig(Section):
-    """Where costs are measured. `auto` is vllm where it is installed, otherwise the built-in torch
-    engine.
+    """Where costs are measured.
+
+    `auto` is vllm where it is installed, otherwise the built-in torch engine.
     """
 
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
     device_sheet: str = "this-cpu"
     scenario: ScenarioConfig = ScenarioConfig()  # called `main`
-    batch_sizes: list[
-        Positive
-    ] = []  # further ones of `main`; the search takes the one with the best child
-    scenarios: dict[
-        str, ScenarioConfig
-    ] = {}  # further scenarios by name, in which the constraints must hold too
-    precision: float = Field(
-        default=0.01, gt=0
-    )  # standard error of a variant, as a share of a parent's block
-    seconds: float = Field(
-        default=60.0, gt=0
-    )  # of serving, for each scenario and batch size, unless precise before
+    # Further ones of `main`; the search takes the one with the best child.
+    batch_sizes: list[Positive] = []
+    # Further scenarios by name, in which the constraints must hold, too.
+    scenarios: dict[str, ScenarioConfig] = {}
+    # Standard error of a variant's seconds, as a share of a parent's block.
+    precision: float = Field(default=0.01, gt=0)
+    # Of serving, for each scenario and batch size, unless `precision` is reached before.
+    seconds: float = Field(default=60.0, gt=0)
+    # The costs.jsonl of another run, taken instead of measuring.
     table: str | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "CostConfig":
-        if wrong := [
-            name
-            for name in self.scenarios
-            if name == "main" or not name.replace("-", "_").isidentifier()
-        ]:
-            raise ValueError(
-                f"scenarios: a name is letters, digits, - and _, and not main; got {wrong[0]!r}"
-            )
+        for name in self.scenarios:
+            if name == "main" or not name.replace("-", "_").isidentifier():
+                raise ValueError(
+                    f"scenarios: a name is letters, digits, - and _, and not main; got {name!r}"
+                )
         return self
 
     @property
@@ -208,13 +202,22 @@ class CostConfig(Section):
         return self.sweep | self.scenarios
 
 
-Quantity = (
-    str | dict[str, str] | None
-)  # one text for every scenario, or a text by the scenario's name
+CONSTRAINTS = (
+    "throughput",
+    "latency",
+    "time_to_first_token",
+    "memory",
+    "parameters",
+    "kv_cache",
+)
+# One text for every scenario, or a text by the scenario's name.
+Quantity = str | dict[str, str] | None
 
 
 class SearchConfig(Section):
-    """Constraints, absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent
+    """What is asked of a child, and how it is searched for.
+
+    Constraints are absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent
     ("2x", "50%").
     """
 
@@ -224,31 +227,30 @@ class SearchConfig(Section):
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None
-    changed_layers: int | None = Field(
-        default=None, ge=0
-    )  # at most so many may differ from the parent's
+    # At most so many layers may differ from the parent's.
+    changed_layers: int | None = Field(default=None, ge=0)
     homogeneous: bool = False  # one block everywhere, as in Minitron
     monotone: bool = False  # FFN widths never grow with depth
     frontier: Literal[
         "throughput", "latency", "time_to_first_token", "memory", "parameters", "kv_cache"
     ] = "throughput"
     points: Positive = 25
+    architecture: list[str] | None = None  # make exactly this child; nothing is searched
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
-    diversity: Annotated[float, Field(gt=0)] = (
-        0.2  # in how many layers: a share, or a number of layers from 1 on
-    )
+    # In how many layers solutions differ: a share, or a number of layers from 1 on.
+    diversity: Annotated[float, Field(gt=0)] = 0.2
+    # Timed constraints are aimed at with this much to spare.
     margin: float = Field(default=0.05, ge=0, lt=0.5)
     attempts: Positive = 3
     time_limit_s: float = Field(default=60.0, gt=0)
 
 
 class LengthStage(Section):
-    """A part of uptraining at one sequence length, for example 8192 tokens a sequence, then 65,536."""
+    """A part of uptraining at one sequence length, for example 8192 tokens, then 65,536."""
 
-    sequence_length: Annotated[
-        int, Field(ge=2)
-    ]  # a multiple of corpus.sequence_length: neighbouring rows are joined
+    # A multiple of corpus.sequence_length: neighbouring rows are joined.
+    sequence_length: Annotated[int, Field(ge=2)]
     tokens: Positive
 
 
@@ -257,17 +259,14 @@ class UptrainConfig(Section):
 
     tokens: Positive = 1_500_000
     stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
-    batch_sequences: Positive = (
-        16  # in sequences of corpus.sequence_length, of all processes together
-    )
-    micro_batch_sequences: Positive | None = (
-        None  # at a time and process, the gradients add up; default: all at once
-    )
+    # In sequences of corpus.sequence_length, of all processes together.
+    batch_sequences: Positive = 16
+    # At a time and process, gradients add up; default: all at once.
+    micro_batch_sequences: Positive | None = None
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # wsd: constant, then linear to zero over `decay_share`
-    )
+    # wsd: constant, then linear to zero over `decay_share`.
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     decay_share: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=1.0, gt=0)
@@ -276,19 +275,16 @@ class UptrainConfig(Section):
     lm_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     train: Literal["all", "replaced"] = "all"  # replaced: only blocks that are not the parent's
-    freeze: list[
-        str
-    ] = []  # patterns of weights that stay, e.g. ["*embed_tokens*", "model.layers.0.*"]
-    lora_rank: int = Field(
-        default=0, ge=0
-    )  # 0: the weights themselves; otherwise low-rank adapters, merged at the end
+    # Patterns of weights that stay, e.g. ["*embed_tokens*", "model.layers.0.*"].
+    freeze: list[str] = []
+    # 0: the weights themselves learn; otherwise low-rank adapters, merged at the end.
+    lora_rank: int = Field(default=0, ge=0)
     lora_alpha: float = Field(default=16.0, gt=0)
     activation_checkpointing: bool = False
     validate_steps: Positive = 50
     checkpoint_steps: Positive = 25
-    patience: int = Field(
-        default=0, ge=0
-    )  # stop after so many validations without a better KL; 0: never
+    # Stop after so many validations without a better KL; 0: never.
+    patience: int = Field(default=0, ge=0)
     keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL
     processes: Literal["auto"] | Positive = "auto"  # auto: one for each GPU, one on a CPU
     wandb: bool = False
@@ -297,11 +293,13 @@ class UptrainConfig(Section):
     def _consistent(self) -> "UptrainConfig":
         if not self.cosine_weight and not self.kl_weight and not self.lm_weight:
             raise ValueError(
-                "cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; set one"
+                "cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; "
+                "set one of them"
             )
         if self.lora_rank and self.processes not in ("auto", 1):
             raise ValueError(
-                f"lora_rank is for one process; got processes {self.processes}, use 1 or lora_rank: 0"
+                f"lora_rank is for one process; got processes {self.processes}, use 1 or "
+                "lora_rank: 0"
             )
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share + decay_share exceed 1; lower one of them")
@@ -309,23 +307,53 @@ class UptrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """How the finished child is measured: held-out sequences, and pairs of served batches."""
+
     sequences: Positive = 128
     batch_sequences: Positive = 8
     pairs: Positive = 7
 
 
+class PlaceConfig(Section):
+    """Where children are served: by what, and the engine and scenarios that costs are of."""
+
+    deploy: list[Target] = ["vllm", "transformers"]
+    cost: CostConfig = CostConfig()
+
+
+class ChildOverride(Section):
+    """What a listed child sets otherwise than the recipe's own sections.
+
+    A child that names a constraint has none of the recipe's constraints.
+    """
+
+    place: Name | None = None
+    search: dict[str, JsonValue] = {}
+    uptrain: dict[str, JsonValue] = {}
+    evaluate: dict[str, JsonValue] = {}
+
+
+class ChildConfig(Section):
+    """A wish at a place, and the settings of its own stages."""
+
+    place: Name = "here"
+    search: SearchConfig = SearchConfig()
+    uptrain: UptrainConfig = UptrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
 class Recipe(Section):
-    """Everything a run needs. Field order is stage order."""
+    """Everything a run needs. Field order is stage order.
+
+    `deploy` and `cost` describe the place called `here`; `search`, `uptrain` and `evaluate` the
+    child called `main`, or what the listed children have in common.
+    """
 
     parent: str = "pocket"
     out: str = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    deploy: list[Literal["vllm", "vllm-plugin", "llama.cpp", "transformers", "tensorrt-llm"]] = [
-        "vllm",
-        "transformers",
-    ]
-    trust_remote_code: bool = False
+    deploy: list[Target] = ["vllm", "transformers"]
     corpus: CorpusConfig = CorpusConfig()
     library: LibraryConfig = LibraryConfig()
     score: ScoreConfig = ScoreConfig()
@@ -333,78 +361,49 @@ class Recipe(Section):
     search: SearchConfig = SearchConfig()
     uptrain: UptrainConfig = UptrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    places: dict[Name, PlaceConfig] = {}
+    children: dict[Name, ChildOverride] = {}
+
+    @model_validator(mode="after")
+    def _names(self) -> "Recipe":
+        if "here" in self.places:
+            raise ValueError("places: `here` is the place of the recipe's own deploy and cost")
+        for name, child in self.children.items():
+            if child.place not in (None, "here", *self.places):
+                known = ", ".join(("here", *self.places))
+                raise ValueError(f"children.{name}: no place {child.place!r}; expected {known}")
+        return self
+
+    def all_places(self) -> dict[str, PlaceConfig]:
+        """Every place by name, `here` first."""
+        return {"here": PlaceConfig(deploy=self.deploy, cost=self.cost)} | self.places
+
+    def all_children(self) -> dict[str, ChildConfig]:
+        """Every child by name: those that are listed, or `main`. Raises `UserError`."""
+        if not self.children:
+            shared = {"search": self.search, "uptrain": self.uptrain, "evaluate": self.evaluate}
+            return {"main": ChildConfig.model_validate(shared)}
+        return {name: self._child(name, override) for name, override in self.children.items()}
+
+    def _child(self, name: str, override: ChildOverride) -> ChildConfig:
+        values = {
+            "place": override.place or "here",
+            "search": with_constraints(self.search.model_dump(mode="json"), override.search),
+            "uptrain": self.uptrain.model_dump(mode="json") | override.uptrain,
+            "evaluate": self.evaluate.model_dump(mode="json") | override.evaluate,
+        }
+        return settings.validate(ChildConfig, values, f"recipe: children.{name}")
 
 
-# ------------------------------------------------------------------------------------------ reading
+def with_constraints(
+    search: dict[str, JsonValue], changes: Mapping[str, JsonValue]
+) -> dict[str, JsonValue]:
+    """The settings of a search with changes; naming a constraint drops all that were there."""
+    names_one = any(changes.get(name) is not None for name in CONSTRAINTS)
+    kept = {k: None if names_one and k in CONSTRAINTS else v for k, v in search.items()}
+    return kept | dict(changes)
 
 
-def _expected_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed beside an unknown one, found by walking the recipe's sections."""
-    section: Any = Recipe
-    for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(part, str) else None
-        section = field.annotation if field is not None else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return []
-    return list(section.model_fields)
-
-
-def _one_line(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        allowed = _expected_keys(first["loc"])
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(allowed)}"
-        return f"{where}: unknown key {key!r}; {hint}"
-    return f"{where}: {key or 'recipe'}: got {first['input']!r}; {first['msg']}"
-
-
-def parse(values: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse(values: Mapping[str, JsonValue], where: str = "recipe") -> Recipe:
     """A checked recipe. Raises `UserError` with one line for the first thing that is wrong."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_one_line(error, where)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"recipe {path}: no such file; `puzzle run` without a recipe runs the embedded parent"
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"recipe {path}: got {type(values).__name__}, expected a mapping of settings"
-        )
-    return values
-
-
-def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Apply `a.b=c` assignments; the value is read as YAML."""
-    values = {
-        key: value.copy() if isinstance(value, dict) else value for key, value in values.items()
-    }
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"--set {assignment!r}: expected KEY=VALUE, for example --set search.throughput=2x"
-            )
-        section = values
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            inner = section.get(parent)
-            section[parent] = dict(inner) if isinstance(inner, dict) else {}
-            section = section[parent]
-        try:
-            section[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {assignment!r}: the value is not YAML") from None
-    return values
+    return settings.validate(Recipe, values, where)

@@ -11,8 +11,9 @@ class UserError(ValueError):
 
 
 class Infeasible(UserError):
-    """No architecture meets the constraints. The message names what binds and the best attainable
-    value.
+    """No architecture meets the constraints, or the measured child misses them.
+
+    The message names what binds and the best attainable value, or what was asked and measured.
     """
 
     exit_code = 3

@@ -1,170 +1,185 @@
-"""The order of work, in one screen. A stage runs unless its folder already holds what these inputs
-give.
+"""The order of work, in one screen. A stage runs unless its folder holds what these inputs give.
+
+library -> score -> cost -> [search -> assemble] until the measured child meets the wish
+        -> uptrain -> evaluate -> report
 """
 
-import shutil
 import time
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from puzzle import artifacts
-from puzzle.cost import stage as cost
-from puzzle.data import corpus
+from pydantic import JsonValue
+
+from puzzle import artifacts, locks
+from puzzle.artifacts import Manifest
+from puzzle.assemble import ASSEMBLE
+from puzzle.cost import COST
 from puzzle.errors import Infeasible, UserError
+from puzzle.evaluate import EVALUATE
+from puzzle.library import LIBRARY
 from puzzle.progress import duration
-from puzzle.run import Run
-from puzzle.search import stage as search
-from puzzle.training import checkpoint
-from puzzle.uptrain import stage as uptrain
+from puzzle.report import REPORT
+from puzzle.run import NarrowedSpace, Run
+from puzzle.score import SCORE
+from puzzle.search import SEARCH
+from puzzle.stage import Job, Scope, Stage
+from puzzle.uptrain import UPTRAIN
 
-STAGES = ("library", "score", "cost", "search", "assemble", "uptrain", "evaluate", "report")
+STAGES = (LIBRARY, SCORE, COST, SEARCH, ASSEMBLE, UPTRAIN, EVALUATE, REPORT)
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """From a parent to a measured, uptrained, evaluated child with a report. Returns the outputs of
-    `evaluate`.
+def execute(run: Run) -> None:
+    """From a parent to the recipe's children: measured, uptrained, evaluated, with a report each.
+
+    Raises `Infeasible` at the end where a child could not be made; the others are made all the
+    same.
     """
     preflight(run)
-    run.write_recipe()
+    run.write()
     if (
         run.first is not None
     ):  # coupled BLD: a decoupled library and a search narrow the space first
-        run.progress.say("first: decoupled library, scores, costs and search")
-        run.first.write_recipe()
-        for stage in ("library", "score", "cost", "search"):
-            execute_stage(run.first, stage)
-    for stage in ("library", "score", "cost"):
-        execute_stage(run, stage)
-    for attempt in range(
-        run.recipe.search.attempts
-    ):  # a missed promise corrects the costs; then search again
-        execute_stage(run, "search", again=attempt > 0)
-        if execute_stage(run, "assemble", again=attempt > 0)["met"]:
+        narrow(run, run.first)
+    for stage in (LIBRARY, SCORE):
+        execute_stage(stage, Job(run))
+    missed = []
+    for job in run.recipe_jobs():
+        try:
+            make_child(job)
+        except Infeasible as error:
+            missed.append(
+                f"{job.child.name}: {error}" if len(run.child_names()) > 1 else str(error)
+            )
+    if missed:
+        raise Infeasible("; ".join(missed))
+
+
+def make_child(job: Job) -> None:
+    """One child from the library and the scores. Raises `Infeasible` where it misses its wish."""
+    from puzzle.assemble import measured
+    from puzzle.cost import table
+    from puzzle.evaluate import results
+
+    if not table.are_from_elsewhere(job):
+        execute_stage(COST, job)
+    attempts = job.child.search.attempts if job.child.search.architecture is None else 1
+    for attempt in range(attempts):  # a miss corrects this child's costs
+        execute_stage(SEARCH, job, again=attempt > 0)
+        assembled = execute_stage(ASSEMBLE, job, again=attempt > 0)
+        measured.record(job, assembled.fingerprint, measured.read(job))
+        if measured.read(job).met:
             break
     else:
-        raise Infeasible(_missed(run, run.recipe.search.attempts))
-    execute_stage(run, "uptrain")
-    outcome = execute_stage(run, "evaluate")
-    execute_stage(run, "report")
-    return outcome
+        raise Infeasible(measured.missed(job))
+    execute_stage(UPTRAIN, job)
+    evaluated = execute_stage(EVALUATE, job)
+    execute_stage(REPORT, job)
+    served = results.read(job).served
+    measured.record(job, evaluated.fingerprint, served)
+    if not served.met:
+        raise Infeasible(results.missed(job))
+
+
+def execute_stage(stage: Stage, job: Job, *, again: bool = False) -> Manifest:
+    """Run one stage where it is not done. `again`: the time of an earlier attempt counts, too.
+
+    The stage's folder is locked meanwhile; see `Run.wait` for what a second writer does.
+    """
+    folder, progress = job.folder(stage), job.run.progress
+    with locks.hold(folder, wait=job.run.wait, say=progress.say):
+        return _execute_locked(stage, job, again=again)
+
+
+def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
+    folder, inputs = job.folder(stage), stage.inputs(job)
+    earlier = artifacts.read_manifest(folder)
+    if earlier is not None and earlier.inputs == inputs:
+        job.run.progress.say(f"{stage.name}: up to date")
+        return earlier
+    job.run.progress.say(stage.name)
+    artifacts.begin(folder, inputs)
+    began = time.perf_counter()
+    stage.work().execute(job, folder)
+    seconds = time.perf_counter() - began + (earlier.seconds if again and earlier else 0.0)
+    manifest = artifacts.write_manifest(folder, inputs, seconds)
+    job.run.progress.say(f"{stage.name}: done in {duration(seconds)}")
+    return manifest
+
+
+def narrow(run: Run, first: Run) -> None:
+    """Search a decoupled library and keep the blocks that its answers use (appendix F.1.1)."""
+    from puzzle.model import space
+    from puzzle.search import answers
+
+    run.progress.say("first: decoupled library, scores, costs and search")
+    first.write()
+    architectures: list[list[str]] = []
+    for job in first.recipe_jobs():
+        for stage in (LIBRARY, SCORE, COST, SEARCH):
+            execute_stage(stage, job)
+        architectures += answers.architectures(job)
+    narrowed = space.narrow(run.full_space, architectures, run.recipe.library.coupled)
+    names = [[block.name for block in layer.blocks] for layer in narrowed.layers]
+    NarrowedSpace(layers=names).write(run.folder / "space.json")
 
 
 def preflight(run: Run) -> None:
     """Everything that can be known to be wrong before anything is spent. Raises `UserError`."""
-    recipe, parent = run.recipe, run.parent
-    earlier = run.folder / "run.yaml"
     if run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"run directory {run.folder}: is a file; choose another --out")
-    if (
-        earlier.exists()
-        and (other := Run.open(run.folder, run.progress).recipe.parent) != recipe.parent
-    ):
-        raise UserError(
-            f"run directory {run.folder}: holds a run of parent {other!r}; choose another --out"
-        )
-    positions = parent.hf_config.max_position_embeddings
-    lengths = {"corpus.sequence_length": recipe.corpus.sequence_length}
-    for name, scenario in recipe.cost.measured.items():
-        lengths[f"cost scenario {name} (input_length + output_length)"] = (
-            scenario.input_length + scenario.output_length
-        )
-    for name, length in lengths.items():
-        if length > positions:
+    if (run.folder / "run.yaml").exists():
+        parent = Run.open(run.folder, run.progress).recipe.parent
+        if parent != run.recipe.parent:
             raise UserError(
-                f"{name}: got {length}, but the parent takes at most {positions} positions"
+                f"run directory {run.folder}: holds a run of parent {parent!r}; choose another "
+                "--out"
             )
-    if len(parent.tokenizer) > parent.shape.vocab_size:
-        raise UserError(
-            f"parent {parent.name}: its tokenizer has {len(parent.tokenizer)} tokens, its embedding only "
-            f"{parent.shape.vocab_size}; give it the tokenizer it was trained with"
-        )
-    run.engine.describe(recipe.cost.device_sheet)
-    if recipe.cost.table:
-        cost.reuse(run, Path(recipe.cost.table))
-    search.check(recipe.search, ["main", *recipe.cost.scenarios])
-    uptrain.check(run)
-    corpus.source_marks(recipe.corpus)
-    assert run.full_space.layers
+    for job in run.recipe_jobs():
+        for stage in STAGES:
+            stage.work().check(job)
 
 
-def execute_stage(run: Run, stage: str, again: bool = False) -> dict[str, Any]:
-    """Run one stage where it is not done, and return its outputs. `again` adds its seconds to those
-    before.
-    """
-    module, folder = import_module(f"puzzle.{stage}.stage"), run.stage_folder(stage)
-    inputs = run.inputs_of(stage)
-    if not artifacts.is_done(folder, inputs):
-        run.progress.say(f"{stage}")
-        before = _seconds(run, stage) if again else 0.0
-        _set_status(run, stage, "running")
-        artifacts.begin(folder, inputs)
-        began = time.perf_counter()
-        artifacts.write_manifest(folder, inputs, module.run(run, folder))
-        shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
-        seconds = time.perf_counter() - began + before
-        _set_status(run, stage, "done", seconds)
-        run.progress.say(f"{stage}: done in {duration(seconds)}")
-    else:
-        run.progress.say(f"{stage}: done before, nothing changed")
-    found = artifacts.manifest(folder)
-    assert found is not None
-    return found["outputs"]
+# ------------------------------------------------------------------------------------------- status
 
 
-def _seconds(run: Run, stage: str) -> float:
-    path = run.folder / "status.json"
-    return artifacts.read_json(path).get(stage, {}).get("seconds", 0.0) if path.exists() else 0.0
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage stands: done, out of date, unfinished or not begun."""
+
+    stage: str
+    state: str
+    seconds: float | None
+    place: str | None = None
+    child: str | None = None
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """As JSON values; without the place and the child where the stage has none."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if value is not None or key == "seconds"
+        }
 
 
-def _set_status(run: Run, stage: str, state: str, seconds: float | None = None) -> None:
-    path = run.folder / "status.json"
-    status = artifacts.read_json(path) if path.exists() else {}
-    record = {"state": state, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
-    status[stage] = record if seconds is None else record | {"seconds": round(seconds, 2)}
-    artifacts.write_json(path, status)
-
-
-def status(run: Run) -> list[dict[str, Any]]:
-    """Per stage: done (its inputs are those of now), running or interrupted, stale (inputs
-    changed), or not begun.
-    """
-    path = run.folder / "status.json"
-    known = artifacts.read_json(path) if path.exists() else {}
-    rows = []
-    for stage in STAGES:
-        record, state = known.get(stage, {}), "not begun"
-        if artifacts.manifest(run.stage_folder(stage)) is not None:
-            try:
-                inputs = run.inputs_of(stage)
-                state = (
-                    "done"
-                    if artifacts.is_done(run.stage_folder(stage), inputs)
-                    else "stale: settings or inputs changed"
-                )
-            except UserError as error:
-                state = f"stale: {error}"
-        elif record.get("state") == "running":
-            state = "running or interrupted"
-        rows.append(
-            {
-                "stage": stage,
-                "state": state,
-                "seconds": record.get("seconds"),
-                "at": record.get("at"),
-            }
-        )
+def status(run: Run) -> list[StageStatus]:
+    """Every stage of the run, of its places and of its children, from the folders alone."""
+    rows = [stage_status(stage, Job(run)) for stage in STAGES if stage.scope is Scope.RUN]
+    for name in run.place_names():
+        rows += [stage_status(s, run.place_job(name)) for s in STAGES if s.scope is Scope.PLACE]
+    for name in run.child_names():
+        rows += [stage_status(s, run.child_job(name)) for s in STAGES if s.scope is Scope.CHILD]
     return rows
 
 
-def _missed(run: Run, attempts: int) -> str:
-    measured = artifacts.read_json(run.stage_folder("assemble") / "measured.json")
-    missed = "; ".join(
-        f"asked {p['asked']}, measured {p['measured']}"
-        for p in measured["promises"]
-        if not p["met"]
-    )
-    return (
-        f"search: after {attempts} attempts the measured child still misses: {missed}; "
-        "ask for less, or raise search.margin or search.attempts"
-    )
+def stage_status(stage: Stage, job: Job) -> StageStatus:
+    """Where one stage stands. Needs neither the engine nor the device of the place."""
+    folder = job.folder(stage)
+    manifest = artifacts.read_manifest(folder)
+    seconds = None
+    if manifest is not None:
+        seconds = manifest.seconds
+        state = "done" if stage.is_current(job, manifest) else "out of date"
+    else:
+        state = "unfinished" if (folder / artifacts.STARTED).exists() else "not begun"
+    place = job.place.name if stage.scope is Scope.PLACE else None
+    child = job.child.name if stage.scope is Scope.CHILD else None
+    return StageStatus(stage.name, state, seconds, place, child)

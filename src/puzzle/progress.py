@@ -1,7 +1,7 @@
-"""Progress for people: bars with an ETA on a terminal, a line every few seconds elsewhere, nothing
-when quiet.
+"""Progress for people: bars with an ETA on a terminal, a line every few seconds elsewhere.
 
-Everything goes to standard error; standard output carries results only.
+Nothing is shown when quiet. Everything goes to standard error; standard output carries results
+only.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ class Task:
         self.advance(amount)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
+        """Count work that has just been done; `note` stands beside the bar, e.g. the loss."""
         self.done += amount
         if self.owner.bars is not None and self.bar is not None:
             self.owner.bars.update(self.bar, completed=self.done, note=note)
@@ -55,8 +56,9 @@ class Task:
             rate = (self.done - self.resumed) / (now - self.started)
             left = duration((self.total - self.done) / rate)
             share = self.done / self.total if self.total else 1.0
+            detail = f", {note}" if note else ""
             self.owner.say(
-                f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{note and ', ' + note}"
+                f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{detail}"
             )
 
 
@@ -70,10 +72,12 @@ class Progress:
         self.bars: Bars | None = None
 
     def say(self, line: str) -> None:
+        """Print a line, whether a bar is open or not; nothing when quiet."""
         self.console.print(line, markup=False)
 
     @contextlib.contextmanager
     def task(self, name: str, total: float, unit: str = "steps") -> Iterator[Task]:
+        """A bar for work of `total` units, open inside the `with` block."""
         task = Task(self, name, total, unit)
         if self.quiet or self.plain:
             yield task

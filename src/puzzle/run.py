@@ -1,247 +1,251 @@
-"""A run: its recipe, its directory, and what every stage needs from both (device, precision,
-parent, corpus).
+"""A run: a recipe, its directory, and what every stage needs of both (device, parent, corpus).
 
-Stages take a `Run` and their own folder; everything expensive here is made once, when first asked
-for.
+    RUN/ run.yaml                        the recipe
+         parent/                         all that a place needs of the parent: no weights
+         corpus/ library/ score/         of the parent, made once
+         places/<place>/ place.yaml      where children are served, and what costs there
+         children/<name>/ child.yaml     a wish at a place, and all that was made for it
+         first/                          with library.coupled: the decoupled run before it
+         logs/
+
+Expensive things are made once, when first asked for; what needs torch is imported then.
 """
 
-import contextlib
-import ctypes
 import gc
-import os
-import sys
+from collections.abc import Iterator
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import yaml
-
-from puzzle import artifacts, engines
-from puzzle.config import Recipe
-from puzzle.data import corpus
+from puzzle import artifacts, config, settings
+from puzzle.artifacts import Inputs, Record
+from puzzle.config import ChildConfig, PlaceConfig, Recipe
 from puzzle.errors import UserError
-from puzzle.model import parent
-from puzzle.model import space as spaces
-from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.metrics import Metrics
 from puzzle.progress import Progress
+from puzzle.stage import Child, Job, Place
 
-EAGER_UP_TO_TOKENS = (
-    256  # on CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py)
-)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large buffers instead of returning them: 1.3x faster training steps on
-    CPUs.
-
-    By default every activation of more than 128 KiB to 32 MiB is mapped anew, and its pages are
-    zeroed on first touch.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most glibc accepts
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+if TYPE_CHECKING:
+    from puzzle.data.sequences import Sequences, Split
+    from puzzle.data.tasks import QuestionBatch
+    from puzzle.device import Device, Placement
+    from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+    from puzzle.model.parent import Parent
+    from puzzle.model.space import SearchSpace
 
 
-def return_freed_memory() -> None:
-    """Give what is free back to the system, where memory matters more than speed."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+class NarrowedSpace(Record):
+    """`RUN/space.json`: with `library.coupled`, the blocks that each layer may use."""
+
+    layers: list[list[str]]
 
 
 class Run:
+    """A recipe and its directory."""
+
     def __init__(
         self, recipe: Recipe, folder: Path, progress: Progress, corpus_folder: Path | None = None
     ) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.corpus_folder = corpus_folder or folder / "corpus"
-        keep_freed_memory()
+        self.metrics = Metrics(folder / "logs")
+        self.wait = False  # for folders that another process writes, instead of giving up
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress, recipe: Recipe | None = None) -> "Run":
-        """A run directory with a recipe to (re)write, or an existing one to continue."""
-        if recipe is None:
-            from puzzle import config
-
-            if not (folder / "run.yaml").exists():
-                raise UserError(
-                    f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
-                )
-            recipe = config.parse(config.read_yaml(folder / "run.yaml"), str(folder / "run.yaml"))
-        return cls(recipe, folder, progress)
-
-    def write_recipe(self) -> None:
-        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        artifacts.write_text(self.folder / "run.yaml", text)
-
-    def stage_folder(self, stage: str) -> Path:
-        return self.folder / {"assemble": "child", "uptrain": "uptrained"}.get(stage, stage)
-
-    def fingerprint_of(self, stage: str) -> str:
-        """The fingerprint of a stage done for the settings of now; otherwise a `UserError` names
-        the command.
-        """
-        found = artifacts.manifest(self.stage_folder(stage))
-        if found is None or not artifacts.is_done(self.stage_folder(stage), self.inputs_of(stage)):
-            state = "not done" if found is None else "out of date"
+    def open(cls, folder: Path, progress: Progress) -> "Run":
+        """An existing run directory. Raises `UserError` where there is none."""
+        path = folder / "run.yaml"
+        if not path.exists():
             raise UserError(
-                f"run {self.folder}: stage {stage} is {state}; run `puzzle {stage} {self.folder}` first"
+                f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
             )
-        return found["fingerprint"]
+        return cls(config.parse(settings.read_yaml(path, "run"), str(path)), folder, progress)
 
-    def inputs_of(self, stage: str) -> dict[str, Any]:
-        """Everything that decides the result of a stage, the fingerprints of the stages before it
-        among it.
-        """
-        return import_module(f"puzzle.{stage}.stage").inputs(self)
+    def write(self) -> None:
+        """Write the recipe, the parent's description, places and children into the directory."""
+        from puzzle.model import parent
 
-    # -------------------------------------------------------------------------------------- machine
+        parent.write_description(self.parent, self.folder / "parent")
+        artifacts.write_text(self.folder / "run.yaml", settings.to_yaml(self.recipe))
+        for job in self.recipe_jobs():
+            self.write_place(
+                job.place.name, PlaceConfig(deploy=job.place.deploy, cost=job.place.cost)
+            )
+        for name, child in self.recipe.all_children().items():
+            self.write_child(name, child)
 
-    @cached_property
-    def device(self) -> torch.device:
-        name = self.recipe.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
+    # ------------------------------------------------------------------------- places and children
+
+    def write_place(self, name: str, place: PlaceConfig) -> None:
+        """Write `places/<name>/place.yaml`."""
+        path = self.folder / "places" / name / "place.yaml"
+        artifacts.write_text(path, settings.to_yaml(place))
+
+    def write_child(self, name: str, child: ChildConfig) -> None:
+        """Write `children/<name>/child.yaml`."""
+        path = self.folder / "children" / name / "child.yaml"
+        artifacts.write_text(path, settings.to_yaml(child))
+
+    def place_config(self, name: str) -> PlaceConfig:
+        """The settings of a place of this run. Raises `UserError` for an unknown one."""
+        path = self.folder / "places" / name / "place.yaml"
+        if path.exists():
+            return settings.validate(PlaceConfig, settings.read_yaml(path, "place"), str(path))
+        places = self.recipe.all_places()
+        if name not in places:
+            names = dict.fromkeys([*places, *self._names("places", "place.yaml")])
             raise UserError(
-                f"device {name!r}: {str(error).splitlines()[0]}; use device=auto or device=cpu"
-            ) from None
-        return device
+                f"run {self.folder}: no place {name!r}; expected one of {', '.join(names)}, or "
+                f"make it with `puzzle cost {self.folder} --place {name}`"
+            )
+        return places[name]
+
+    def child_config(self, name: str) -> ChildConfig:
+        """The settings of a child of this run. Raises `UserError` for an unknown one."""
+        path = self.folder / "children" / name / "child.yaml"
+        if path.exists():
+            return settings.validate(ChildConfig, settings.read_yaml(path, "child"), str(path))
+        children = self.recipe.all_children()
+        if name not in children:
+            names = self.child_names()
+            raise UserError(
+                f"run {self.folder}: no child {name!r}; expected one of {', '.join(names)}, or "
+                f"make it with `puzzle child {self.folder} --name {name} --throughput 2x`"
+            )
+        return children[name]
+
+    def child_names(self) -> list[str]:
+        """The children of this run: the recipe's first, then those made since."""
+        made = self._names("children", "child.yaml")
+        recipe = [name for name in self.recipe.all_children() if not made or name in made]
+        return list(dict.fromkeys([*recipe, *made]))
+
+    def place_names(self) -> list[str]:
+        """The places of this run: `here` first."""
+        return list(
+            dict.fromkeys([*self.recipe.all_places(), *self._names("places", "place.yaml")])
+        )
+
+    def _names(self, kind: str, file: str) -> list[str]:
+        return sorted(path.parent.name for path in (self.folder / kind).glob(f"*/{file}"))
+
+    def place_job(self, name: str = "here") -> Job:
+        """A job at a place, without a child."""
+        return Job(self, self._place(name, self.place_config(name)))
+
+    def child_job(self, name: str) -> Job:
+        """A job for a child at its place."""
+        return self._job(name, self.child_config(name))
+
+    def job_of(self, name: str, child: ChildConfig) -> Job:
+        """A job for a child with these settings, whatever is written in its folder."""
+        return self._job(name, child)
+
+    def recipe_jobs(self) -> Iterator[Job]:
+        """A job for every child of the recipe, with the recipe's own settings."""
+        places = self.recipe.all_places()
+        for name, child in self.recipe.all_children().items():
+            yield self._job(name, child, places[child.place])
+
+    def _job(self, name: str, child: ChildConfig, place: PlaceConfig | None = None) -> Job:
+        place = place or self.place_config(child.place)
+        wish = Child(
+            name=name,
+            folder=self.folder / "children" / name,
+            place=child.place,
+            search=child.search,
+            uptrain=child.uptrain,
+            evaluate=child.evaluate,
+        )
+        return Job(self, self._place(child.place, place), wish)
+
+    def _place(self, name: str, place: PlaceConfig) -> Place:
+        return Place(name, self.folder / "places" / name, place.deploy, place.cost)
+
+    # -------------------------------------------------------------------------- device and parent
 
     @cached_property
-    def bfloat16(self) -> bool:
-        """Whether matrix products run in bfloat16 (autocast over float32 weights)."""
-        if self.recipe.precision != "auto":
-            return self.recipe.precision == "bfloat16"
-        if self.device.type == "cpu":
-            capabilities = torch.cpu.get_capabilities()
-            return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-        return self.device.type == "cuda"
+    def device(self) -> "Device":
+        """Where this process computes. Raises `UserError` for a device that does not work here."""
+        from puzzle.device import Device
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-    @property
-    def attention(self) -> str:
-        return self.attention_for(self.recipe.corpus.sequence_length)
-
-    def attention_for(self, length: int) -> str:
-        return "eager" if self.device.type == "cpu" and length <= EAGER_UP_TO_TOKENS else "sdpa"
-
-    # --------------------------------------------------------------------------------------- inputs
+        return Device.choose(self.recipe.device, self.recipe.precision)
 
     @cached_property
-    def parent(self) -> parent.Parent:
-        return parent.describe(self.recipe.parent, self.recipe.trust_remote_code)
+    def parent(self) -> "Parent":
+        """The parent, described without its weights."""
+        from puzzle.model import parent
+
+        try:
+            return parent.describe(self.recipe.parent)
+        except UserError:
+            description = self.folder / "parent"
+            if not (description / parent.DESCRIPTION).exists():
+                raise
+            return parent.read_description(description)  # this machine has no weights of it
+
+    @property
+    def placement(self) -> "Placement":
+        """How the frozen parent is loaded for the corpus's sequences."""
+        return self.device.frozen(self.parent.dtype, self.recipe.corpus.sequence_length)
 
     @cached_property
-    def parent_model(self) -> PuzzleForCausalLM:
-        """The frozen parent: the checkpoint's dtype on GPUs under autocast, float32 elsewhere."""
-        return self.parent.load(*self.placement)
-
-    @property
-    def placement(self) -> tuple[torch.dtype, torch.device, str]:
-        """How a frozen parent is loaded: dtype, device, attention implementation."""
-        dtype = self.parent.dtype if self.device.type == "cuda" and self.bfloat16 else torch.float32
-        return dtype, self.device, self.attention
-
-    @property
-    def memory_bytes(self) -> int:
-        """What the device has: a GPU's memory, or this machine's."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    def parent_model(self) -> "PuzzleForCausalLM":
+        """The frozen parent in memory."""
+        placement = self.placement
+        return self.parent.load(placement.dtype, placement.device, placement.attention)
 
     def release_models(self) -> None:
-        """Give the device's memory back before an engine is started on it."""
+        """Give a GPU's memory back before an engine is started on it."""
         if self.device.type == "cuda":
+            import torch
+
             self.__dict__.pop("parent_model", None)
             gc.collect()
             torch.cuda.empty_cache()
 
-    @cached_property
-    def engine(self) -> ModuleType:
-        return engines.load(self.recipe.cost, self.recipe.deploy)
+    # --------------------------------------------------------------------------------- search space
 
     @cached_property
-    def full_space(self) -> spaces.SearchSpace:
-        return spaces.build(self.recipe.library, self.parent.shape, self.recipe.deploy)
+    def full_space(self) -> "SearchSpace":
+        """The variants that the recipe allows and that some place of it can serve."""
+        from puzzle.model import space
 
-    @property
-    def space(self) -> spaces.SearchSpace:
-        """What may be chosen; with `library.coupled`, what the first search has left of it, once
-        that is done.
-        """
-        if self.first is None or artifacts.manifest(self.first.stage_folder("search")) is None:
+        library, shape = self.recipe.library, self.parent.shape
+        deploys = [place.deploy for place in self.recipe.all_places().values()]
+        spaces = [space.build(library, shape, deploy) for deploy in deploys]
+        return space.union(spaces, space.build(library, shape, []))
+
+    @cached_property
+    def space(self) -> "SearchSpace":
+        """What the library holds: with `library.coupled`, what the first search has left."""
+        if not self.recipe.library.coupled:
             return self.full_space
-        return self._narrowed
+        path = self.folder / "space.json"
+        if not path.exists():
+            raise UserError(
+                f"run {self.folder}: library.coupled needs a first search; run `puzzle run` with "
+                "the recipe"
+            )
 
-    @cached_property
-    def _narrowed(self) -> spaces.SearchSpace:
-        assert self.first is not None
-        folder = self.first.stage_folder("search")
-        found = artifacts.read_json(folder / "solutions.json")["solutions"] + artifacts.read_json(
-            folder / "frontier.json"
-        )
-        names = [solution["blocks"] for solution in found]
-        return spaces.narrow(self.full_space, names, self.recipe.library.coupled)
+        return self.full_space.restricted(NarrowedSpace.read(path).layers)
 
     @cached_property
     def first(self) -> "Run | None":
-        """The decoupled run inside a coupled one, in `RUN/first`: its library, scores, costs and
-        search.
-        """
+        """With `library.coupled`, the decoupled run before this one, in `RUN/first`."""
         if not self.recipe.library.coupled:
             return None
         library = self.recipe.library.model_copy(update={"coupled": 0})
         recipe = self.recipe.model_copy(update={"library": library})
         return Run(recipe, self.folder / "first", self.progress, self.corpus_folder)
 
-    def curve(self, stage: str, step: int, values: dict[str, dict[str, float]]) -> None:
-        """A live record for people, in `RUN/logs`: JSON lines, TensorBoard where it is installed,
-        W&B where asked.
-        """
-        artifacts.append_jsonl(self.folder / "logs" / f"{stage}.jsonl", {"step": step, **values})
-        if self._tensorboard is not None:
-            for name, figures in values.items():
-                for kind, value in figures.items():
-                    if kind != "tokens":
-                        self._tensorboard.add_scalar(f"{stage}/{name}/{kind}", value, step)
-        if stage == "uptrain" and self.recipe.uptrain.wandb:
-            flat = {
-                f"{name}/{kind}": value
-                for name, figures in values.items()
-                for kind, value in figures.items()
-            }
-            self._wandb.log(flat, step=step)
+    # ----------------------------------------------------------------------------------------- data
 
     @cached_property
-    def _wandb(self) -> Any:
-        import wandb  # there: uptrain.check has looked
+    def corpus(self) -> "dict[Split, Sequences]":
+        """The packed text, made when first asked for."""
+        from puzzle.data import corpus
 
-        mark = artifacts.fingerprint(str(self.folder.resolve()))
-        return wandb.init(
-            project="puzzle", name=self.folder.name, id=mark, resume="allow", dir=str(self.folder)
-        )
-
-    @cached_property
-    def _tensorboard(self) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return None
-        return SummaryWriter(str(self.folder / "logs" / "tensorboard"))
-
-    @cached_property
-    def corpus(self) -> dict[corpus.Split, corpus.Sequences]:
         return corpus.build(
             self.recipe.corpus,
             self.parent.tokenizer,
@@ -250,14 +254,28 @@ class Run:
             progress=self.progress,
         )
 
+    def questions(self) -> "list[QuestionBatch]":
+        """The questions of `score.task`; none where there is no task."""
+        from puzzle.data import tasks
+
+        if self.recipe.score.task is None:
+            return []
+        return tasks.batches(
+            self.recipe.score.task,
+            self.parent.tokenizer,
+            self.corpus["validation"],
+            tasks.TaskSettings.of(self.recipe),
+        )
+
     @cached_property
-    def data_inputs(self) -> dict[str, Any]:
+    def data_facts(self) -> Inputs:
         """What decides the tokens and the arithmetic of a training or evaluation stage."""
+        from puzzle.data import sources
+
         return {
             "parent": self.parent.fingerprint,
             "tokenizer": self.parent.tokenizer_fingerprint,
-            "corpus": self.recipe.corpus.model_dump(mode="json"),
-            "sources": corpus.source_marks(self.recipe.corpus),
+            "sources": dict(sources.source_fingerprints(self.recipe.corpus)),
             "device": self.device.type,
-            "bfloat16": self.bfloat16,
+            "bfloat16": self.device.bfloat16,
         }

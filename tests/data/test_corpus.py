@@ -7,7 +7,7 @@ from conftest import TEXT, make_tokenizer
 
 from puzzle import artifacts
 from puzzle.config import CorpusConfig
-from puzzle.data import corpus
+from puzzle.data import corpus, packing, sources
 from puzzle.errors import UserError
 from puzzle.progress import Progress
 
@@ -48,9 +48,9 @@ def test_train_and_validation_share_no_document(tmp_path, tokenizer, text_folder
 
 
 def test_the_side_of_a_document_depends_on_its_name_alone():
-    before, after = (corpus.Document("a/b.py", text) for text in ("one", "two"))
-    assert corpus.split_of(before, 0.5) == corpus.split_of(after, 0.5)
-    sides = [corpus.split_of(corpus.Document(f"f{i}", ""), 0.2) for i in range(2000)]
+    before, after = (sources.Document("a/b.py", text) for text in ("one", "two"))
+    assert packing.split_of(before, 0.5) == packing.split_of(after, 0.5)
+    sides = [packing.split_of(sources.Document(f"f{i}", ""), 0.2) for i in range(2000)]
     assert 0.17 < sides.count("validation") / 2000 < 0.23
 
 
@@ -63,7 +63,7 @@ def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
     config = CorpusConfig(sources=[str(folder)], validation_fraction=0.5)
     seen: set[bytes] = set()  # validation is built first and hands its texts on to train
     both = [
-        list(corpus._side(config.sources[0], side, config, tokenizer, seen))
+        list(packing.tokenised_documents(config.sources[0], side, config, tokenizer, seen))
         for side in ("validation", "train")
     ]
     assert sum(map(len, both)) == 2
@@ -89,56 +89,9 @@ def test_batches_cover_an_epoch_exactly_once_whatever_their_size(tmp_path, token
     assert sorted(rows[: len(data)]) == sorted(data.rows(range(len(data))).tolist())
 
 
-def test_json_lines_parquet_and_folders_give_the_same_documents(tmp_path, tokenizer):
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    rows = [{"text": text} for text in texts(20)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    config = CorpusConfig(sources=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")])
-    lines, table = ([d.text for d in corpus.documents(s, tokenizer, 0)] for s in config.sources)
-    assert lines == table == texts(20)
-
-
-def test_a_hugging_face_dataset_streams_by_name(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(50)))
-    source = CorpusConfig(sources=[{"dataset": str(folder)}]).sources[0]
-    found = [d.text for d in corpus.documents(source, tokenizer, 0)]
-    assert sorted(found) == sorted(texts(50))
-    assert found == [d.text for d in corpus.documents(source, tokenizer, 0)]
-
-
-def test_chats_go_through_the_chat_template(tmp_path, tokenizer):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": "hi"},
-                    {"role": "assistant", "content": "yo"},
-                ]
-            }
-        )
-    )
-    source = CorpusConfig(sources=[str(path)]).sources[0]
-    assert [d.text for d in corpus.documents(source, tokenizer, 0)] == ["<user>hi\n<assistant>yo\n"]
-
-
-def test_chats_without_a_template_are_a_user_error(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": []}))
-    source = CorpusConfig(sources=[str(path)]).sources[0]
-    with pytest.raises(UserError, match="no chat template"):
-        list(corpus.documents(source, None, 0))
-
-
 def test_a_mixture_keeps_its_weights_in_tokens():
     streams = [iter([[0] * 10] * 300), iter([[1] * 3] * 1000)]
-    tokens = np.concatenate(list(itertools.islice(corpus.mixture(streams, [3.0, 1.0]), 400)))
+    tokens = np.concatenate(list(itertools.islice(packing.mixture(streams, [3.0, 1.0]), 400)))
     assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
 
 
@@ -166,18 +119,18 @@ def test_a_text_in_two_sources_never_stands_on_both_sides(tmp_path, tokenizer):
 
 
 def test_a_stream_that_ends_leaves_the_rest_to_the_others():
-    assert len(list(corpus.mixture([iter([[0]] * 5), iter([[1]] * 50)], [1.0, 1.0]))) == 55
+    assert len(list(packing.mixture([iter([[0]] * 5), iter([[1]] * 50)], [1.0, 1.0]))) == 55
 
 
 def test_packing_keeps_every_token_in_order_and_drops_only_the_last_rest():
     documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11]]
-    rows = np.stack(list(corpus.pack(documents, 4)))
+    rows = np.stack(list(packing.pack(documents, 4)))
     assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_every_document_ends_with_the_end_of_text_token(tokenizer):
     config = CorpusConfig(sources=["stdlib"])
-    first = next(corpus._side(config.sources[0], "train", config, tokenizer, set()))
+    first = next(packing.tokenised_documents(config.sources[0], "train", config, tokenizer, set()))
     assert first[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in first[:-1]
 
 
@@ -187,29 +140,12 @@ def test_a_changed_file_makes_the_corpus_anew(tmp_path, tokenizer):
     for i, text in enumerate(texts(30)):
         (folder / f"{i}.txt").write_text(text)
     build(tmp_path, tokenizer, [str(folder)])
-    before = artifacts.manifest(tmp_path / "corpus")
+    before = artifacts.read_manifest(tmp_path / "corpus")
     build(tmp_path, tokenizer, [str(folder)])
-    assert artifacts.manifest(tmp_path / "corpus") == before
+    assert artifacts.read_manifest(tmp_path / "corpus") == before
     (folder / "3.txt").write_text(TEXT * 9)
     build(tmp_path, tokenizer, [str(folder)])
-    assert artifacts.manifest(tmp_path / "corpus")["inputs"] != before["inputs"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", "{", "line 1: not JSON"),
-        ("a.jsonl", "[1]", "expected a JSON object"),
-        ("a.jsonl", '{"body": "x"}', r"got columns \['body'\]"),
-        ("a.parquet", "x", "not a readable Parquet"),
-    ],
-)
-def test_a_broken_source_is_one_clear_line(tmp_path, tokenizer, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        list(
-            corpus.documents(CorpusConfig(sources=[str(tmp_path / name)]).sources[0], tokenizer, 0)
-        )
+    assert artifacts.read_manifest(tmp_path / "corpus").inputs != before.inputs
 
 
 def test_a_missing_source_and_an_empty_side_are_user_errors(tmp_path, tokenizer):
@@ -218,3 +154,21 @@ def test_a_missing_source_and_an_empty_side_are_user_errors(tmp_path, tokenizer)
     (tmp_path / "one.txt").write_text(TEXT)
     with pytest.raises(UserError, match="holds less than one sequence"):
         build(tmp_path, tokenizer, [str(tmp_path / "one.txt")])
+
+
+def test_a_build_interrupted_between_the_sides_ends_with_the_same_files(
+    tmp_path, tokenizer, text_folder
+):
+    def files():
+        """The bytes of every file; of the manifest all but the time it took."""
+        contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+        manifest = artifacts.read_manifest(folder)
+        return contents | {"manifest.json": manifest.model_copy(update={"seconds": 0.0})}
+
+    folder = tmp_path / "corpus"
+    build(tmp_path, tokenizer, [str(text_folder)])
+    before = files()
+    for name in ("manifest.json", "train.json", "train-00000.safetensors"):
+        (folder / name).unlink()
+    build(tmp_path, tokenizer, [str(text_folder)])
+    assert files() == before

@@ -1,5 +1,6 @@
-"""Children of every family in vLLM, stock where it can and with our plugin where not: our own
-greedy tokens.
+"""Children of every family in vLLM generate our own greedy tokens.
+
+In stock vLLM where it can serve them, with our plugin where not.
 """
 
 import json
@@ -20,20 +21,16 @@ pytestmark = [pytest.mark.training, pytest.mark.vllm, NEEDS_VLLM]
 PROMPTS = [[5, 17, 200, 31], [9, 9, 2, 250, 77, 140], list(range(20, 36))]
 # With the longest prompt beyond every window, and within the first 64 positions of long rope
 NEW = 46
-EVERYTHING = [
-    "no_op+gated_32",
-    "linear+gated_96",
-    "gqa_1+linear",
-    "gqa_2+no_op",
-]  # that stock vLLM cannot serve
+# Everything that stock vLLM cannot serve
+EVERYTHING = ["no_op+gated_32", "linear+gated_96", "gqa_1+linear", "gqa_2+no_op"]
 PLAIN = ["gqa_1+gated_96", "gqa_2+gated_32", "gqa_2+gated_96", "gqa_1+gated_64"]
 SERVE = """
 import gc, json, sys
 from vllm import LLM, SamplingParams
 folders, prompts, new, trust = json.loads(sys.argv[1])
 for folder in folders:
-    llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=64,
-              kv_cache_memory_bytes=1 << 26, trust_remote_code=trust)
+    llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
+              max_model_len=64, kv_cache_memory_bytes=1 << 26, trust_remote_code=trust)
     sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
     outs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     print("TOKENS", json.dumps([list(out.outputs[0].token_ids) for out in outs]), flush=True)
@@ -50,9 +47,9 @@ def served(folders: list[Path], plugin: bool) -> list[list[list[int]]]:
     out = subprocess.run(
         [sys.executable, "-c", SERVE, request], capture_output=True, text=True, env=environment
     )
-    found = [json.loads(line[7:]) for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert len(found) == len(folders), out.stderr[-3000:]
-    return found
+    lines = [line for line in out.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert len(lines) == len(folders), out.stderr[-3000:]
+    return [json.loads(line.removeprefix("TOKENS ")) for line in lines]
 
 
 def ours(folder: Path) -> list[list[int]]:
@@ -79,7 +76,7 @@ def with_plugin(tmp_path_factory):
 def test_our_plugin_generates_our_greedy_tokens_without_trusting_code(with_plugin, row):
     mine, theirs = with_plugin[row]
     assert mine == theirs
-    assert len({tuple(tokens) for tokens in mine}) == len(PROMPTS)  # they do say different things
+    assert len({tuple(tokens) for tokens in mine}) == len(PROMPTS)  # the prompts count
 
 
 def test_stock_vllm_generates_our_greedy_tokens(tmp_path):

@@ -1,8 +1,11 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 
 from puzzle.library import initialization
-from puzzle.model import variants as subblocks
+from puzzle.model import variants
 from puzzle.model.architecture import FFN, Attention
 
 
@@ -11,14 +14,14 @@ def layer(tiny):
     return tiny.load(torch.float32, torch.device("cpu")).model.layers[1]
 
 
-def made(tiny, layer, variant, contribution=None, found=None):
-    contribution = (
-        torch.rand(tiny.shape.intermediate_size) if contribution is None else contribution
-    )
-    found = found or initialization.Calibration(contribution)
-    module = subblocks.block_module(tiny, 0, variant.alone, "sdpa")
+def initialised(tiny, layer, variant, contribution=None):
+    """The variant as a module with its first weights."""
+    if contribution is None:
+        contribution = torch.rand(tiny.shape.intermediate_size)
+    calibration = initialization.Calibration(contribution)
+    module = variants.block_module(tiny, 0, variant.alone, "sdpa")
     module.load_state_dict(
-        initialization.initial_state(layer.state_dict(), variant, tiny.shape, found)
+        initialization.initial_state(layer.state_dict(), variant, tiny.shape, calibration)
     )
     return module.eval()
 
@@ -31,7 +34,7 @@ def context(length):
 @torch.no_grad()
 def test_linear_attention_is_the_parents_where_a_token_sees_only_itself(tiny, layer):
     x = torch.randn(6, 1, 64)
-    linear = made(tiny, layer, Attention("linear"))
+    linear = initialised(tiny, layer, Attention("linear"))
     torch.testing.assert_close(
         linear.attention(x, **context(1)), layer.attention(x, **context(1)), rtol=1e-4, atol=1e-5
     )
@@ -39,12 +42,10 @@ def test_linear_attention_is_the_parents_where_a_token_sees_only_itself(tiny, la
 
 @torch.no_grad()
 def test_merging_equal_kv_heads_changes_nothing(tiny, layer):
-    import copy
-
     twin = copy.deepcopy(layer)
     for projection in (twin.self_attn.k_proj, twin.self_attn.v_proj):
         projection.weight[16:] = projection.weight[:16]
-    merged = made(tiny, twin, Attention("gqa", 1))
+    merged = initialised(tiny, twin, Attention("gqa", 1))
     x = torch.randn(2, 7, 64)
     torch.testing.assert_close(
         merged.attention(x, **context(7)), twin.attention(x, **context(7)), rtol=1e-4, atol=1e-5
@@ -65,7 +66,7 @@ def test_merged_heads_are_the_mean_of_their_group(tiny, layer):
 @torch.no_grad()
 def test_a_narrower_ffn_is_the_parents_with_the_weakest_channels_silenced(tiny, layer):
     contribution = torch.rand(96)
-    narrow = made(tiny, layer, FFN("gated", 40), contribution)
+    narrow = initialised(tiny, layer, FFN("gated", 40), contribution)
     h = torch.randn(3, 5, 64)
     kept = contribution.argsort(descending=True)[:40]
     normed = layer.post_attention_layernorm(h)
@@ -82,15 +83,15 @@ def test_a_linear_ffn_is_down_times_up(tiny, layer):
     normed = layer.post_attention_layernorm(h)
     expected = h + layer.mlp.down_proj(layer.mlp.up_proj(normed))
     torch.testing.assert_close(
-        made(tiny, layer, FFN("linear")).feed_forward(h), expected, rtol=1e-4, atol=1e-4
+        initialised(tiny, layer, FFN("linear")).feed_forward(h), expected, rtol=1e-4, atol=1e-4
     )
 
 
 def test_the_channel_contribution_is_the_papers_formula():
     x, down = torch.randn(50, 8), torch.randn(3, 8)
     expected = [(x[:, i].abs().mean() * down[:, i].norm()).item() for i in range(8)]
-    found = initialization.channel_contribution(x.abs().sum(0), 50, down)
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    contribution = initialization.channel_contribution(x.abs().sum(0), 50, down)
+    assert contribution.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -107,16 +108,16 @@ def test_as_many_kv_heads_as_the_parent_is_the_identity(tiny, layer):
 @torch.no_grad()
 def test_pruning_no_channel_is_the_identity(tiny, layer):
     h = torch.randn(3, 5, 64)
-    assert made(tiny, layer, FFN("gated", 96)).feed_forward(h).equal(layer.feed_forward(h))
+    assert initialised(tiny, layer, FFN("gated", 96)).feed_forward(h).equal(layer.feed_forward(h))
 
 
 @torch.no_grad()
 def test_the_parents_subblocks_reproduce_its_block_bitwise(tiny, layer):
-    whole = subblocks.block_module(tiny, 0, tiny.shape.parent_block, "sdpa")
-    halves = (subblocks.subblock_state(layer.state_dict(), kind) for kind in (Attention, FFN))
-    whole.load_state_dict({name: t for state in halves for name, t in state.items()})
+    block = variants.block_module(tiny, 0, tiny.shape.widest_block, "sdpa")
+    halves = (variants.subblock_state(layer.state_dict(), kind) for kind in (Attention, FFN))
+    block.load_state_dict({name: t for state in halves for name, t in state.items()})
     x = torch.randn(2, 7, 64)
-    assert whole(x, **context(7)).equal(layer(x, **context(7)))
+    assert block(x, **context(7)).equal(layer(x, **context(7)))
 
 
 def calibrated(layer, least_squares=True):
@@ -127,15 +128,15 @@ def calibrated(layer, least_squares=True):
 
 @torch.no_grad()
 def test_calibration_sees_the_activation_before_the_down_projection(tiny, layer):
-    batches, found = calibrated(layer, least_squares=False)
+    batches, calibration = calibrated(layer, least_squares=False)
     h = torch.cat([layer.attention(x, **context(7)) for x in batches])
     normed = layer.post_attention_layernorm(h)
     x = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
     expected = initialization.channel_contribution(
         x.abs().sum((0, 1)), 30 * 28, layer.mlp.down_proj.weight
     )
-    torch.testing.assert_close(found.contribution_I, expected)
-    assert found.intermediate_II is None
+    torch.testing.assert_close(calibration.contribution_I, expected)
+    assert calibration.intermediate_II is None
 
 
 @torch.no_grad()
@@ -144,23 +145,23 @@ def test_calibration_sees_the_activation_before_the_down_projection(tiny, layer)
 )
 def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, monkeypatch):
     """Oracle: numpy.linalg.lstsq on the activations themselves."""
-    import numpy as np
-
     monkeypatch.setattr(initialization, "RIDGE", 1e-9)
-    batches, found = calibrated(layer)
+    batches, calibration = calibrated(layer)
     x = torch.cat(batches)
     if isinstance(variant, Attention):
-        given = layer.input_layernorm(x)
-        wanted = layer.attention(x, **context(7)) - x
+        inputs = layer.input_layernorm(x)
+        targets = layer.attention(x, **context(7)) - x
     else:
         h = layer.attention(x, **context(7))
-        given, wanted = layer.post_attention_layernorm(h), layer.feed_forward(h) - h
+        inputs, targets = layer.post_attention_layernorm(h), layer.feed_forward(h) - h
     if variant.kind == "gated":
-        kept = found.contribution_I.topk(40).indices.sort().values
-        given = (layer.mlp.act_fn(layer.mlp.gate_proj(given)) * layer.mlp.up_proj(given))[..., kept]
+        kept = calibration.contribution_I.topk(40).indices.sort().values
+        inputs = (layer.mlp.act_fn(layer.mlp.gate_proj(inputs)) * layer.mlp.up_proj(inputs))[
+            ..., kept
+        ]
     expected, *_ = np.linalg.lstsq(
-        given.flatten(0, 1).double().numpy(), wanted.flatten(0, 1).double().numpy()
+        inputs.flatten(0, 1).double().numpy(), targets.flatten(0, 1).double().numpy()
     )
-    state = initialization.initial_state(layer.state_dict(), variant, tiny.shape, found)
+    state = initialization.initial_state(layer.state_dict(), variant, tiny.shape, calibration)
     matrix = next(t for name, t in state.items() if "linear_" in name or "down_proj" in name)
     torch.testing.assert_close(matrix.double(), torch.from_numpy(expected.T), rtol=1e-3, atol=1e-4)

@@ -18,6 +18,11 @@ def mixed(request, tiny, tmp_path):
     return write_child(tiny, tmp_path / "child", request.param)
 
 
+def write_children(tiny, folder):
+    """A child of every row of `MIXED`."""
+    return [write_child(tiny, folder / f"{i}", names) for i, names in enumerate(MIXED.values())]
+
+
 def test_generation_with_a_cache_equals_generation_without(mixed):
     model = child.load(mixed, torch.float32, CPU)
     prompt = torch.tensor([[5, 17, 200, 31]])
@@ -46,9 +51,7 @@ def test_saved_and_loaded_logits_are_equal(mixed, tmp_path):
 
 def test_transformers_alone_generates_the_same_tokens(tiny, tmp_path):
     """`trust_remote_code=True` in a process that cannot import puzzle, with and without a cache."""
-    folders = [
-        write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())
-    ]
+    folders = write_children(tiny, tmp_path)
     script = f"""
 import importlib.abc, json, sys
 class Block(importlib.abc.MetaPathFinder):
@@ -59,7 +62,8 @@ sys.meta_path.insert(0, Block())
 import torch
 from transformers import AutoModelForCausalLM
 for folder in {[str(folder) for folder in folders]!r}:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    loading = dict(trust_remote_code=True, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, **loading)
     for use_cache in (True, False):
         settings = dict(max_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=-1)
         out = model.generate(torch.tensor([[5, 17, 200, 31]]), **settings)
@@ -80,14 +84,14 @@ assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
 
 
 def test_with_our_package_imported_a_child_loads_without_trusting_its_code(tiny, tmp_path):
-    folders = [
-        write_child(tiny, tmp_path / f"child_{i}", names) for i, names in enumerate(MIXED.values())
-    ]
+    folders = write_children(tiny, tmp_path)
     script = f"""
 import puzzle.model.modeling_puzzle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in {[str(folder) for folder in folders]!r}:
-    print(type(AutoModelForCausalLM.from_pretrained(folder)).__module__, len(AutoTokenizer.from_pretrained(folder)) > 0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    print(type(model).__module__, len(tokenizer) > 0)
 """
     out = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
@@ -125,9 +129,9 @@ def test_the_tokenizer_and_chat_template_come_along(tiny, tmp_path):
 
 
 def test_a_replacement_changes_what_the_model_says(tiny, tmp_path):
-    """Guards the other tests: the mixed children are not secretly the parent."""
+    """Guards the other tests: a mixed child is not the parent."""
     tokens = torch.randint(0, 320, (1, 12))
     reference = log_softmax(tiny.load(torch.float32, CPU)(tokens).logits, -1)
-    for index, names in enumerate(MIXED.values()):
-        model = child.load(write_child(tiny, tmp_path / str(index), names), torch.float32, CPU)
+    for folder in write_children(tiny, tmp_path):
+        model = child.load(folder, torch.float32, CPU)
         assert (log_softmax(model(tokens).logits, -1) - reference).abs().max() > 0.1

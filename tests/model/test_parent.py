@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,7 +57,6 @@ def test_the_fingerprint_follows_the_weights(tmp_path, tiny):
     ("config", "message"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: "),
-        ({"model_type": "llama", "auto_map": {}}, "set trust_remote_code=true"),
         ({}, "'none' is not supported"),
     ],
 )
@@ -64,6 +64,24 @@ def test_a_parent_we_cannot_take_is_one_clear_line(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         parent.describe(str(tmp_path))
+
+
+def test_code_that_a_supported_parent_brings_is_not_run(tmp_path, tiny):
+    """As checkpoints on the hub have it: `auto_map` names a file, which would leave a trace."""
+    folder = tmp_path / "parent"
+    shutil.copytree(tiny.folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    trace = tmp_path / "trace"
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: ...\n")
+    described = parent.describe(str(folder))
+    assert described.shape == tiny.shape and len(described.tokenizer) == len(tiny.tokenizer)
+    tokens = torch.randint(0, 320, (2, 20))
+    with torch.no_grad():
+        expected = tiny.load(torch.float32, CPU)(tokens).logits
+        assert torch.equal(described.load(torch.float32, CPU)(tokens).logits, expected)
+    assert not trace.exists()
 
 
 def test_a_missing_parent_and_missing_weights_are_user_errors(tmp_path, tiny):

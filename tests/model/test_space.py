@@ -22,33 +22,34 @@ PAPER = LibraryConfig(ffn_percent=[100, 87, 75, 50, 25, 20, 10], ffn_multiple=25
 
 
 def test_the_papers_space_has_54_blocks_a_layer():
-    found = space.build(PAPER, SHAPE, [])
-    assert {len(layer.blocks) for layer in found.layers} == {54}
-    assert found.log10_size == pytest.approx(32 * math.log10(54))
-    assert found.left_out == ()
+    built = space.build(PAPER, SHAPE, [])
+    assert {len(layer.blocks) for layer in built.layers} == {54}
+    assert built.log10_size == pytest.approx(32 * math.log10(54))
+    assert built.left_out == ()
 
 
 def test_the_parents_variants_come_first():
     layer = space.build(PAPER, SHAPE, []).layers[0]
     assert (layer.attention[0], layer.ffn[0]) == (Attention("gqa", 8), FFN("gated", 14336))
-    assert layer.blocks[0] == SHAPE.parent_block
+    assert layer.blocks[0] == SHAPE.widest_block
 
 
 def test_sizes_are_rounded_to_the_multiple():
-    sizes = [v.intermediate_size for v in space.ffn_variants(PAPER, SHAPE) if v.kind == "gated"]
+    sizes = [
+        v.intermediate_size
+        for v in space.ffn_variants(PAPER, SHAPE.widest_block.ffn)
+        if v.kind == "gated"
+    ]
     assert all(size % 256 == 0 for size in sizes)
 
 
 def test_vllm_leaves_out_linear_and_a_no_op_attention_in_layer_0_and_says_so():
-    found = space.build(PAPER, SHAPE, ["vllm"])
-    assert not any(
-        b.attention.kind == "linear" or b.ffn.kind == "linear"
-        for la in found.layers
-        for b in la.blocks
-    )
-    assert Attention("no_op") not in found.layers[0].attention
-    assert Attention("no_op") in found.layers[1].attention
-    assert len(found.left_out) == 2
+    built = space.build(PAPER, SHAPE, ["vllm"])
+    blocks = [block for layer in built.layers for block in layer.blocks]
+    assert not any("linear" in (block.attention.kind, block.ffn.kind) for block in blocks)
+    assert Attention("no_op") not in built.layers[0].attention
+    assert Attention("no_op") in built.layers[1].attention
+    assert len(built.left_out) == 2
 
 
 def test_the_plugin_serves_everything_and_is_what_other_families_need():
@@ -63,33 +64,25 @@ def test_the_plugin_serves_everything_and_is_what_other_families_need():
 def test_llama_cpp_allows_an_ffn_no_op_only_with_an_attention_no_op():
     blocks = space.build(PAPER, SHAPE, ["llama.cpp"]).layers[3].blocks
     kinds = {(b.attention.kind, b.ffn.kind) for b in blocks}
-    assert (
-        ("no_op", "no_op") in kinds
-        and ("gqa", "no_op") not in kinds
-        and ("linear", "no_op") not in kinds
-    )
+    assert ("no_op", "no_op") in kinds
+    assert ("gqa", "no_op") not in kinds
+    assert ("linear", "no_op") not in kinds
     assert not any(ffn == "linear" for _, ffn in kinds)
 
 
 def test_a_layer_can_be_kept_as_the_parents():
-    found = space.build(
-        PAPER.model_validate(
-            PAPER.model_dump() | {"layers": {0: "parent", 1: {"ffn": ["gated_7168"]}}}
-        ),
-        SHAPE,
-        [],
-    )
-    assert found.layers[0].blocks == (SHAPE.parent_block,)
-    assert [b.name for b in found.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
+    overrides = {0: "parent", 1: {"ffn": ["gated_7168"]}}
+    config = LibraryConfig.model_validate(PAPER.model_dump() | {"layers": overrides})
+    built = space.build(config, SHAPE, [])
+    assert built.layers[0].blocks == (SHAPE.widest_block,)
+    assert [b.name for b in built.layers[1].blocks] == ["gqa_8+gated_14336", "gqa_8+gated_7168"]
 
 
 def test_a_layer_cannot_ask_for_a_variant_outside_the_space():
-    with pytest.raises(
-        UserError, match=r"library.layers.0: got 'gated_500', expected one of the space's: gqa_8"
-    ):
-        space.build(
-            LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}}), SHAPE, []
-        )
+    config = LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}})
+    message = "library.layers.0: got 'gated_500', expected one of the space's: gqa_8"
+    with pytest.raises(UserError, match=message):
+        space.build(config, SHAPE, [])
 
 
 def test_kv_heads_must_divide_the_parents():

@@ -1,28 +1,34 @@
 import pytest
 
-from puzzle.evaluate import stage as evaluate
-from puzzle.report import stage as report
+from puzzle.evaluate import results as evaluation
+from puzzle.report.stage import page
+from puzzle.report.table import rows
 
 pytestmark = pytest.mark.training
 
 
-def test_the_page_stands_alone_and_shows_every_row_of_the_table(finished_run):
-    html = report.page(finished_run).read_text()
+@pytest.fixture
+def job(finished_run):
+    return finished_run.child_job("main")
+
+
+def test_the_page_stands_alone_and_shows_every_row_of_the_table(job):
+    html = page(job).read_text()
     assert html.count("<svg") == 6
     assert "<script" not in html and 'src="' not in html and "<link" not in html
-    for row in evaluate.table(evaluate.read(finished_run)):
+    for row in rows(evaluation.read(job)):
         assert all(f"<td>{cell}</td>" in html for cell in row)
 
 
-def test_modelled_speeds_are_called_modelled(finished_run):
-    assert "modelled, not measured" in report.page(finished_run).read_text()
-    names = [row[0] for row in evaluate.table(evaluate.read(finished_run))]
-    assert not any("measured" in name for name in names)
+def test_modelled_speeds_are_called_modelled(job):
+    assert "modelled, not measured" in page(job).read_text()
+    assert not any("measured" in row.name for row in rows(evaluation.read(job)))
 
 
-def test_the_retention_is_the_share_of_the_parents_accuracy(finished_run):
-    models = evaluate.read(finished_run)["models"]
-    if models["parent"]["top1"]:
-        expected = models["uptrained"]["top1"] / models["parent"]["top1"]
-        assert models["uptrained"]["retention"] == pytest.approx(expected)
-    assert models["parent"]["kv_cache_bytes_per_token"] == 4 * 2 * 2 * 16 * 4
+def test_the_retention_is_the_share_of_the_parents_accuracy(job):
+    results = evaluation.read(job)
+    top1 = results.parent.quality.top1
+    if top1:
+        expected = results.uptrained.quality.top1 / top1
+        assert results.uptrained.retention == pytest.approx(expected)
+    assert results.parent.kv_cache_bytes_per_token == 4 * 2 * 2 * 16 * 4

@@ -102,12 +102,13 @@ def test_without_a_kl_weight_the_parent_is_not_needed(sides):
 
 
 @pytest.mark.parametrize("chunk", [5, 1000])
-def test_token_metrics_equal_plain_torch(sides, chunk):
+def test_token_metrics_equal_plain_torch(sides, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "tokens_per_chunk", lambda vocabulary: chunk)
     child, head, parent, parent_head, targets = (
         s.float() if s.is_floating_point() else s for s in sides
     )
     candidates = torch.stack([child, 2 * child, parent])
-    found = losses.token_metrics(parent, parent_head, candidates, head, targets, chunk_tokens=chunk)
+    found = losses.token_metrics(parent, parent_head, candidates, head, targets)
     for metrics, candidate in zip(found, candidates, strict=True):
         logits, reference = candidate @ head.T, parent @ parent_head.T
         kl = F.kl_div(

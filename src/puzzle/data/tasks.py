@@ -1,15 +1,17 @@
-"""Multiple-choice questions: downstream accuracy as a metric, without leaving the machine where
-need be.
+"""Multiple-choice questions: downstream accuracy as a metric.
 
 Three sources, by the text of `score.task`:
-- `held-out`: which of four continuations follows this piece of the validation text? No file, no
-  download;
+- `held-out`: which of four continuations follows this piece of the validation text? It needs no
+  file and no download;
 - a JSON Lines file of `{"context": text, "choices": [text, ...], "answer": index}`;
 - the name of a multiple-choice task of the lm-eval package (the extra `eval`), whose data it
   fetches, or the path of a task's YAML file in its format.
 
 A model chooses the continuation whose tokens have the highest mean log-probability after the
 context.
+
+Shape legend: N sequences, S positions, R rows (one per choice of each question), T the S - 1
+positions with a next token.
 """
 
 import json
@@ -19,24 +21,49 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle.config import Recipe
+from puzzle.data.sequences import Sequences
 from puzzle.errors import UserError
-from puzzle.run import Run
-from puzzle.training.losses import METRICS
 
 HELD_OUT = "held-out"
 CHOICES, CHOICE_TOKENS = 4, 16  # of a held-out question
-YAML = (".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
+QUESTION_FORM = '{"context": text, "choices": [text, text, ...], "answer": index}'
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How many questions are asked, and how they become batches."""
+
+    questions: int  # at most
+    shard_sequences: int  # questions per batch
+    sequence_length: int  # tokens of a row, at most
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "TaskSettings":
+        """What the recipe's sections `score` and `corpus` say."""
+        score = recipe.score
+        return cls(score.task_questions, score.shard_sequences, recipe.corpus.sequence_length)
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """A question before it is tokenised. `answer` is the index of the right choice."""
+
+    context: str
+    choices: list[str]
+    answer: int
 
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids. `answer` is the index of the right choice."""
+    """A question in token ids. `answer` is the index of the right choice."""
 
     context: list[int]
     choices: list[list[int]]
@@ -44,41 +71,31 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Several questions as one batch: a row per choice, padded on the right. R rows, S positions."""
+class QuestionBatch:
+    """Several questions as one batch: a row per choice, padded on the right."""
 
     tokens_RS: torch.Tensor
-    asked_RT: torch.Tensor  # [R, S - 1], True where the predicted token belongs to the choice
-    sizes: list[int]  # rows of each question
+    is_choice_RT: torch.Tensor  # True where the predicted token belongs to the choice
+    choice_counts: list[int]  # rows of each question
     answers: list[int]
 
-    def sums(self, metrics_MRT: torch.Tensor) -> dict[str, float]:
-        """What a score's record holds: questions, right answers and (for the standard error) their
-        squares.
-        """
-        right = float(sum(self.right(metrics_MRT[METRICS.index("lm_loss")])))
-        return {
-            "questions": len(self.answers),
-            "task": right,
-            "task_squares": right,
-            "tokens": 0,
-            "sequences": 0,
-        }
-
     def right(self, loss_RT: torch.Tensor) -> list[bool]:
-        """For every question, whether the model's choice is the answer; from the loss of each next
-        token.
+        """For every question, whether the model's choice is the answer.
+
+        `loss_RT` is the cross entropy of each next token; the choice with the lowest mean wins.
         """
-        asked = self.asked_RT.to(loss_RT.device)
-        mean_R = (loss_RT * asked).sum(-1) / asked.sum(-1)
+        is_choice_RT = self.is_choice_RT.to(loss_RT.device)
+        mean_R = (loss_RT * is_choice_RT).sum(-1) / is_choice_RT.sum(-1)
         return [
-            int(own.argmin()) == answer
-            for own, answer in zip(mean_R.split(self.sizes), self.answers, strict=True)
+            int(choice_means.argmin()) == answer
+            for choice_means, answer in zip(
+                mean_R.split(self.choice_counts), self.answers, strict=True
+            )
         ]
 
 
 def fingerprint(task: str | None) -> str:
-    """What a score depends on besides the task's name: the file's content, the package's version."""
+    """What a score depends on besides the task's name: a file's content, a package's version."""
     if task is None or task == HELD_OUT:
         return ""
     if Path(task).is_file():
@@ -86,110 +103,119 @@ def fingerprint(task: str | None) -> str:
     return version("lm_eval") if find_spec("lm_eval") else ""
 
 
-def batches(run: Run, task: str) -> list[Rows]:
-    """The questions of a task, `score.task_questions` at most, in batches of
-    `score.shard_sequences` questions.
+def batches(
+    task: str, tokenizer: PreTrainedTokenizerBase, validation: Sequences, settings: TaskSettings
+) -> list[QuestionBatch]:
+    """The questions of a task in batches of `settings.shard_sequences`; see `load`."""
+    questions = load(task, tokenizer, validation, settings.questions)[: settings.questions]
+    size, length = settings.shard_sequences, settings.sequence_length
+    return [_batch(questions[i : i + size], length) for i in range(0, len(questions), size)]
+
+
+def load(
+    task: str, tokenizer: PreTrainedTokenizerBase, validation: Sequences, count: int
+) -> list[Question]:
+    """The questions of a task; a source may hold more than the `count` that are needed.
+
+    `validation` is where held-out questions come from. Raises `UserError` for a task that does not
+    exist or a file that is not in the form above.
     """
-    questions = load(run, task)[: run.recipe.score.task_questions]
-    size, length = run.recipe.score.shard_sequences, run.recipe.corpus.sequence_length
-    return [_rows(questions[i : i + size], length) for i in range(0, len(questions), size)]
-
-
-def load(run: Run, task: str) -> list[Question]:
-    """Raises `UserError` for a task that is not there or a file that is not in the form above."""
     if task == HELD_OUT:
-        return held_out(run.corpus["validation"].head(4 * run.recipe.score.task_questions))
-    if Path(task).is_file() and Path(task).suffix not in YAML:
-        records: Iterator[dict[str, Any]] = _file_records(Path(task))
+        return held_out(validation.head(4 * count))
+    if Path(task).is_file() and Path(task).suffix not in YAML_SUFFIXES:
+        questions = _file_questions(Path(task))
     elif find_spec("lm_eval"):
-        records = _lm_eval_records(task, run.recipe.score.task_questions)
+        questions = _lm_eval_questions(task, count)
     else:
         raise UserError(
-            f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, or a task of lm-eval (not installed)"
+            f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, "
+            "or a task of lm-eval (not installed)"
         )
-    return [_encode(run.parent.tokenizer, record) for record in records]
+    return [_encode(tokenizer, question) for question in questions]
 
 
 def held_out(tokens_NS: torch.Tensor) -> list[Question]:
-    """Questions from validation sequences: the first half is the context; other sequences give the
-    wrong choices.
+    """Questions from validation sequences: the first half of each is a context.
+
+    Other sequences give the wrong choices. Raises `UserError` where there are fewer than `CHOICES`.
     """
-    rng, half = random.Random(0), tokens_NS.shape[1] // 2
-    rows = tokens_NS.tolist()
+    generator, half = random.Random(0), tokens_NS.shape[1] // 2
+    rows: list[list[int]] = tokens_NS.tolist()
     if len(rows) < CHOICES:
         raise UserError(
-            f"score.task {HELD_OUT}: got {len(rows)} validation sequences; expected at least {CHOICES}"
+            f"score.task {HELD_OUT}: got {len(rows)} validation sequences; "
+            f"expected at least {CHOICES}"
         )
     questions = []
     for index, row in enumerate(rows):
-        others = rng.sample([i for i in range(len(rows)) if i != index], CHOICES - 1)
-        answer = rng.randrange(CHOICES)
-        sources = [rows[i] for i in others[:answer]] + [row] + [rows[i] for i in others[answer:]]
+        others = generator.sample([i for i in range(len(rows)) if i != index], CHOICES - 1)
+        answer = generator.randrange(CHOICES)
+        sources = [rows[other] for other in others]
+        sources.insert(answer, row)
         choices = [source[half : half + CHOICE_TOKENS] for source in sources]
-        if choices.count(choices[answer]) == 1:  # two sequences may go on alike
+        if choices.count(choices[answer]) == 1:  # two sequences may continue with the same tokens
             questions.append(Question(row[:half], choices, answer))
     return questions
 
 
-def _file_records(path: Path) -> Iterator[dict[str, Any]]:
+def _file_questions(path: Path) -> Iterator[TextQuestion]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             context, choices, answer = record["context"], record["choices"], record["answer"]
-            right = (
-                isinstance(context, str)
-                and len(choices) > 1
-                and all(isinstance(c, str) and c for c in choices)
-            )
-            if not right or answer not in range(len(choices)):
+            is_text = isinstance(context, str) and all(isinstance(c, str) and c for c in choices)
+            if not is_text or len(choices) < 2 or answer not in range(len(choices)):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"score.task {path}: line {number} is not a question; expected "
-                '{"context": text, "choices": [text, text, ...], "answer": index}'
+                f"score.task {path}: line {number} is not a question; expected {QUESTION_FORM}"
             ) from None
-        yield record
+        yield TextQuestion(context, list(choices), int(answer))
 
 
-def _lm_eval_records(task: str, count: int) -> Iterator[dict[str, Any]]:
+def _lm_eval_questions(task: str, count: int) -> Iterator[TextQuestion]:
+    """At most `count` questions of an lm-eval task, from its test or else its validation data."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    own = Path(task).suffix in YAML and Path(task).is_file()
+    is_file = Path(task).suffix in YAML_SUFFIXES and Path(task).is_file()
     try:
-        manager = TaskManager(include_path=str(Path(task).parent) if own else None)
-        name = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["task"] if own else task
-        found = get_task_dict([name], manager)[name]
+        manager = TaskManager(include_path=str(Path(task).parent) if is_file else None)
+        name = task
+        if is_file:
+            name = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["task"]
+        lm_task = get_task_dict([name], manager)[name]
     except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"score.task: lm-eval cannot load {task!r}: {reason}") from None
+    if lm_task.OUTPUT_TYPE != "multiple_choice":
         raise UserError(
-            f"score.task: lm-eval cannot load {task!r}: {str(error).splitlines()[0]}"
-        ) from None
-    if found.OUTPUT_TYPE != "multiple_choice":
-        raise UserError(
-            f"score.task: {task} is a {found.OUTPUT_TYPE} task of lm-eval; expected a multiple-choice one"
+            f"score.task: {task} is a {lm_task.OUTPUT_TYPE} task of lm-eval; "
+            "expected a multiple-choice one"
         )
-    docs = found.test_docs() if found.has_test_docs() else found.validation_docs()
+    docs = lm_task.test_docs() if lm_task.has_test_docs() else lm_task.validation_docs()
+    delimiter = lm_task.config.target_delimiter
     for doc, _ in zip(docs, range(count), strict=False):
-        choices = [found.config.target_delimiter + choice for choice in found.doc_to_choice(doc)]
-        yield {
-            "context": found.doc_to_text(doc),
-            "choices": choices,
-            "answer": found.doc_to_target(doc),
-        }
+        choices = [delimiter + choice for choice in lm_task.doc_to_choice(doc)]
+        yield TextQuestion(lm_task.doc_to_text(doc), choices, int(lm_task.doc_to_target(doc)))
 
 
-def _encode(tokenizer: Any, record: dict[str, Any]) -> Question:
-    """The boundary is the one of the characters: context and choice are tokenised apart."""
-    context = tokenizer.encode(record["context"], add_special_tokens=False)
-    choices = [tokenizer.encode(choice, add_special_tokens=False) for choice in record["choices"]]
+def _encode(tokenizer: PreTrainedTokenizerBase, question: TextQuestion) -> Question:
+    """Context and choices tokenised apart, so that no token spans the boundary.
+
+    An empty context becomes one token, the tokenizer's beginning or else end of text: a choice's
+    first token needs one before it.
+    """
+    context = tokenizer.encode(question.context, add_special_tokens=False)
+    choices = [tokenizer.encode(text, add_special_tokens=False) for text in question.choices]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return Question(context or [start or 0], choices, int(record["answer"]))
+    return Question(context or [start or 0], choices, question.answer)
 
 
-def _rows(questions: Sequence[Question], length: int) -> Rows:
-    """A batch no longer than `length`: contexts lose their beginning where they must."""
-    rows, spans = [], []
+def _batch(questions: Sequence[Question], length: int) -> QuestionBatch:
+    """A batch of rows no longer than `length`: contexts lose their beginning where they must."""
+    rows, spans = [], []  # of each span [first, last) the next tokens are the choice's
     for question in questions:
         for choice in question.choices:
             choice = choice[: length - 1]
@@ -198,9 +224,9 @@ def _rows(questions: Sequence[Question], length: int) -> Rows:
             spans.append((len(context) - 1, len(context) + len(choice) - 1))
     width = max(map(len, rows))
     tokens_RS = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    asked_RT = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for row, (first, last) in zip(asked_RT, spans, strict=True):
-        row[first:last] = True
-    return Rows(
-        tokens_RS, asked_RT, [len(q.choices) for q in questions], [q.answer for q in questions]
-    )
+    is_choice_RT = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for row_T, (first, last) in zip(is_choice_RT, spans, strict=True):
+        row_T[first:last] = True
+    choice_counts = [len(question.choices) for question in questions]
+    answers = [question.answer for question in questions]
+    return QuestionBatch(tokens_RS, is_choice_RT, choice_counts, answers)

@@ -1,69 +1,136 @@
-"""Engines: ways to serve a checkpoint and measure it. One module per engine, one small interface.
+"""Engines: ways to serve a checkpoint and measure it. One module per engine, one small contract.
 
-An engine opens a *session* on a checkpoint folder; a session runs one batch of a scenario and says
-how long the prefill and every decode step took. It can be told to run only some of the checkpoint's
-layers, others in every step: so one engine start measures any architecture whose subblocks the
-checkpoint holds. Everything else (probe, random architectures, regression) is `cost.py`'s and the
-same for all engines.
+An engine opens a *session* on a checkpoint folder; a session serves one batch of a scenario and
+says how long the prefill and every decode step took. A *probe* session can be told to run only some
+of the checkpoint's layers, others in every step: so one engine start measures any architecture
+whose subblocks the checkpoint holds. Everything else (the probe's model, random architectures, the
+regression) is in `cost` and the same for all engines.
 
-An engine module has: `NAME`, `MEASURED` (False where figures are modelled), `available() -> str |
-None` (None, or why not), `describe(device_sheet) -> dict` (what a cost table must name to be
-reusable) and `open_session(folder, scenario, log, device_sheet, probe) -> Session`. A probe changes
-its layers while it serves, so it runs without CUDA graphs; promises are judged by sessions that are
-no probes.
+An engine module has `make(...) -> Engine`, from the configuration it needs, and `unavailable()`,
+None or the reason why it cannot run here.
 """
 
 import os
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
+from puzzle.artifacts import Record
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.errors import UserError
 
-ENGINES = {name: f"puzzle.engines.{name}_engine" for name in ("vllm", "torch", "roofline")}
+
+class Page(NamedTuple):
+    """A page of a layer's KV cache: so many tokens of one sequence take so many bytes."""
+
+    tokens: int
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one batch: until every sequence has its first token, and of every step after that."""
+    """Seconds of one batch: until every sequence has its first token, and of every later step."""
 
     prefill_s: float
     steps_s: tuple[float, ...]
 
     @property
     def decode_s(self) -> float:
+        """Seconds of all steps after the prefill."""
         return sum(self.steps_s)
 
     @property
     def total_s(self) -> float:
+        """Seconds of the whole batch."""
         return self.prefill_s + self.decode_s
 
 
 class Session(AbstractContextManager["Session"], Protocol):
     """A checkpoint being served."""
 
-    pages: Sequence[
-        tuple[int, int]
-    ]  # of every layer's KV cache, per sequence: (tokens, bytes) of a page
+    @property
+    def pages(self) -> Sequence[Page]:
+        """The page of every layer's KV cache, as allocated; a layer without a cache has 0 bytes."""
 
     def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Serve `batch_size` prompts of `input_length` tokens and generate `output_length` tokens
-        for each.
+        """Serve one batch: random prompts, greedy decoding to the full output length.
 
-        `layers[0]` are the layers of the checkpoint to run in the prefill, `layers[i]` in decode
-        step i (the last entry from there on); empty: all of them. Layer 0 must be among them.
+        `layers[0]` are the layers of the checkpoint to run in the prefill, `layers[i]` those of
+        decode step i (the last entry from there on); empty: all layers. Layer 0 must be among them.
         """
 
 
+class EngineFacts(Record):
+    """What a measured figure depends on: engine, version, device."""
+
+    engine: str
+    version: str
+    device: str
+    count: int  # of GPUs, or of CPU cores
+    sheet: dict[str, float] | None = None  # of a modelled device
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, made from its configuration."""
+
+    name: str
+    measured: bool  # False where seconds are modelled
+    facts: EngineFacts
+    serve: Callable[[Path, ScenarioConfig], Session]  # as it will serve
+    probe: Callable[[Path, ScenarioConfig], Session]  # layers can change from step to step
+
+
+def make(name: str, cost: CostConfig, logs: Path) -> Engine:
+    """An engine by its name. `logs`: the folder for the output of its processes."""
+    if name == "vllm":
+        from puzzle.engines import vllm_engine
+
+        return vllm_engine.make(logs)
+    if name == "torch":
+        from puzzle.engines import torch_engine
+
+        return torch_engine.make()
+    from puzzle.engines import roofline_engine
+
+    return roofline_engine.make(cost.device_sheet)
+
+
+def unavailable(name: str) -> str | None:
+    """Why an engine cannot run here, or None."""
+    if name == "vllm":
+        from puzzle.engines import vllm_engine
+
+        return vllm_engine.unavailable()
+    return None
+
+
+def choose(cost: CostConfig, deploy: Sequence[str], logs: Path) -> Engine:
+    """The engine that a place asks for; `auto` is vllm where it runs and will serve, else torch.
+
+    Raises `UserError` for an engine that is not available or cannot serve the whole space.
+    """
+    serves = "vllm" in deploy or "vllm-plugin" in deploy
+    if cost.engine == "auto":
+        return make("vllm" if serves and unavailable("vllm") is None else "torch", cost, logs)
+    if cost.engine == "vllm" and not serves:
+        raise UserError(
+            f"cost.engine: vllm cannot serve the whole space of deploy={list(deploy)}; "
+            "add vllm to deploy"
+        )
+    if (reason := unavailable(cost.engine)) is not None:
+        raise UserError(
+            f"cost.engine: {cost.engine} is not available: {reason}; use cost.engine=auto"
+        )
+    return make(cost.engine, cost, logs)
+
+
 def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list[list[int]]:
-    """Token ids, [batch_size][input_length]: speed does not depend on what is said."""
+    """Random token ids, [batch_size][input_length]: speed does not depend on the text."""
     rng = random.Random(seed)
     length = scenario.input_length
     return [
@@ -71,40 +138,24 @@ def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list
     ]
 
 
-def load(config: CostConfig, deploy: Sequence[str]) -> ModuleType:
-    """The engine module a recipe asks for; `auto` is vllm where it runs and will serve, otherwise
-    torch.
-    """
-    served = "vllm" in deploy or "vllm-plugin" in deploy
-    if config.engine == "auto":
-        vllm = import_module(ENGINES["vllm"])
-        fits = served and vllm.available() is None
-        return vllm if fits else import_module(ENGINES["torch"])
-    if config.engine == "vllm" and not served:
-        raise UserError(
-            f"cost.engine: vllm cannot serve the whole space of deploy={list(deploy)}; add vllm to deploy"
-        )
-    engine = import_module(ENGINES[config.engine])
-    if (reason := engine.available()) is not None:
-        raise UserError(
-            f"cost.engine: {config.engine} is not available: {reason}; use cost.engine=auto"
-        )
-    return engine
+def cache_bytes(pages: Sequence[Page], scenario: ScenarioConfig) -> int:
+    """The KV cache of a batch at full length, in whole pages."""
+    length = scenario.input_length + scenario.output_length
+    per_sequence = sum(-(-length // page.tokens) * page.bytes for page in pages)
+    return scenario.batch_size * per_sequence
 
 
-def machine() -> dict[str, Any]:
-    """What a measured figure depends on besides the engine."""
+def machine() -> tuple[str, int]:
+    """(name of the GPU or CPU, number of GPUs or cores): what measured figures depend on."""
     import torch
 
     if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+        return torch.cuda.get_device_name(), torch.cuda.device_count()
     model = platform.processor() or platform.machine()
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            model = next(
-                (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                model,
-            )
+            names = (line for line in lines if line.startswith("model name"))
+            model = next(names, f":{model}").split(":")[1].strip()
     except OSError:
         pass
-    return {"device": model, "count": os.cpu_count()}
+    return model, os.cpu_count() or 1

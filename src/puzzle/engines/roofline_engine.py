@@ -1,5 +1,4 @@
-"""No hardware at all: seconds from FLOPs and bytes against a device sheet. Every figure is
-modelled, not measured.
+"""No hardware at all: seconds from FLOPs and bytes against a device sheet, modelled, not measured.
 
 A step over T tokens takes, per subblock, max(FLOPs / peak, bytes / bandwidth); bytes are the
 weights once and the KV cache read by attention. The sheets are in `devices.yaml` beside this file;
@@ -9,74 +8,73 @@ weights once and the KV cache read by attention. The sheets are in `devices.yaml
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Timing
+from puzzle.engines import Engine, EngineFacts, Page, Timing
 from puzzle.errors import UserError
 from puzzle.model import child, parent
 from puzzle.model.architecture import Architecture, Attention, Subblock
 from puzzle.model.modeling_puzzle import PuzzleConfig
 
-NAME, MEASURED = "roofline", False
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KEYS = ("flops_per_s", "bytes_per_s", "step_overhead_s")
 
 
-def available() -> str | None:
-    return None
+def make(device_sheet: str) -> Engine:
+    """The engine for the device of a sheet. Raises `UserError` for an unknown sheet."""
+    figures = sheet(device_sheet)
+
+    def serve(folder: Path, scenario: ScenarioConfig) -> RooflineSession:
+        return RooflineSession(folder, scenario, figures)
+
+    facts = EngineFacts(engine="roofline", version="1", device=device_sheet, count=1, sheet=figures)
+    return Engine("roofline", measured=False, facts=facts, serve=serve, probe=serve)
 
 
 def sheet(name: str) -> dict[str, float]:
-    """`flops_per_s`, `bytes_per_s`, `step_overhead_s` of a device. Raises `UserError` for an
-    unknown one.
-    """
-    sheets = yaml.safe_load(
-        (files("puzzle") / "engines" / "devices.yaml").read_text(encoding="utf-8")
-    )
+    """The figures of a device. Raises `UserError` for an unknown one."""
+    text = (files("puzzle") / "engines" / "devices.yaml").read_text(encoding="utf-8")
+    sheets: dict[str, dict[str, float]] = yaml.safe_load(text)
     if name in sheets:
         return sheets[name]
     path = Path(name)
-    own = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    keys = {"flops_per_s", "bytes_per_s", "step_overhead_s"}
-    if not isinstance(own, dict) or set(own) != keys:
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not isinstance(values, dict) or set(values) != set(KEYS):
         raise UserError(
-            f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file with {sorted(keys)}"
+            f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file "
+            f"with the keys {', '.join(KEYS)}"
         )
     try:
-        return {key: float(value) for key, value in own.items()}  # YAML reads 1e12 as text
+        return {key: float(values[key]) for key in KEYS}  # YAML reads 1e12 as text
     except (TypeError, ValueError):
         raise UserError(
-            f"cost.device_sheet {name}: every value must be a number; got {own}"
+            f"cost.device_sheet {name}: every value must be a number; got {values}"
         ) from None
 
 
-def describe(device_sheet: str) -> dict[str, Any]:
-    return {"engine": NAME, "version": "1", "device": device_sheet, **sheet(device_sheet)}
-
-
 class RooflineSession:
-    def __init__(self, folder: Path, scenario: ScenarioConfig, device_sheet: str) -> None:
+    """A checkpoint on a modelled device."""
+
+    def __init__(
+        self, folder: Path, scenario: ScenarioConfig, device_sheet: dict[str, float]
+    ) -> None:
         if (folder / "architecture.json").exists():
             config = PuzzleConfig.from_pretrained(folder)
-            self.architecture, self.shape, dtype = (
-                child.read_architecture(folder),
-                parent.shape(config),
-                config.dtype,
-            )
+            self.architecture = child.read_architecture(folder)
+            self.shape = parent.shape(config, self.architecture)
+            dtype = child.stored_dtype(config)
         else:
-            served = parent.describe(str(folder), trust_remote_code=True)
-            self.architecture, self.shape, dtype = (
-                Architecture.of_parent(served.shape),
-                served.shape,
-                served.dtype,
-            )
-        self.sheet = sheet(device_sheet)
-        name = str(dtype).removeprefix("torch.") if scenario.dtype == "auto" else scenario.dtype
-        self.bytes, self.devices = BYTES.get(name, 4), scenario.tensor_parallel
-        kv = [self.shape.kv_elements_per_token(block.attention) for block in self.architecture]
-        self.pages = [(1, elements * self.bytes) for elements in kv]
+            described = parent.describe(str(folder))
+            self.architecture = Architecture.of_parent(described.shape)
+            self.shape, dtype = described.shape, described.dtype
+        self.sheet = device_sheet
+        stored = str(dtype).removeprefix("torch.")
+        self.element_bytes = BYTES.get(stored if scenario.dtype == "auto" else scenario.dtype, 4)
+        self.devices = scenario.tensor_parallel
+        elements = [self.shape.kv_elements_per_token(block) for block in self.architecture]
+        self.pages = [Page(1, count * self.element_bytes) for count in elements]
 
     def __enter__(self) -> "RooflineSession":
         return self
@@ -87,10 +85,12 @@ class RooflineSession:
         self, parameters: int, tokens: int, cache_elements: float, attention_flops: float
     ) -> float:
         flops = 2 * parameters * tokens + attention_flops
-        moved = self.bytes * (parameters + cache_elements)
-        return (
-            max(flops / self.sheet["flops_per_s"], moved / self.sheet["bytes_per_s"]) / self.devices
+        moved_bytes = self.element_bytes * (parameters + cache_elements)
+        compute_s, memory_s = (
+            flops / self.sheet["flops_per_s"],
+            moved_bytes / self.sheet["bytes_per_s"],
         )
+        return max(compute_s, memory_s) / self.devices
 
     def _subblock(self, variant: Subblock, batch: int, new: int, context: float) -> float:
         """One step: `new` tokens per sequence, `context` earlier tokens to attend to (a mean)."""
@@ -98,34 +98,29 @@ class RooflineSession:
         if variant.kind == "no_op":
             return 0.0
         cache = batch * (context + new) * shape.kv_elements_per_token(variant)
-        real = isinstance(variant, Attention) and variant.kind == "gqa"
-        width = shape.num_attention_heads * shape.head_dim
-        attention = 4.0 * batch * new * (context + (new + 1) / 2) * width if real else 0.0
+        attention = 0.0
+        if isinstance(variant, Attention) and variant.kind == "gqa":
+            width = shape.num_attention_heads * shape.head_dim
+            attention = 4.0 * batch * new * (context + (new + 1) / 2) * width
         return self._seconds(shape.parameters(variant), batch * new, cache, attention)
 
     def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Every decode step counts as one at the middle of the output: attention grows linearly
-        with the context.
-        """
-        B, I, O = scenario.batch_size, scenario.input_length, scenario.output_length  # noqa: E741
-        head = (
-            self._seconds(self.shape.vocab_size * self.shape.hidden_size, B, 0, 0)
-            + self.sheet["step_overhead_s"]
-        )
+        """Every decode step counts as one at the middle of the output.
 
-        def step(chosen: Sequence[int], new: int, context: float) -> float:
-            blocks = [self.architecture.blocks[index] for index in chosen]
-            return head + sum(
-                self._subblock(v, B, new, context) for b in blocks for v in (b.attention, b.ffn)
+        That is exact in sum: attention grows linearly with the context.
+        """
+        batch, output = scenario.batch_size, scenario.output_length
+        head = self.shape.vocab_size * self.shape.hidden_size
+        constant_s = self._seconds(head, batch, 0, 0) + self.sheet["step_overhead_s"]
+
+        def step(layer_indices: Sequence[int], new: int, context: float) -> float:
+            blocks = [self.architecture.blocks[index] for index in layer_indices]
+            return constant_s + sum(
+                self._subblock(half, batch, new, context) for b in blocks for half in b.subblocks
             )
 
         plans = layers or [range(len(self.architecture))]
-        decode = [step(chosen, 1, I + O / 2) for chosen in plans[1:O] or plans[:1]]
-        steps = [decode[min(index, len(decode) - 1)] for index in range(O - 1)]
-        return Timing(step(plans[0], I, 0), tuple(steps))
-
-
-def open_session(
-    folder: Path, scenario: ScenarioConfig, log: Path, device_sheet: str, probe: bool
-) -> RooflineSession:
-    return RooflineSession(folder, scenario, device_sheet)
+        middle = scenario.input_length + output / 2
+        decode = [step(indices, 1, middle) for indices in plans[1:output] or plans[:1]]
+        steps = [decode[min(index, len(decode) - 1)] for index in range(output - 1)]
+        return Timing(step(plans[0], scenario.input_length, 0), tuple(steps))

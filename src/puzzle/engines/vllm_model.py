@@ -1,9 +1,12 @@
-"""vLLM's model of the children that stock vLLM cannot load: linear replacements, no-op attention in
-layer 0, and the families whose attention or norms are not Llama's. Registered by
-`vllm_engine.register`, vLLM's plugin entry point.
+"""vLLM's model of the children that stock vLLM cannot load.
+
+Those are children with linear replacements or without attention in layer 0, and the families whose
+attention or norms are not Llama's. `vllm_engine.register`, vLLM's plugin entry point, registers it.
 
 It is stock vLLM's DeciLM with another decoder layer. Tensor parallel: attention and FFNs are cut as
 vLLM cuts Llama's, linear replacements are replicated.
+
+Shape legend: T tokens of all sequences of a step, D hidden.
 """
 
 from typing import Any
@@ -27,6 +30,7 @@ from vllm.model_executor.models.nemotron_nas import DeciLMForCausalLM, DeciModel
 
 
 def norm(size: int, config: Any) -> nn.Module:
+    """An RMSNorm over `size` features in the family's style."""
     kind = GemmaRMSNorm if config.norm_style == "gemma" else RMSNorm
     return kind(size, eps=config.rms_norm_eps)
 
@@ -47,11 +51,12 @@ class Linear(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """[T, D] -> [T, D]; positions do not matter."""
         return getattr(self, self.name)(hidden_states)[0]
 
 
 class PuzzleAttention(nn.Module):
-    """Shape legend: T tokens; this rank has some of the query heads and at least one KV head."""
+    """Grouped-query attention; this rank has some of the query heads and at least one KV head."""
 
     def __init__(
         self,
@@ -116,8 +121,9 @@ class PuzzleAttention(nn.Module):
         )
 
     def _normed(self, x: torch.Tensor, by: nn.Module, copies: int = 1) -> torch.Tensor:
-        """x [T, heads of this rank * head_dim]; `copies`: how many neighbouring ranks hold the same
-        heads.
+        """The norm of q or k, x [T, heads of this rank * head_dim].
+
+        `copies`: how many neighbouring ranks hold the same heads.
         """
         if self.qk_norm == "head":
             return by(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2, -1)
@@ -126,6 +132,7 @@ class PuzzleAttention(nn.Module):
         return whole.split(x.shape[-1], dim=-1)[get_tensor_model_parallel_rank() // copies]
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[T, D] and positions [T] -> [T, D]."""
         q, k, v = self.qkv_proj(hidden_states)[0].split(self.sizes, dim=-1)
         if self.qk_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm, self.copies)
@@ -134,7 +141,7 @@ class PuzzleAttention(nn.Module):
 
 
 class PuzzleDecoderLayer(nn.Module):
-    """The residual stream is the sum of what goes from layer to layer: hidden states and residual."""
+    """The residual stream is the sum of the hidden states and the residual between layers."""
 
     def __init__(
         self,
@@ -178,6 +185,7 @@ class PuzzleDecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both subblocks: (hidden states, residual), [T, D] each; layer 0 gets no residual."""
         if self.self_attn is not None:
             x, residual = _into(self.input_layernorm, hidden_states, residual)
             hidden_states = _out_of(
@@ -204,17 +212,22 @@ def _out_of(after: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 
 class PuzzleModel(DeciModel):
+    """The decoder without its head."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=PuzzleDecoderLayer)  # type: ignore[arg-type]
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=PuzzleDecoderLayer)
         if isinstance(self.norm, RMSNorm):  # this rank has the last layer
-            self.norm = norm(self.config.hidden_size, self.config)  # type: ignore[assignment]
+            self.norm: nn.Module = norm(self.config.hidden_size, self.config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, D], scaled where the family does so."""
         rows, scale = self.embed_tokens(input_ids), self.config.embedding_scale
         return rows if scale is None else rows * torch.tensor(scale, dtype=rows.dtype)
 
 
 class PuzzleForCausalLM(DeciLMForCausalLM):
+    """The decoder and its head, with the family's soft cap on logits."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.config.final_logit_softcapping is not None:

@@ -1,0 +1,1 @@
+"""The finished child in the forms that other engines read."""

@@ -1,43 +1,89 @@
-"""Stage `export`: the finished child in the forms other engines read, each loaded again and
-compared with the child.
+"""`puzzle export`: the finished child in the forms other engines read, each loaded and compared.
 
-Reads: `uptrained/` (or `child/` where there is no uptrained one). Writes: `export/FORMAT[-DTYPE]/`,
-one manifest each, so that asking for one format again, or for another, costs nothing twice.
+Reads: `uptrained/` (or `child/` where there is no uptrained one), the report's model card. Writes:
+`export/FORMAT[-DTYPE]/` of the child, one manifest each, so that asking for one format again, or
+for another, costs nothing twice.
 """
 
+import time
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from puzzle import artifacts
+from puzzle.artifacts import Inputs, Record
+from puzzle.assemble import ASSEMBLE
 from puzzle.errors import UserError
-from puzzle.export import formats as exporters
-from puzzle.run import Run
+from puzzle.export import formats
+from puzzle.export.exporter import Options
+from puzzle.report import REPORT
+from puzzle.stage import Job
+from puzzle.uptrain import UPTRAIN
+
+FOLDER, FILE, CARD = "export", "export.json", "README.md"
 
 
-def source(run: Run) -> Path:
+class Export(Record):
+    """`export.json`: what was written and how it compares with the child."""
+
+    format: str
+    file: str  # in the export's folder; empty where the folder itself is the export
+    bytes: int  # of the weights
+    notes: list[str]
+    written: dict[str, JsonValue]
+    verified: dict[str, JsonValue]
+
+
+def source(job: Job) -> Path:
     """The folder of the finished child, or of the one that has not been uptrained yet."""
-    for stage in ("uptrain", "assemble"):
-        folder = run.stage_folder(stage)
-        if artifacts.manifest(folder) is not None:
+    for stage in (UPTRAIN, ASSEMBLE):
+        folder = job.folder(stage)
+        if artifacts.read_manifest(folder) is not None:
             return folder
-    raise UserError(f"run {run.folder}: has no child yet; run `puzzle run` first")
+    raise UserError(
+        f"run {job.run.folder}: child {job.child.name} is not made yet; run `puzzle run` first"
+    )
 
 
-def run(run: Run, name: str, dtype: str | None = None) -> dict[str, Any]:
-    """Export in one format and check it. `dtype`: of the weights, e.g. f16; the format's usual one
-    where it is None.
+def export(job: Job, name: str, dtype: str | None = None) -> tuple[Path, Export]:
+    """(folder, what is in it): the child in one format, checked.
+
+    `dtype` is that of the weights, e.g. f16; the format's usual one where it is None. Raises
+    `UserError` for a child that the format cannot express.
     """
-    exporter, child = exporters.exporter(name), source(run)
-    folder = run.stage_folder("export") / (name if dtype is None else f"{name}-{dtype}")
-    found = artifacts.manifest(child)
-    assert found is not None
-    inputs = {"child": found["fingerprint"], "dtype": dtype}
+    exporter, child_folder = formats.exporter(name), source(job)
+    folder = job.child.folder / FOLDER / (name if dtype is None else f"{name}-{dtype}")
+    manifest = artifacts.read_manifest(child_folder)
+    assert manifest is not None
+    card = job.folder(REPORT) / CARD
+    inputs: Inputs = {
+        "child": manifest.fingerprint,
+        "dtype": dtype,
+        "card": artifacts.file_fingerprint(card) if card.exists() else None,
+    }
     if not artifacts.is_done(folder, inputs):
-        if child.name != "uptrained":
-            run.progress.say("  the child has not been uptrained yet: exporting it as assembled")
+        if child_folder.name != UPTRAIN.folder:
+            job.run.progress.say("  the child is not uptrained yet: exporting it as assembled")
         artifacts.begin(folder, inputs)
-        written = exporter.export(child, folder, name=run.folder.resolve().name, dtype=dtype)
-        compared = exporter.verify(child, folder)
-        artifacts.write_manifest(folder, inputs, {"written": written, "verified": compared})
-    outputs: dict[str, Any] = artifacts.manifest(folder)["outputs"]  # type: ignore[index]
-    return {"format": name, "folder": str(folder), **outputs}
+        began = time.perf_counter()
+        options = Options(name=model_name(job), dtype=dtype)
+        written = exporter.export(child_folder, folder, options)
+        if (folder / CARD).exists() and card.exists():
+            artifacts.write_text(folder / CARD, card.read_text(encoding="utf-8"))
+        record = Export(
+            format=name,
+            file=written.file,
+            bytes=written.bytes,
+            notes=written.notes,
+            written=written.as_json(),
+            verified=exporter.verify(child_folder, folder).as_json(),
+        )
+        record.write(folder / FILE)
+        artifacts.write_manifest(folder, inputs, time.perf_counter() - began)
+    return folder, Export.read(folder / FILE)
+
+
+def model_name(job: Job) -> str:
+    """The name under which a child is served and exported: the run's, and its own if not main."""
+    run = job.run.folder.resolve().name
+    return run if job.child.name == "main" else f"{run}-{job.child.name}"

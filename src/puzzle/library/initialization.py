@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from puzzle.model.architecture import Attention, ModelShape, Subblock
 from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
@@ -36,7 +37,7 @@ class Calibration:
     attention.
     """
 
-    contribution_I: torch.Tensor
+    contribution_I: torch.Tensor | None = None  # None where the parent has no gated FFN
     intermediate_II: torch.Tensor | None = None
     ffn_in_DD: torch.Tensor | None = None
     ffn_out_DD: torch.Tensor | None = None
@@ -99,16 +100,20 @@ def calibrate(
 ) -> Calibration:
     """Run the parent's layer on calibration inputs [B, S, D] and sum up what it does."""
     sums, tokens = _Sums(least_squares), 0
-    hooks = [sums.watch_down(layer.mlp.down_proj)]
+    mlp, attention = layer.mlp, layer.self_attn
+    down_proj: torch.nn.Linear | None = mlp.down_proj if isinstance(mlp, LlamaMLP) else None
+    hooks = [] if down_proj is None else [sums.watch_down(down_proj)]
     if least_squares:
-        hooks += [sums.watch("ffn", layer.mlp), sums.watch("attention", layer.self_attn)]
+        halves = {"ffn": mlp, "attention": attention}
+        hooks += [sums.watch(name, half) for name, half in halves.items() if half is not None]
     for x_BSD in batches:
         layer(x_BSD, **context)
         tokens += x_BSD.shape[0] * x_BSD.shape[1]
     for hook in hooks:
         hook.remove()
-    assert sums.activation_I is not None, "calibration needs at least one batch"
-    contribution_I = channel_contribution(sums.activation_I, tokens, layer.mlp.down_proj.weight)
+    contribution_I = None
+    if down_proj is not None and sums.activation_I is not None:
+        contribution_I = channel_contribution(sums.activation_I, tokens, down_proj.weight)
     names = ("down_in", "ffn_in", "ffn_out", "attention_in", "attention_out")
     return Calibration(contribution_I, *(sums.grams.get(name) for name in names))
 
@@ -148,6 +153,7 @@ def initial_state(
     if variant.kind == "linear":
         return norms | {"mlp.linear_mlp.weight": _initial_linear_ffn(parent_state, calibration)}
     down_DI = parent_state["mlp.down_proj.weight"]
+    assert calibration.contribution_I is not None
     kept = calibration.contribution_I.topk(variant.intermediate_size).indices.sort().values
     down = down_DI[:, kept].clone()
     if calibration.intermediate_II is not None and len(kept) < down_DI.shape[1]:
@@ -181,31 +187,32 @@ def _initial_attention(
         return _norms(parent_state) | {"self_attn.linear_attn.weight": matrix}
     pooled = (".k_proj.", ".v_proj.", *([".k_norm."] if shape.qk_norm == "projection" else []))
     return {
-        name: pool_kv_heads(tensor, shape, variant.kv_heads)
+        name: pool_kv_heads(tensor, shape.head_dim, variant.kv_heads)
         if any(part in name for part in pooled)
         else tensor.clone()
         for name, tensor in parent_state.items()
     }
 
 
-def pool_kv_heads(projection: torch.Tensor, shape: ModelShape, kv_heads: int) -> torch.Tensor:
+def pool_kv_heads(projection: torch.Tensor, head_dim: int, kv_heads: int) -> torch.Tensor:
     """[K*d, ...] -> [kv_heads*d, ...]: the mean over each group of neighbouring KV heads."""
-    group = shape.num_key_value_heads // kv_heads
-    grouped = projection.unflatten(0, (kv_heads, group, shape.head_dim))
-    return grouped.mean(dim=1).flatten(0, 1)
+    grouped = projection.unflatten(0, (kv_heads, -1, head_dim))
+    pooled: torch.Tensor = grouped.mean(dim=1).flatten(0, 1)
+    return pooled
 
 
 def linear_attention(parent_state: State, shape: ModelShape) -> torch.Tensor:
     """W_O W_V [D, D], V repeated over the query heads of its group; without a bias."""
-    heads = (shape.num_key_value_heads, shape.head_dim)
-    value_KdD = parent_state["self_attn.v_proj.weight"].unflatten(0, heads)
-    group = shape.num_attention_heads // shape.num_key_value_heads
+    value_KdD = parent_state["self_attn.v_proj.weight"].unflatten(0, (-1, shape.head_dim))
+    group = shape.num_attention_heads // len(value_KdD)
     value_HdD = value_KdD.repeat_interleave(group, dim=0)
-    return parent_state["self_attn.o_proj.weight"] @ value_HdD.flatten(0, 1)
+    matrix: torch.Tensor = parent_state["self_attn.o_proj.weight"] @ value_HdD.flatten(0, 1)
+    return matrix
 
 
 def channel_contribution(
     activation_sum_I: torch.Tensor, tokens: int, down_proj_DI: torch.Tensor
 ) -> torch.Tensor:
     """C_i = mean |x_i| * ||W_down[:, i]||_2, [I]. Paper: appendix A."""
-    return activation_sum_I / tokens * down_proj_DI.float().norm(dim=0)
+    norm_I: torch.Tensor = down_proj_DI.float().norm(dim=0)
+    return activation_sum_I / tokens * norm_I

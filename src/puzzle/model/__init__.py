@@ -1,0 +1,1 @@
+"""Models: architectures and search spaces, the parent and its families, children, variants."""

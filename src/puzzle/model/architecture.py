@@ -1,11 +1,11 @@
-"""Variants, blocks, architectures and the shape of a parent: the nouns of the project, without torch.
+"""Variants, blocks, architectures and the shape of a parent: the nouns of the project.
 
 A subblock variant has a short name that is used in files, tables and the command line: `gqa_2`
 (attention with 2 KV heads), `gated_384` (FFN of intermediate size 384), `linear`, `no_op`. A block
 is `gqa_2+gated_384`. Everything that follows from a variant alone (which half of a block it is, its
 name, the block that holds nothing else) is said here once. The checkpoint's `block_configs` (the
-convention of the nemotron-nas model type) is written and read in `block_configs.py`.
-Paper: section 2.
+convention of the nemotron-nas model type) is written and read in `block_configs.py`. Nothing here
+needs torch. Paper: section 2.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ class Attention:
 
 @dataclass(frozen=True, order=True)
 class FFN:
-    """An FFN variant: `kind` is gated, linear or no_op; `intermediate_size` counts for gated only."""
+    """An FFN variant: `kind` is gated, linear or no_op; `intermediate_size` is of gated only."""
 
     kind: str
     intermediate_size: int = 0
@@ -149,7 +149,10 @@ def parse_block(name: str) -> Block:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What costs and spaces need to know of a parent; every size in elements."""
+    """What costs and spaces need to know of a parent; every size in elements.
+
+    `num_key_value_heads` and `intermediate_size` are the largest of any layer.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -165,17 +168,19 @@ class ModelShape:
     norms: int = 1  # of a subblock
     windows: tuple[int | None, ...] = ()  # sliding window by layer, in tokens; empty: none anywhere
     stock: bool = True  # whether engines serve children of this family without our plugin
+    blocks: tuple[Block, ...] = ()  # of every layer, where they differ; empty: the widest in all
 
     @property
-    def parent_block(self) -> Block:
-        """The block that every layer of the parent has."""
+    def widest_block(self) -> Block:
+        """The most KV heads and the largest width of any layer of the parent."""
         return Block(
             Attention("gqa", self.num_key_value_heads), FFN("gated", self.intermediate_size)
         )
 
-    def is_parents(self, variant: Subblock) -> bool:
-        """Whether a subblock is the parent's own."""
-        return variant in self.parent_block.subblocks
+    @property
+    def parent_blocks(self) -> tuple[Block, ...]:
+        """The parent's own block in every layer."""
+        return self.blocks or (self.widest_block,) * self.num_hidden_layers
 
     def parameters(self, variant: Subblock | Block) -> int:
         """Parameters of a subblock with its norms, or of both of a block; a no-op has none."""
@@ -223,7 +228,7 @@ class Architecture:
     @classmethod
     def of_parent(cls, shape: ModelShape) -> "Architecture":
         """The parent's own block in every layer."""
-        return cls((shape.parent_block,) * shape.num_hidden_layers)
+        return cls(shape.parent_blocks)
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> "Architecture":

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from pydantic import JsonValue
 from safetensors.torch import load_file
 
 from puzzle import artifacts
+from puzzle.errors import UserError
 from puzzle.model import block_configs
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 
-MODELING_FILE = "modeling_puzzle.py"
-CARRIED_OVER = (
+MODEL_CODE = ("configuration_puzzle.py", "modeling_puzzle.py")  # what a child loads with alone
+CARRIED_OVER = (  # from the parent's folder
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -46,8 +48,16 @@ def build(
     device: torch.device,
     attention: str = "sdpa",
 ) -> PuzzleForCausalLM:
-    """A model of `config` with tensors from `state`, moved one at a time: never two copies of the
-    weights.
+    """A model of `config` in evaluation mode with the weights in `state`.
+
+    Tensors are moved one at a time: there are never two copies of the weights.
+
+    Args:
+        config: with its blocks.
+        state: tensors by name; `lm_head.weight` is not read where embeddings are tied.
+        dtype: of the model, whatever the tensors have.
+        device: of the model.
+        attention: the attention implementation, as transformers names it.
     """
     model = skeleton(config, device, attention)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -65,38 +75,41 @@ def skeleton(config: PuzzleConfig, device: torch.device, attention: str) -> Puzz
         config._attn_implementation = attention_for(config, attention)
         model = PuzzleForCausalLM(config)
     model.model.make_rotary(device)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def attention_for(config: PuzzleConfig, wanted: str) -> str:
-    """The fused kernels know no soft cap on attention scores."""
-    return wanted if config.attn_logit_softcapping is None else "eager"
+def attention_for(config: PuzzleConfig, requested: str) -> str:
+    """The attention implementation to use: the fused kernels know no soft cap on scores."""
+    return requested if config.attn_logit_softcapping is None else "eager"
 
 
 def stock(config: PuzzleConfig) -> bool:
-    """Whether engines that know `DeciLMForCausalLM` can serve a child of this family, blocks aside."""
-    ways = (
-        config.qk_norm,
-        config.embedding_scale,
-        config.query_scale,
-        config.attn_logit_softcapping,
-    )
-    plain = (
+    """Whether engines that know `DeciLMForCausalLM` can serve this family, blocks aside."""
+    rope = config.rope_parameters or {}
+    return (
         config.norm_placement == "pre"
         and config.norm_style == "llama"
         and config.hidden_act == "silu"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and config.qk_norm is None
+        and config.embedding_scale is None
+        and config.query_scale is None
+        and config.attn_logit_softcapping is None
+        and config.final_logit_softcapping is None
     )
-    whole = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
-    return plain and whole and all(way is None for way in (*ways, config.final_logit_softcapping))
 
 
 def architectures_name(config: PuzzleConfig) -> str:
     """`DeciLMForCausalLM` where stock engines can load the child, otherwise `PuzzleForCausalLM`."""
-    halves = [(block.attention, block.ffn) for block in config.block_configs or []]
-    linear = any(half.replace_with_linear for both in halves for half in both)
-    windows = any(attention.get("window_length") for attention, _ in halves)
-    known = stock(config) and not linear and not windows and not halves[0][0].no_op
-    return "DeciLMForCausalLM" if known else "PuzzleForCausalLM"
+    blocks = config.block_configs or []
+    linear = any(
+        block.attention.replace_with_linear or block.ffn.replace_with_linear for block in blocks
+    )
+    windows = any(block.attention.get("window_length") for block in blocks)
+    if not stock(config) or linear or windows or blocks[0].attention.no_op:
+        return "PuzzleForCausalLM"
+    return "DeciLMForCausalLM"
 
 
 def save(
@@ -107,8 +120,17 @@ def save(
     parent_folder: Path,
     card: str,
 ) -> None:
-    """Write the checkpoint. The weights come first and `config.json` last: a folder with a config
-    is complete.
+    """Write the checkpoint.
+
+    The weights come first and `config.json` last: a folder with a config is complete.
+
+    Args:
+        folder: where to write.
+        config: the child's, whose dtype the weights get.
+        architecture: the blocks that `config` describes.
+        state: the weights by name.
+        parent_folder: where tokenizer, generation config and licence are copied from.
+        card: the text of README.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(config.dtype).contiguous() for name, tensor in state.items()}
@@ -120,29 +142,51 @@ def save(
     for name in CARRIED_OVER:
         if (parent_folder / name).exists():
             shutil.copyfile(parent_folder / name, folder / name)
-    artifacts.write_text(
-        folder / MODELING_FILE, (files("puzzle.model") / MODELING_FILE).read_text(encoding="utf-8")
-    )
+    for name in MODEL_CODE:
+        code = (files("puzzle.model") / name).read_text(encoding="utf-8")
+        artifacts.write_text(folder / name, code)
     artifacts.write_text(folder / "README.md", card)
     artifacts.write_json(folder / "architecture.json", architecture.names)
+    artifacts.write_json(folder / "config.json", _config_json(config, architecture))
+
+
+def _config_json(config: PuzzleConfig, architecture: Architecture) -> dict[str, JsonValue]:
+    """The content of config.json, with the same architecture in transformers' own words if it can.
+
+    See `block_configs.per_layer_config`.
+    """
     model_class = architectures_name(config)
-    settings = config.to_dict() | {
-        "architectures": [model_class],
-        "auto_map": {
-            "AutoConfig": "modeling_puzzle.PuzzleConfig",
-            "AutoModelForCausalLM": f"modeling_puzzle.{model_class}",
-        },
+    settings: dict[str, JsonValue] = config.to_dict()
+    settings["architectures"] = [model_class]
+    settings["auto_map"] = {
+        "AutoConfig": "configuration_puzzle.PuzzleConfig",
+        "AutoModelForCausalLM": f"modeling_puzzle.{model_class}",
     }
     settings.pop("_attn_implementation", None)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
-    native = block_configs.per_layer_config(architecture, kv_heads, config.intermediate_size)
-    if native is not None:
-        settings["per_layer_config"] = native
-    artifacts.write_json(folder / "config.json", settings)
+    sizes = block_configs.per_layer_config(architecture, kv_heads, config.intermediate_size)
+    if sizes is not None:
+        settings["per_layer_config"] = {layer: dict(size) for layer, size in sizes.items()}
+    return settings
 
 
 def read_architecture(folder: Path) -> Architecture:
-    return Architecture.from_names(artifacts.read_json(folder / "architecture.json"))
+    """The architecture of a child written by `save`."""
+    return Architecture.from_names(read_block_names(folder / "architecture.json"))
+
+
+def read_block_names(path: Path) -> list[str]:
+    """Block names from a JSON list, or from a JSON object with `blocks`. `UserError` otherwise."""
+    if not path.is_file():
+        raise UserError(f"architecture {path}: no such file; expected a JSON list of blocks")
+    value = artifacts.read_json(path)
+    names = value.get("blocks") if isinstance(value, dict) else value
+    if not isinstance(names, list) or not names:
+        raise UserError(
+            f"architecture {path}: expected a JSON list of blocks, one per layer, such as "
+            '["gqa_2+gated_384", ...]'
+        )
+    return [str(name) for name in names]
 
 
 def load(
@@ -158,5 +202,5 @@ def load(
 
 def stored_dtype(config: PuzzleConfig) -> torch.dtype:
     """The dtype of a checkpoint's weights; a config may hold it or its name."""
-    found: torch.dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
-    return found
+    dtype: torch.dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+    return dtype

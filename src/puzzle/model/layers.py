@@ -7,10 +7,8 @@ import torch
 
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
-from puzzle.model.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.model.parent import Parent
-
-Context = dict[str, object]  # the keyword arguments that every layer takes: masks, positions, cache
 
 
 class ParentLayers:
@@ -21,7 +19,7 @@ class ParentLayers:
     def __init__(self, model: PuzzleForCausalLM) -> None:
         self.model = model
 
-    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, Context]:
+    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """Layer 0's input [B, S, D] and the keyword arguments that every layer takes."""
         return self.model.model.embed(tokens_BS)
 
@@ -43,7 +41,7 @@ class StreamedLayers(ParentLayers):
         config = parent.child_config(Architecture.of_parent(parent.shape))
         super().__init__(child.skeleton(config, device, attention))
 
-    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, Context]:
+    def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """As above; of the embedding only the rows of these tokens are read."""
         with self.parent.weights() as weights:
             rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]

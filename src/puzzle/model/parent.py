@@ -5,8 +5,9 @@ memory-mapped, tensor by tensor, into the child's own model class with every blo
 tests hold that its logits are bitwise those of transformers. Stages therefore know one model class.
 """
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.errors import UserError
 from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture, ModelShape
-from puzzle.model.families import family
+from puzzle.model.families import family_of
 from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 from puzzle.model.weights import Weights
 
@@ -29,6 +31,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+DESCRIPTION = "parent.json"
 HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -42,6 +45,14 @@ HUB_FILES = [
 ]
 
 
+class ParentRecord(Record):
+    """`parent.json`: what a folder without weights must say of the parent it describes."""
+
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+
+
 @dataclass(frozen=True)
 class Parent:
     """Where a parent is and what it looks like."""
@@ -53,7 +64,9 @@ class Parent:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config and weights; large weights are recognised by size and header, not read whole."""
+        """Of config and weights; of large weights, size and two parts of the file."""
+        if (self.folder / DESCRIPTION).exists():
+            return ParentRecord.read(self.folder / DESCRIPTION).fingerprint
         marks = {
             path.name: _weights_mark(path) for path in sorted(self.folder.glob("*.safetensors"))
         }
@@ -77,6 +90,8 @@ class Parent:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Of the files that decide how text becomes tokens."""
+        if (self.folder / DESCRIPTION).exists():
+            return ParentRecord.read(self.folder / DESCRIPTION).tokenizer_fingerprint
         paths = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).exists()]
         return artifacts.fingerprint(
             {path.name: artifacts.file_fingerprint(path) for path in paths}
@@ -105,14 +120,14 @@ class Parent:
         if windows and layers is not None:
             windows = tuple(windows[layer] for layer in layers)
         blocks = block_configs.write(architecture, self.shape.num_attention_heads, windows)
-        settings = family(self.hf_config.model_type).settings(self.hf_config)
+        settings = family_of(self.hf_config.model_type).settings(self.hf_config)
         config = PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)
         config.num_hidden_layers = len(architecture)
         return config
 
     def weights(self) -> Weights:
         """The parent's tensors under a child's names."""
-        tensors = family(self.hf_config.model_type).tensors
+        tensors = family_of(self.hf_config.model_type).tensors
         return Weights(self.folder, lambda name: tensors(name, self.hf_config))
 
     def load(
@@ -146,7 +161,8 @@ def locate(name: str) -> Path:
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"parent {name!r}: no such folder; expected `pocket`, a folder, or a hub name like org/model"
+            f"parent {name!r}: no such folder; expected `pocket`, a folder, or a hub name like "
+            "org/model"
         )
     from huggingface_hub import snapshot_download
 
@@ -154,45 +170,68 @@ def locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:
         raise UserError(
-            f"parent {name!r}: neither a folder here nor reachable on the hub ({type(error).__name__})"
+            f"parent {name!r}: neither a folder here nor reachable on the hub "
+            f"({type(error).__name__})"
         ) from None
 
 
-def describe(name: str, trust_remote_code: bool = False) -> Parent:
+def write_description(parent: Parent, folder: Path) -> None:
+    """Write what another machine needs to measure costs for this parent: all but the weights."""
+    record = ParentRecord(
+        name=parent.name,
+        fingerprint=parent.fingerprint,
+        tokenizer_fingerprint=parent.tokenizer_fingerprint,
+    )
+    if (folder / DESCRIPTION).exists() and ParentRecord.read(folder / DESCRIPTION) == record:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", *child.CARRIED_OVER):
+        if (parent.folder / name).exists():
+            shutil.copyfile(parent.folder / name, folder / name)
+    record.write(folder / DESCRIPTION)
+
+
+def read_description(folder: Path) -> Parent:
+    """A parent from a folder that `write_description` has written."""
+    name = ParentRecord.read(folder / DESCRIPTION).name
+    return replace(describe(str(folder)), name=name)
+
+
+def describe(name: str) -> Parent:
     """A parent from its config only. Raises `UserError` for a missing or unsupported one."""
     folder = locate(name)
     if not (folder / "config.json").exists():
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
-    try:
-        raw = artifacts.read_json(folder / "config.json")
-    except ValueError as error:
-        raise UserError(f"parent {folder}: config.json is not JSON ({error})") from None
+    raw = artifacts.read_object(folder / "config.json")
     if raw.get("quantization_config"):
         raise UserError(
             f"parent {name}: its weights are quantised; give the unquantised checkpoint"
         )
-    if "auto_map" in raw and not trust_remote_code:
-        raise UserError(
-            f"parent {name}: it brings its own code; set trust_remote_code=true if you trust it"
-        )
-    own = family(raw.get("model_type", "none"))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    family = family_of(str(raw.get("model_type", "none")))
+    config = AutoConfig.from_pretrained(folder)  # a supported family needs no code of the folder's
     longest = config.max_position_embeddings
     windows = tuple(
-        None if window is None or window >= longest else window for window in own.windows(config)
+        None if window is None or window >= longest else window for window in family.windows(config)
     )
-    return Parent(name, folder, shape(PuzzleConfig(**own.settings(config)), windows), config)
+    settings = PuzzleConfig(**family.settings(config))
+    return Parent(name, folder, shape(settings, family.blocks(config), windows), config)
 
 
-def shape(config: PuzzleConfig, windows: Sequence[int | None] = ()) -> ModelShape:
-    """What costs and spaces need to know of a model with these settings."""
+def shape(
+    config: PuzzleConfig, architecture: Architecture, windows: Sequence[int | None] = ()
+) -> ModelShape:
+    """What costs and spaces need to know of a model with these settings and blocks."""
+    heads = max(block.attention.kv_heads for block in architecture)
+    width = max(block.ffn.intermediate_size for block in architecture)
+    differ = len(set(architecture.blocks)) > 1 or not heads or not width
     return ModelShape(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        num_key_value_heads=heads or config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=width or config.intermediate_size,
+        blocks=architecture.blocks if differ else (),
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=config.qkv_bias,

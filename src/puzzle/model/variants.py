@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from puzzle.model import child
-from puzzle.model.architecture import FFN, Architecture, Attention, Block, ModelShape, Subblock
+from puzzle.model.architecture import FFN, Architecture, Attention, Block, Subblock
 from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.model.parent import Parent
 
@@ -20,20 +20,23 @@ PREFIXES: dict[type[Attention] | type[FFN], tuple[str, ...]] = {
 }
 
 
-def is_trained(variant: Subblock, shape: ModelShape) -> bool:
-    """Whether the library trains this variant: the parent's own and no-ops need none."""
-    return variant.kind != "no_op" and not shape.is_parents(variant)
+def is_trained(variant: Subblock, parent: Block) -> bool:
+    """Whether the library trains this variant in a layer of this parent's block.
+
+    The parent's own subblocks and no-ops need no training.
+    """
+    return variant.kind != "no_op" and variant not in parent.subblocks
 
 
-def is_trained_pair(block: Block, shape: ModelShape) -> bool:
-    """Whether coupled BLD trains this block."""
-    return block != shape.parent_block and not block.is_no_op
+def is_trained_pair(block: Block, parent: Block) -> bool:
+    """Whether coupled BLD trains this block in a layer of this parent's block."""
+    return block != parent and not block.is_no_op
 
 
 def block_module(
     parent: Parent, layer: int, block: Block, attention_implementation: str
 ) -> PuzzleDecoderLayer:
-    """A layer of this block for the parent's layer `layer`; its weights are PyTorch's initial ones."""
+    """A layer of this block in the place of the parent's layer `layer`, weights uninitialised."""
     config = parent.child_config(Architecture((block,)), [layer])
     config._attn_implementation = child.attention_for(config, attention_implementation)
     return PuzzleDecoderLayer(config, 0, 0)

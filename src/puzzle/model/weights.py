@@ -40,8 +40,10 @@ class Weights(Mapping[str, torch.Tensor]):
             raise UserError(f"parent: its safetensors files lack {name}; is a shard missing?")
         file, stored, rows = self._places[name]
         if rows == WHOLE:
-            return file.get_tensor(stored)
-        return file.get_slice(stored)[rows].clone()
+            tensor: torch.Tensor = file.get_tensor(stored)
+        else:
+            tensor = file.get_slice(stored)[rows].clone()
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -1,13 +1,18 @@
-"""Make the embedded parent: tokenizer, training, evaluation, model card. `python -m
-puzzle.pocket.make --help`.
+"""Make the embedded parent: tokenizer, training, evaluation, model card.
 
-The pocket parent is a 12-layer Llama (GQA) trained on the source of the Python standard library of
-the interpreter that runs this script. Everything about it is decided here; why its size is what it
-is stands in docs/log.md. Training is resumable: run the same command again after an interruption.
+`python -m puzzle.pocket.make --help` shows the options. The pocket parent is a 12-layer Llama (GQA)
+trained on the source of the Python standard library of the interpreter that runs this script.
+Everything about it is decided here; docs/log.md says why it has this size. Training is resumable:
+run the same command again after an interruption.
 
 Optimiser: Muon for the matrices, AdamW for embedding and norms, warm-up, constant rate, linear
 decay to zero (WSD, so that the length can still be changed until the decay starts). bf16 autocast
 over float32 weights.
+
+Reads: the standard library. Writes, in `--out`: the tokenizer, the packed corpora, a checkpoint,
+`curve.jsonl` and the finished parent in `model/`.
+
+Shape legend: B batch, S sequence, D hidden size, V vocabulary.
 """
 
 import argparse
@@ -22,10 +27,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.config import CorpusConfig
 from puzzle.data import corpus
+from puzzle.data.packing import split_of
+from puzzle.data.sequences import Sequences, Split
+from puzzle.data.sources import documents
 from puzzle.progress import Progress, duration
-from puzzle.training import checkpoint
+from puzzle.training import checkpoint, schedules
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -45,19 +54,29 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 0,
     "initializer_range": 0.02,
 }
-STAGES = ((0.85, 256), (0.15, 512))  # share of the tokens, sequence length
+SCHEDULE = ((0.85, 256), (0.15, 512))  # share of the tokens, sequence length
 BATCH_TOKENS = 6144
 MATRIX_LR, OTHER_LR, WEIGHT_DECAY, WARMUP_STEPS, DECAY_SHARE = 3e-3, 3e-3, 0.1, 60, 0.4
 VALIDATE_EVERY, CHECKPOINT_EVERY = 125, 125
 VALIDATION_ROWS = 192
 
 
+class CurvePoint(Record):
+    """One line of the training curve."""
+
+    step: int
+    tokens: int
+    train_loss: float
+    validation_loss: float
+
+
 def make_tokenizer(out: Path, config: CorpusConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the training side of the split only."""
+    """Byte-level BPE, trained on the training side of the split only; an existing one is read."""
     if not (out / "tokenizer.json").exists():
-        documents = corpus.documents(config.sources[0], None, config.seed)
         texts = [
-            d.text for d in documents if corpus.split_of(d, config.validation_fraction) == "train"
+            document.text
+            for document in documents(config.sources[0], None, config.seed)
+            if split_of(document, config.validation_fraction) == "train"
         ]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,33 +94,38 @@ def make_tokenizer(out: Path, config: CorpusConfig) -> PreTrainedTokenizerFast:
             bos_token=END_OF_TEXT,
             clean_up_tokenization_spaces=False,
         ).save_pretrained(out)
-    return PreTrainedTokenizerFast.from_pretrained(out)
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(out)
+    return fast
 
 
 def next_token_loss(model: LlamaForCausalLM, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token, in nats, under bf16 autocast."""
     with torch.autocast(tokens_BS.device.type, torch.bfloat16):
         hidden_BSD = model.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        logits = hidden_BSD[:, :-1] @ model.lm_head.weight.T
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
+        logits_BSV = hidden_BSD[:, :-1] @ model.lm_head.weight.T
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, data: corpus.Sequences, device: str) -> float:
+def validation_loss(model: LlamaForCausalLM, data: Sequences, device: str) -> float:
+    """Mean over the batches of `VALIDATION_ROWS` sequences."""
     model.eval()
     losses = [
-        next_token_loss(model, part.to(device)).item()
-        for part in data.head(VALIDATION_ROWS).split(24)
+        next_token_loss(model, tokens_BS.to(device)).item()
+        for tokens_BS in data.head(VALIDATION_ROWS).split(24)
     ]
     model.train()
     return sum(losses) / len(losses)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
+    """The share of the full rate at a step: warm-up, constant, linear to zero."""
     decay_steps = int(steps * DECAY_SHARE)
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / max(1, decay_steps))
 
 
 def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return {
@@ -112,10 +136,10 @@ def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def read_corpora(out: Path, progress: Progress) -> dict[int, dict[corpus.Split, corpus.Sequences]]:
+def read_corpora(out: Path, progress: Progress) -> dict[int, dict[Split, Sequences]]:
     """The packed standard library at every sequence length of the schedule."""
     data = {}
-    for _, length in STAGES:
+    for _, length in SCHEDULE:
         config = CorpusConfig(sequence_length=length, train_tokens=10**9, validation_tokens=10**9)
         tokenizer = make_tokenizer(out, config)
         data[length] = corpus.build(
@@ -129,73 +153,81 @@ def read_corpora(out: Path, progress: Progress) -> dict[int, dict[corpus.Split, 
 
 
 def train(out: Path, tokens: int, device: str, compile_layers: bool) -> LlamaForCausalLM:
+    """Train on `tokens` tokens, from the checkpoint in `out` if there is one.
+
+    Raises `RuntimeError` where the validation loss is not finite.
+    """
     torch.manual_seed(0)
     progress = Progress()
     steps = tokens // BATCH_TOKENS
-    first_long = int(steps * STAGES[0][0])
+    first_long = int(steps * SCHEDULE[0][0])
     data = read_corpora(out, progress)
     config = LlamaConfig(**SHAPE)
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
-    optims = optimizers(model)
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    model.to(device)  # type: ignore[arg-type]
+    optimizer_by_name = optimizers(model)
     path = out / "checkpoint.safetensors"
-    step, _ = checkpoint.restore(path, {"model": model}, optims)
+    step, _ = checkpoint.restore(path, {"model": model}, optimizer_by_name)
     if compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     progress.say(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {steps}"
     )
-    began, began_step, running = time.perf_counter(), step, 0.0
+    started, first_step, smoothed_loss = time.perf_counter(), step, 0.0
     while step < steps:
-        length = STAGES[0][1] if step < first_long else STAGES[1][1]
+        length = SCHEDULE[0][1] if step < first_long else SCHEDULE[1][1]
         tokens_BS = data[length]["train"].batch(step, BATCH_TOKENS // length).to(device)
         factor = learning_rate_factor(step, steps)
-        checkpoint.set_learning_rate(optims["muon"], MATRIX_LR * factor)
-        checkpoint.set_learning_rate(optims["adamw"], OTHER_LR * factor)
+        schedules.set_learning_rate(optimizer_by_name["muon"], MATRIX_LR * factor)
+        schedules.set_learning_rate(optimizer_by_name["adamw"], OTHER_LR * factor)
         loss = next_token_loss(model, tokens_BS)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims.values():
-            optim.step()
-            optim.zero_grad(set_to_none=True)
+        for optimizer in optimizer_by_name.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
-        running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
+        smoothed_loss = (
+            loss.item() if not smoothed_loss else 0.98 * smoothed_loss + 0.02 * loss.item()
+        )
         if step % 25 == 0:
-            rate = (step - began_step) / (time.perf_counter() - began)
-            line = f"step {step}/{steps} loss {running:.4f} {rate * BATCH_TOKENS:,.0f} tok/s"
+            rate = (step - first_step) / (time.perf_counter() - started)
+            line = f"step {step}/{steps} loss {smoothed_loss:.4f} {rate * BATCH_TOKENS:,.0f} tok/s"
             progress.say(f"{line} {duration((steps - step) / rate)} left")
         if step % VALIDATE_EVERY == 0 or step == steps:
-            value = validation_loss(model, data[STAGES[0][1]]["validation"], device)
-            progress.say(f"step {step} validation loss {value:.4f}")
-            record = {
-                "step": step,
-                "tokens": step * BATCH_TOKENS,
-                "train_loss": running,
-                "validation_loss": value,
-            }
-            artifacts.append_jsonl(out / "curve.jsonl", record)
-            if not math.isfinite(value):
+            held_out_loss = validation_loss(model, data[SCHEDULE[0][1]]["validation"], device)
+            progress.say(f"step {step} validation loss {held_out_loss:.4f}")
+            record = CurvePoint(
+                step=step,
+                tokens=step * BATCH_TOKENS,
+                train_loss=smoothed_loss,
+                validation_loss=held_out_loss,
+            )
+            artifacts.append_record(out / "curve.jsonl", record)
+            if not math.isfinite(held_out_loss):
                 raise RuntimeError("training diverged")
         if step % CHECKPOINT_EVERY == 0 or step == steps:
-            checkpoint.save(path, step, {"model": model}, optims)
+            checkpoint.save(path, step, {"model": model}, optimizer_by_name)
     return model
 
 
-def finish(model: LlamaForCausalLM, out: Path, tokens: int) -> None:
-    """Write the parent as it is shipped: bf16 safetensors, tokenizer, model card with the figures
-    of this run.
+def write_parent(model: LlamaForCausalLM, out: Path, tokens: int) -> None:
+    """Write the parent as it is shipped, in `out/model`.
+
+    bf16 safetensors, tokenizer, and a model card with the figures of this run.
     """
     folder = out / "model"
-    data = read_corpora(out, Progress())[STAGES[0][1]]
+    data = read_corpora(out, Progress())[SCHEDULE[0][1]]
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer = make_tokenizer(out, CorpusConfig())
     tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    unique = len(data["train"]) * STAGES[0][1]
-    curve = artifacts.read_jsonl(out / "curve.jsonl")
+    unique = len(data["train"]) * SCHEDULE[0][1]
+    curve = artifacts.read_records(out / "curve.jsonl", CurvePoint)
     rows = "\n".join(
-        f"| {r['step']} | {r['tokens']:,} | {r['train_loss']:.3f} | {r['validation_loss']:.3f} |"
+        f"| {r.step} | {r.tokens:,} | {r.train_loss:.3f} | {r.validation_loss:.3f} |"
         for i, r in enumerate(curve)
         if i % max(1, len(curve) // 12) == 0 or i == len(curve) - 1
     )
@@ -208,23 +240,24 @@ pipeline_tag: text-generation
 ---
 # The pocket parent of puzzle
 
-A Llama (`LlamaForCausalLM`) of {sum(p.numel() for p in model.parameters()):,} parameters for demonstrations and
-tests: {SHAPE["num_hidden_layers"]} layers, hidden size {SHAPE["hidden_size"]}, FFN {SHAPE["intermediate_size"]},
-{SHAPE["num_attention_heads"]} query and {SHAPE["num_key_value_heads"]} KV heads of {SHAPE["head_dim"]}, tied
-embeddings, a byte-level BPE vocabulary of {VOCAB_SIZE}. {size / 1e6:.1f} MB in bf16. It completes Python badly, but
-not at random.
+A Llama (`LlamaForCausalLM`) of {sum(p.numel() for p in model.parameters()):,} parameters for
+demonstrations and tests: {SHAPE["num_hidden_layers"]} layers, hidden size {SHAPE["hidden_size"]},
+FFN {SHAPE["intermediate_size"]}, {SHAPE["num_attention_heads"]} query and
+{SHAPE["num_key_value_heads"]} KV heads of {SHAPE["head_dim"]}, tied embeddings, a byte-level BPE
+vocabulary of {VOCAB_SIZE}. {size / 1e6:.1f} MB in bf16. It completes Python badly, but not at
+random.
 
 ## How it was made
 `python -m puzzle.pocket.make --tokens {tokens}` (torch {torch.__version__}).
 
-- Text: the source of the standard library of Python {artifacts.versions()["python"]}, without `encodings` and
-  `pydoc_data`. A file belongs to validation by a hash of its name ({CorpusConfig().validation_fraction:.0%} of the
-  files); neither training nor the tokenizer saw those. {unique:,} training tokens,
-  {len(data["validation"]) * STAGES[0][1]:,} validation tokens.
-- Training: {tokens:,} tokens ({tokens / unique:.1f} epochs), batches of {BATCH_TOKENS} tokens, sequences of 256 and,
-  for the last {STAGES[1][0]:.0%}, 512. Muon (matrices) and AdamW (the rest) at {MATRIX_LR}, weight decay
-  {WEIGHT_DECAY}, {WARMUP_STEPS} steps of warm-up, linear decay to zero over the last {DECAY_SHARE:.0%}. bf16 autocast
-  over float32 weights.
+- Text: the source of the standard library of Python {artifacts.versions()["python"]}, without
+  `encodings` and `pydoc_data`. A file belongs to validation by a hash of its name
+  ({CorpusConfig().validation_fraction:.0%} of the files); neither training nor the tokenizer saw
+  those. {unique:,} training tokens, {len(data["validation"]) * SCHEDULE[0][1]:,} validation tokens.
+- Training: {tokens:,} tokens ({tokens / unique:.1f} epochs), batches of {BATCH_TOKENS} tokens,
+  sequences of 256 and, for the last {SCHEDULE[1][0]:.0%}, 512. Muon (matrices) and AdamW (the rest)
+  at {MATRIX_LR}, weight decay {WEIGHT_DECAY}, {WARMUP_STEPS} steps of warm-up, linear decay to zero
+  over the last {DECAY_SHARE:.0%}. bf16 autocast over float32 weights.
 
 | step | tokens | training loss | validation loss |
 | --- | --- | --- | --- |
@@ -236,6 +269,7 @@ The standard library is licensed under the PSF licence; the weights are ours, un
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,7 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = train(args.out, args.tokens, args.device, not args.no_compile)
-    finish(model, args.out, args.tokens)
+    write_parent(model, args.out, args.tokens)
     print(args.out / "model")
 
 

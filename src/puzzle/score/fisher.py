@@ -1,5 +1,4 @@
-"""Fisher estimate of replace-1-block scores: half a squared inner product instead of a pass through
-the suffix.
+"""Fisher estimate of replace-1-block scores: a squared inner product instead of a run to the end.
 
 With y_t drawn from the parent's own prediction at every position, and g the gradient of sum_t log
 p(y_t) with respect to the output of a block, the expected squared inner product <g, delta>^2 of a
@@ -10,120 +9,122 @@ vanish in expectation, because the score of a later token has mean zero given th
 The gradients of a shard travel backward layer by layer: one layer's graph is alive at a time, and
 the parent's layer is computed once for all samples. Memory: `fisher_samples` tensors [B, S, D]
 beside the parent's activations.
+
+Shape legend: K samples, B sequences, S positions, D hidden, T = B * (S - 1) predicted tokens.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
+from puzzle.score.modules import LayerBlocks
+from puzzle.score.results import Sums
 from puzzle.training.losses import tokens_per_chunk
-
-if TYPE_CHECKING:
-    from puzzle.score.stage import Variants
 
 
 class Estimator:
-    """Estimates layer by layer, from the last to the first, on one shard.
-
-    Shape legend: K samples, B sequences, S positions, D hidden, T = B * (S - 1) predicted tokens.
-    """
+    """Estimates layer by layer, from the last to the first, on one shard."""
 
     def __init__(
         self,
         run: Run,
         parent: PuzzleForCausalLM,
         tokens_BS: torch.Tensor,
-        states: list[torch.Tensor],
+        states: Sequence[torch.Tensor],
     ) -> None:
         self.run, self.parent, self.states = run, parent, states
-        with torch.no_grad(), run.autocast():
-            _, self.context = parent.model.embed(tokens_BS[:1].to(run.device))
+        self.device = run.device.torch_device
+        with torch.no_grad(), run.device.autocast():
+            _, self.context = parent.model.embed(tokens_BS[:1].to(self.device))
         self.layer = len(states) - 2
         seed = int(tokens_BS.sum())  # the same draws whenever this shard is estimated
-        self.gradient_KBSD = self._last_gradient(torch.Generator(run.device).manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self.gradient_KBSD = self._last_gradient(generator)
 
     def _last_gradient(self, generator: torch.Generator) -> torch.Tensor:
-        """d sum_t log p(y_t) / d output of the last layer: W[y] - p W through the final norm, in
-        closed form.
-        """
-        head, cap = self.parent.lm_head.weight, self.parent.config.final_logit_softcapping
-        hidden = self.states[-1].to(self.run.device).float().requires_grad_()
+        """d sum_t log p(y_t) / d output of the last layer, [K, B, S, D]."""
+        hidden = self.states[-1].to(self.device).float().requires_grad_()
         with torch.enable_grad():
             normed = self.parent.model.norm(hidden)
         B, S, D = hidden.shape
         count = self.run.recipe.score.fisher_samples
         normed_TD = normed.detach()[:, :-1].flatten(0, 1)
         gradients = torch.zeros(count, B, S, D, device=hidden.device)
-        flat_KTD = torch.empty(count, len(normed_TD), D, device=hidden.device)
-        with torch.no_grad():
-            chunk = tokens_per_chunk(len(head))
-            for first in range(0, len(normed_TD), chunk):
-                rows = slice(first, first + chunk)
-                logits_TV = normed_TD[rows].float() @ head.float().T
-                slope_TV = None
-                if cap is not None:  # logits are cap * tanh(z / cap), of slope 1 - tanh^2
-                    logits_TV = logits_TV.div_(cap).tanh_()
-                    slope_TV, logits_TV = 1 - logits_TV.square(), logits_TV * cap
-                p_TV = F.softmax(logits_TV, dim=-1)
-                expected_TD = (p_TV if slope_TV is None else p_TV * slope_TV) @ head.float()
-                for sample in range(count):
-                    y_T1 = torch.multinomial(p_TV, 1, generator=generator)
-                    own_TD = head[y_T1[:, 0]].float()
-                    if slope_TV is not None:
-                        own_TD = own_TD * slope_TV.gather(1, y_T1)
-                    flat_KTD[sample, rows] = own_TD - expected_TD
-            gradients[:, :, :-1] = flat_KTD.view(count, B, S - 1, D)
+        head_gradients = self._head_gradients(normed_TD, count, generator)
+        gradients[:, :, :-1] = head_gradients.view(count, B, S - 1, D)
         for sample in range(count):
             (gradients[sample],) = torch.autograd.grad(
                 normed, hidden, gradients[sample], retain_graph=True
             )
         return gradients
 
-    def estimate(self, layer: int, variants: "Variants") -> dict[str, dict[str, float]]:
-        """Sums as an exact score's records have them, of `kl` only. Layers must come in falling
-        order.
-        """
+    @torch.no_grad()
+    def _head_gradients(
+        self, normed_TD: torch.Tensor, count: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """d log p(y) / d normed hidden state, [K, T, D], in closed form: W[y] - p W."""
+        head, cap = self.parent.lm_head.weight, self.parent.config.final_logit_softcapping
+        gradients = torch.empty(count, *normed_TD.shape, device=normed_TD.device)
+        chunk = tokens_per_chunk(len(head))
+        for first in range(0, len(normed_TD), chunk):
+            rows = slice(first, first + chunk)
+            logits_TV = normed_TD[rows].float() @ head.float().T
+            slope_TV = None
+            if cap is not None:  # logits are cap * tanh(z / cap), of slope 1 - tanh^2
+                logits_TV = logits_TV.div_(cap).tanh_()
+                slope_TV, logits_TV = 1 - logits_TV.square(), logits_TV * cap
+            p_TV = F.softmax(logits_TV, dim=-1)
+            expected_TD = (p_TV if slope_TV is None else p_TV * slope_TV) @ head.float()
+            for sample in range(count):
+                y_T1 = torch.multinomial(p_TV, 1, generator=generator)
+                drawn_TD = head[y_T1[:, 0]].float()
+                if slope_TV is not None:
+                    drawn_TD = drawn_TD * slope_TV.gather(1, y_T1)
+                gradients[sample, rows] = drawn_TD - expected_TD
+        return gradients
+
+    def estimate(self, layer: int, blocks: LayerBlocks) -> dict[str, Sums]:
+        """As exact scores, of `kl` only. Layers must come in falling order."""
         while self.layer > layer:
             self._step_back()
-        device = self.run.device
-        with torch.no_grad(), self.run.autocast():
-            x_BSD, o_BSD = self.states[layer].to(device), self.states[layer + 1].to(device)
-            pending = [
-                (block.name, self._half_squares(output.float() - o_BSD.float()))
-                for block, output in variants.outputs(x_BSD, self.context)
-            ]
+        with torch.no_grad(), self.run.device.autocast():
+            x_BSD = self.states[layer].to(self.device)
+            o_BSD = self.states[layer + 1].to(self.device)
+            kl_sums = {
+                block.name: self._half_squares(output.float() - o_BSD.float())
+                for block, output in blocks.outputs(x_BSD, self.context)
+            }
         positions = x_BSD.shape[1] - 1
-        return {name: _sums(kl_B / positions, positions) for name, kl_B in pending}
+        return {name: _sums(kl_B / positions, positions) for name, kl_B in kl_sums.items()}
 
     def _half_squares(self, delta_BSD: torch.Tensor) -> torch.Tensor:
         """Half the mean over samples of <g, delta>^2 of every sequence, [B]."""
+        gradient_BKN = self.gradient_KBSD.flatten(2).transpose(0, 1)
         with torch.autocast(delta_BSD.device.type, enabled=False):
-            inner_BK = torch.matmul(
-                self.gradient_KBSD.flatten(2).transpose(0, 1), delta_BSD.flatten(1)[:, :, None]
-            )
-        return 0.5 * inner_BK[:, :, 0].square().mean(dim=1)
+            inner_BK1 = torch.matmul(gradient_BKN, delta_BSD.flatten(1)[:, :, None])
+        return 0.5 * inner_BK1[:, :, 0].square().mean(dim=1)
 
     def _step_back(self) -> None:
         """From the gradient at a layer's output to the one at its input."""
-        x_BSD = self.states[self.layer].to(self.run.device).requires_grad_()
-        with torch.enable_grad(), self.run.autocast():
+        x_BSD = self.states[self.layer].to(self.device).requires_grad_()
+        with torch.enable_grad(), self.run.device.autocast():
             output = self.parent.model.layers[self.layer](x_BSD, **self.context)
         for sample in range(len(self.gradient_KBSD)):
-            grad = self.gradient_KBSD[sample].to(output.dtype)
+            gradient = self.gradient_KBSD[sample].to(output.dtype)
             (self.gradient_KBSD[sample],) = torch.autograd.grad(
-                output, x_BSD, grad, retain_graph=True
+                output, x_BSD, gradient, retain_graph=True
             )
         self.layer -= 1
 
 
-def _sums(kl_B: torch.Tensor, positions: int) -> dict[str, Any]:
+def _sums(kl_B: torch.Tensor, positions: int) -> Sums:
     kl_B = kl_B.double()
-    return {
-        "tokens": kl_B.numel() * positions,
-        "sequences": kl_B.numel(),
-        "kl": kl_B.sum().item() * positions,
-        "kl_squares": kl_B.square().sum().item(),
-    }
+    return Sums(
+        sums={"kl": kl_B.sum().item() * positions},
+        squares={"kl": kl_B.square().sum().item()},
+        tokens=kl_B.numel() * positions,
+        sequences=kl_B.numel(),
+    )

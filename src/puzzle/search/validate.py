@@ -1,160 +1,234 @@
-"""Do the scores mean anything? Sums of scores against the KL of really assembled children.
+"""How well sums of scores predict: against the KL of children that are assembled and measured.
 
     puzzle score RUN --validate N
 
 Half of the architectures are random, with a random share of layers changed; the other half are what
-a search takes for falling limits on the parameters. Each is put together from the library in memory
-and run over the sequences that the scores were made on. Writes: `score/validation.json`, which the
+a search takes for falling limits on the parameters. Each is assembled from the library in memory
+and run over the sequences that the scores were made on.
+
+Reads: the parent, the library, scores. Writes: `RUN/score_validation/validation.json`, which the
 report draws.
 """
 
 import itertools
 import random
-from typing import Any
+import time
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.errors import UserError
-from puzzle.library import stage as library
-from puzzle.model import variants as subblocks
+from puzzle.library import weights
+from puzzle.model import variants
 from puzzle.model.architecture import Architecture, Block
-from puzzle.model.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.run import Run
-from puzzle.score import stage as score
+from puzzle.score import SCORE, results
+from puzzle.score.exact import Shard, Suffix, parent_states
+from puzzle.score.stage import all_shards
 from puzzle.search import mip
+from puzzle.search.program import Program
+from puzzle.search.space_program import Choices
+from puzzle.stage import Job
 from puzzle.training.losses import METRICS
 
+FOLDER, FILE = "score_validation", "validation.json"
 BINS = (0.0, 0.2, 0.4, 0.6, 1.01)  # shares of the layers' parameters that are removed
+LEAST_CHILDREN = 4
+Origin = Literal["random", "searched"]
 
 
-def run(run: Run, count: int) -> dict[str, Any]:
-    """Correlations over all architectures and by how much of the model is removed."""
-    run.fingerprint_of("score")
-    if count < 4:
-        raise UserError(f"score --validate: got {count}, expected at least 4 architectures")
-    losses, shape = score.losses(run), run.parent.shape
-    whole = sum(
-        shape.parameters(v) for b in Architecture.of_parent(shape) for v in (b.attention, b.ffn)
-    )
-    chosen = random_architectures(run, losses, count - count // 2) + searched_architectures(
-        run, losses, count // 2
-    )
-    shards = [shard for shard in score.all_shards(run) if shard.questions is None]
-    states = [score.parent_states(run, run.parent_model, shard.tokens_BS)[-1] for shard in shards]
-    points: list[dict[str, Any]] = []
-    with run.progress.task("assembling and measuring", len(chosen), "children") as task:
-        for origin, architecture in chosen:
-            parameters = sum(
-                shape.parameters(v) for b in architecture for v in (b.attention, b.ffn)
-            )
+class ValidationPoint(Record):
+    """One assembled child."""
+
+    origin: Origin
+    blocks: list[str]
+    removed: float  # share of the layers' parameters
+    score_sum: float
+    kl: float  # of the assembled child, nats per token
+
+
+class Correlation(Record):
+    """Of sums of scores and measured KL; None below four children."""
+
+    count: int
+    spearman: float | None
+    pearson: float | None
+
+
+class Validation(Record):
+    """`validation.json`."""
+
+    metric: str
+    overall: Correlation
+    by_removed: dict[str, Correlation]  # by the share of parameters that is removed
+    points: list[ValidationPoint]
+
+
+def read(run: Run) -> Validation | None:
+    """What `puzzle score --validate` has found for the scores of now, if it was asked."""
+    folder = run.folder / FOLDER
+    manifest = artifacts.read_manifest(folder)
+    score = artifacts.read_manifest(Job(run).folder(SCORE))
+    if manifest is None or score is None or manifest.inputs["score"] != score.fingerprint:
+        return None
+    return Validation.read(folder / FILE)
+
+
+def validate(run: Run, count: int) -> Validation:
+    """Assemble and measure `count` children. Raises `UserError` for fewer than four."""
+    if count < LEAST_CHILDREN:
+        raise UserError(
+            f"score --validate: got {count}, expected at least {LEAST_CHILDREN} architectures"
+        )
+    folder = run.folder / FOLDER
+    inputs: artifacts.Inputs = {
+        "score": Job(run).manifest(SCORE).fingerprint,
+        "metric": run.recipe.score.metric,
+        "count": count,
+    }
+    if not artifacts.is_done(folder, inputs):
+        artifacts.begin(folder, inputs)
+        began = time.perf_counter()
+        _measure(run, count).write(folder / FILE)
+        artifacts.write_manifest(folder, inputs, time.perf_counter() - began)
+    return Validation.read(folder / FILE)
+
+
+def lines(validation: Validation) -> list[str]:
+    """What to print: correlations over all children and by how much is removed."""
+    named = {"all": validation.overall} | validation.by_removed
+    return [
+        f"{name}: {c.count} children, Spearman {c.spearman:.3f}, Pearson {c.pearson:.3f}"
+        for name, c in named.items()
+        if c.spearman is not None and c.pearson is not None
+    ]
+
+
+def _measure(run: Run, count: int) -> Validation:
+    losses, shape = results.losses(run), run.parent.shape
+    choices = Choices(results.scored_layers(run, losses), np.array([]))
+    architectures = _random_architectures(choices, count - count // 2)
+    architectures += _searched_architectures(run, choices, losses, count // 2)
+    measurement = AssembledKL(run, [s for s in all_shards(run) if s.questions is None])
+    parent = sum(shape.parameters(block) for block in Architecture.of_parent(shape))
+    points: list[ValidationPoint] = []
+    with run.progress.task("assembling and measuring", len(architectures), "children") as task:
+        for origin, architecture in architectures:
+            parameters = sum(shape.parameters(block) for block in architecture)
             points.append(
-                {
-                    "origin": origin,
-                    "blocks": architecture.names,
-                    "removed": 1 - parameters / whole,
-                    "sum": sum(losses[i, b.name] for i, b in enumerate(architecture)),
-                    "kl": assembled_kl(run, architecture, shards, states),
-                }
+                ValidationPoint(
+                    origin=origin,
+                    blocks=architecture.names,
+                    removed=1 - parameters / parent,
+                    score_sum=sum(losses[i, b.name] for i, b in enumerate(architecture)),
+                    kl=measurement.kl(architecture),
+                )
             )
             task.advance()
-    found: dict[str, dict[str, Any]] = {"all": correlations(points)}
+    by_removed = {}
     for low, high in itertools.pairwise(BINS):
-        inside = [p for p in points if low <= p["removed"] < high]
-        found[f"{low:.0%} to {min(high, 1):.0%} removed"] = correlations(inside)
-    written = {"metric": run.recipe.score.metric, "correlations": found, "points": points}
-    artifacts.write_json(run.stage_folder("score") / "validation.json", written)
-    for name, figures in found.items():
-        if figures["spearman"] is not None:
-            run.progress.say(
-                f"  {name}: {figures['count']} children, Spearman {figures['spearman']:.3f}, "
-                f"Pearson {figures['pearson']:.3f}"
-            )
-    return found["all"]
+        inside = [point for point in points if low <= point.removed < high]
+        by_removed[f"{low:.0%} to {min(high, 1):.0%} removed"] = correlation(inside)
+    return Validation(
+        metric=run.recipe.score.metric,
+        overall=correlation(points),
+        by_removed=by_removed,
+        points=points,
+    )
 
 
-Losses = dict[tuple[int, str], float]
-
-
-def random_architectures(run: Run, losses: Losses, count: int) -> list[tuple[str, Architecture]]:
-    rng, parent, found = random.Random(0), run.parent.shape.parent_block, []
-    layers = score.scored_layers(run, losses)
+def _random_architectures(choices: Choices, count: int) -> list[tuple[Origin, Architecture]]:
+    rng = random.Random(0)
+    architectures: list[tuple[Origin, Architecture]] = []
     for _ in range(count):
         share = rng.random()
-        blocks = [rng.choice(options) if rng.random() < share else parent for options in layers]
-        found.append(("random", Architecture(tuple(blocks))))
-    return found
+        blocks = [
+            rng.choice(layer) if rng.random() < share else layer[0] for layer in choices.layers
+        ]
+        architectures.append(("random", Architecture(tuple(blocks))))
+    return architectures
 
 
-def searched_architectures(run: Run, losses: Losses, count: int) -> list[tuple[str, Architecture]]:
+def _searched_architectures(
+    run: Run, choices: Choices, losses: results.Losses, count: int
+) -> list[tuple[Origin, Architecture]]:
     """The best sums of scores at equal steps of parameters, from little removed to most."""
-    shape, layers = run.parent.shape, score.scored_layers(run, losses)
-    flat = [block for options in layers for block in options]
-    sizes = np.array([float(shape.parameters(b.attention) + shape.parameters(b.ffn)) for b in flat])
-    costs = np.array([losses[i, b.name] for i, options in enumerate(layers) for b in options])
-    starts = mip.starts_of([len(options) for options in layers])
-    whole = sum(sizes[start] for start in starts[:-1])  # the parent's block comes first
-    found = []
+    blocks, shape, starts = choices.blocks, run.parent.shape, choices.starts
+    sizes = np.array([float(shape.parameters(block)) for block in blocks])
+    costs = np.array([losses[i, b.name] for i, layer in enumerate(choices.layers) for b in layer])
+    parent = float(sizes[starts[:-1]].sum())  # the parent's block comes first in every layer
+    architectures: list[tuple[Origin, Architecture]] = []
     for share in np.linspace(0.95, 0.3, count):
-        program = mip.Program(starts, costs, sizes[None], np.array([share * whole]))
-        solved = mip.solve(program, gap=1e-3)
-        if solved is not None:
-            found.append(
-                ("searched", Architecture(tuple(flat[column] for column in solved.chosen)))
-            )
-    return found
+        program = Program(starts, costs, sizes[None], np.array([share * parent]))
+        optimum = mip.solve(program, gap=1e-3)
+        if optimum is not None:
+            chosen = tuple(blocks[column] for column in optimum.columns)
+            architectures.append(("searched", Architecture(chosen)))
+    return architectures
 
 
-@torch.no_grad()
-def assembled_kl(
-    run: Run, architecture: Architecture, shards: list[score.Shard], states: list[torch.Tensor]
-) -> float:
-    """KL(parent || child) in nats per token over the shards; one block of the child is in memory at
-    a time.
-    """
-    parent = run.parent_model
-    with run.autocast():
-        embedded = [parent.model.embed(shard.tokens_BS.to(run.device)) for shard in shards]
-        hidden = [x_BSD for x_BSD, _ in embedded]
-        for index, block in enumerate(architecture):
-            module = _block(run, parent, index, block)
-            hidden = [
-                module(x_BSD, **context)
-                for x_BSD, (_, context) in zip(hidden, embedded, strict=True)
-            ]
-        total, tokens = 0.0, 0
-        last = len(architecture) - 1
-        for x_BSD, (_, context), final_BSD, shard in zip(
-            hidden, embedded, states, shards, strict=True
-        ):
-            normed_BSD, tokens_BS = (
-                parent.model.norm(final_BSD.to(run.device)),
-                shard.tokens_BS.to(run.device),
-            )
-            kl_BS = score.finish(parent, last, [x_BSD], context, normed_BSD, tokens_BS)[
-                0, METRICS.index("kl")
-            ]
-            total, tokens = total + kl_BS.sum().item(), tokens + kl_BS.numel()
-    return total / tokens
+@dataclass
+class AssembledKL:
+    """Measures children on the text that was scored, one block in memory at a time."""
+
+    run: Run
+    shards: list[Shard]
+
+    def __post_init__(self) -> None:
+        """The parent's final hidden states, once for all children."""
+        parent = self.run.parent_model
+        self.finals = [
+            parent_states(self.run, parent, shard.tokens_BS)[-1] for shard in self.shards
+        ]
+
+    @torch.no_grad()
+    def kl(self, architecture: Architecture) -> float:
+        """KL(parent || child) in nats per token."""
+        run, parent = self.run, self.run.parent_model
+        device, last = run.device.torch_device, len(architecture) - 1
+        with run.device.autocast():
+            tokens = [shard.tokens_BS.to(device) for shard in self.shards]
+            embedded = [parent.model.embed(tokens_BS) for tokens_BS in tokens]
+            hidden = [x_BSD for x_BSD, _ in embedded]
+            contexts = [context for _, context in embedded]
+            for index, block in enumerate(architecture):
+                module = self._module(index, block)
+                hidden = [
+                    module(x_BSD, **context)
+                    for x_BSD, context in zip(hidden, contexts, strict=True)
+                ]
+            total, count = 0.0, 0
+            for shard, x_BSD in enumerate(hidden):
+                final_BSD = parent.model.norm(self.finals[shard].to(device))
+                suffix = Suffix(parent, last, contexts[shard], final_BSD, tokens[shard])
+                kl_BS = suffix.metrics([x_BSD])[0, METRICS.index("kl")]
+                total, count = total + kl_BS.sum().item(), count + kl_BS.numel()
+        return total / count
+
+    def _module(self, layer: int, block: Block) -> PuzzleDecoderLayer:
+        run = self.run
+        parent_layer: PuzzleDecoderLayer = run.parent_model.model.layers[layer]
+        if block == run.parent.shape.parent_blocks[layer]:
+            return parent_layer
+        state = weights.read_block(run, layer, block, parent_layer.state_dict())
+        attention = run.placement.attention
+        module = variants.frozen_module(run.parent, layer, block, attention, state)
+        return module.to(run.device.torch_device)
 
 
-def _block(run: Run, parent: PuzzleForCausalLM, layer: int, block: Block) -> PuzzleDecoderLayer:
-    own: PuzzleDecoderLayer = parent.model.layers[layer]
-    if block == run.parent.shape.parent_block:
-        return own
-    state = library.read_block(run, layer, block, own.state_dict())
-    return subblocks.frozen_module(run.parent, layer, block, run.attention, state).to(run.device)
-
-
-def correlations(points: list[dict[str, Any]]) -> dict[str, float | int | None]:
+def correlation(points: list[ValidationPoint]) -> Correlation:
     """Spearman and Pearson of the sums of scores and the measured KL; None below four points."""
-    pairs = np.array([[p["sum"], p["kl"]] for p in points]).reshape(-1, 2)
-    if len(pairs) < 4 or (pairs.std(axis=0) == 0).any():
-        return {"count": len(pairs), "spearman": None, "pearson": None}
+    pairs = np.array([[point.score_sum, point.kl] for point in points]).reshape(-1, 2)
+    if len(pairs) < LEAST_CHILDREN or (pairs.std(axis=0) == 0).any():
+        return Correlation(count=len(pairs), spearman=None, pearson=None)
     ranks = pairs.argsort(axis=0).argsort(axis=0)
-    return {
-        "count": len(pairs),
-        "spearman": float(np.corrcoef(ranks.T)[0, 1]),
-        "pearson": float(np.corrcoef(pairs.T)[0, 1]),
-    }
+    return Correlation(
+        count=len(pairs),
+        spearman=float(np.corrcoef(ranks.T)[0, 1]),
+        pearson=float(np.corrcoef(pairs.T)[0, 1]),
+    )

@@ -1,0 +1,1 @@
+"""What every training loop shares: losses, checkpoints, schedules, sharding over processes."""

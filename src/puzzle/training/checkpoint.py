@@ -1,16 +1,14 @@
-"""Training state in one safetensors file: trained weights, optimisers, step. Restoring it continues
-bit-identically.
+"""Training state in one safetensors file: trained weights, optimisers, step.
 
-Random numbers need no saving: batches are a pure function of (seed, step) and nothing here uses
-dropout.
+Training that goes on from it is bit-identical to training that was never interrupted. Random
+numbers need no saving: batches are a pure function of (seed, step) and nothing here uses dropout.
 
-The file holds whole tensors, whatever the number of processes: sharded ones are gathered one at a
+The file holds full tensors, whatever the number of processes: sharded ones are gathered one at a
 time and written by process 0 as they come, so no process ever holds a second copy, and any number
 of processes can go on from it.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from puzzle import artifacts
 
-FOLDER = "training"  # inside a stage folder; the pipeline removes it once the manifest is written
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, torch.optim.Optimizer]
 DTYPES = {
@@ -41,9 +38,17 @@ def save(
     optimizers: Optimizers,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """What is trained; frozen weights have not changed. `notes` are small values (JSON) that must
-    survive an interruption, such as skipped steps. Every process must call it; it returns when the
-    file is complete."""
+    """Write what is trained; frozen weights have not changed.
+
+    Every process must call it; it returns when the file is complete.
+
+    Args:
+        path: of the checkpoint.
+        step: to go on from.
+        modules: by name; only their parameters that learn are kept.
+        optimizers: by name; their whole state is kept.
+        notes: small JSON values that must survive an interruption, such as skipped steps.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for key, module in modules.items():
         tensors |= {f"module/{key}/{name}": parameter for name, parameter in _trained(module)}
@@ -63,19 +68,20 @@ def save(
             _write(temporary, tensors, metadata)
     else:
         for tensor in tensors.values():
-            whole(tensor)
+            gathered(tensor)
     distributed.barrier()
 
 
 @torch.no_grad()
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; a sharded one is gathered, in which every process must take part."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; a sharded one in full, in which every process must take part."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, one tensor at a time: length of the header, header (JSON), the tensors'
-    bytes.
+    """A safetensors file, one tensor at a time.
+
+    It is the length of the header, the header (JSON) and the bytes of the tensors.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -91,13 +97,14 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(gathered(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 @torch.no_grad()
 def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
-    """Load in place; (the step to go on from, notes), which is (0, {}) where there is no
-    checkpoint.
+    """Load in place; returns (the step to go on from, notes).
+
+    That is (0, {}) where there is no checkpoint.
     """
     if not path.exists():
         return 0, {}
@@ -118,8 +125,9 @@ def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, 
 
 
 def shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, laid out as `like`; single numbers and unsharded
-    tensors stay whole.
+    """This process's part of a full tensor, laid out as `like`.
+
+    A single number stays as it is, and so does every tensor where `like` is not sharded.
     """
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
@@ -148,25 +156,3 @@ def peek(path: Path) -> tuple[int, dict[str, Any]]:
     """(step, notes) of a checkpoint, without its tensors."""
     with safe_open(path, framework="pt") as file:
         return int(file.metadata()["step"]), json.loads(file.metadata()["notes"])
-
-
-def cosine_schedule(step: int, steps: int, warmup_share: float) -> float:
-    """The learning-rate factor of a step: linear warm-up, then half a cosine down to zero."""
-    warmup = max(1, round(steps * warmup_share))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = torch.tensor((step - warmup) / max(1, steps - warmup))
-    return float(0.5 * (1 + torch.cos(torch.pi * progress)))
-
-
-def wsd_schedule(step: int, steps: int, warmup_share: float, decay_share: float) -> float:
-    """The learning-rate factor of a step: linear warm-up, constant, then a straight line down to
-    zero.
-    """
-    warmup, decay = max(1, round(steps * warmup_share)), max(1, math.ceil(steps * decay_share))
-    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate

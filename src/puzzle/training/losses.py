@@ -1,5 +1,6 @@
-"""The losses of the paper. Logits are never held whole: everything over the vocabulary runs in
-chunks of tokens.
+"""The losses of the paper, and the metrics of scoring and evaluation.
+
+Logits are never held in full: everything over the vocabulary runs in chunks of tokens.
 
 Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
 """
@@ -14,23 +15,26 @@ import torch.nn.functional as F
 
 
 def normalized_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
-    """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect. Paper: section 3, the
-    BLD loss.
+    """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect.
+
+    Paper: section 3, the BLD loss.
     """
     parent = parent.float()
     return (child.float() - parent).square().mean() / parent.square().mean()
 
 
 class _SquaredError(torch.autograd.Function):
-    """Keeps the difference only, in the child's dtype: two passes over memory instead of autograd's
-    five.
+    """Keeps the difference only, in the child's dtype.
+
+    That is two passes over memory instead of autograd's five.
     """
 
     @staticmethod
     def forward(ctx: Any, child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
         difference = child - parent.to(child.dtype)
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+        norm: torch.Tensor = torch.linalg.vector_norm(difference, dtype=torch.float32)
+        return norm.square()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -40,45 +44,50 @@ class _SquaredError(torch.autograd.Function):
 
 def squared_error(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
     """Sum of squared differences, a float32 scalar; no gradient for the parent."""
-    return _SquaredError.apply(child, parent)
+    error: torch.Tensor = _SquaredError.apply(child, parent)  # type: ignore[no-untyped-call]
+    return error
 
 
 def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of 1 - cos(child, parent), a float32 scalar. Paper: section 4.3, the GKD
-    hidden-state loss.
+    """Mean over tokens of 1 - cos(child, parent), a float32 scalar.
+
+    Paper: section 4.3, the GKD loss of the hidden states.
     """
     return 1 - F.cosine_similarity(child_BSD.float(), parent_BSD.float(), dim=-1).mean()
 
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
-LOSS_ELEMENTS = (
-    1 << 26
-)  # products of fewer tokens are slower: 523 at a vocabulary of 128k, within 6 % of all at once
+# Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens, which is
+# within 6 % of all at once.
+LOSS_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """The terms over the vocabulary: `kl_weight * KL(parent || child) + lm_weight * LM`, KL at a
-    temperature.
+    """The terms over the vocabulary: `kl_weight * KL(parent || child) + lm_weight * LM`.
+
+    The KL is taken at `temperature`. `soft_cap` is the family's `final_logit_softcapping`: both
+    sides' logits z become cap * tanh(z / cap).
     """
 
     kl_weight: float = 1.0
     lm_weight: float = 0.0
     temperature: float = 1.0
-    soft_cap: float | None = (
-        None  # `final_logit_softcapping`: z -> cap * tanh(z / cap), of both sides
-    )
+    soft_cap: float | None = None
     chunk_elements: int = LOSS_ELEMENTS  # logits of one side that exist at a time, in four buffers
 
 
 class _DistillationLoss(torch.autograd.Function):
-    """The loss and, in the same pass, its gradient: four matrix products in all, as many as plain
-    torch takes.
+    """The loss and, in the same pass, its gradient.
 
-    With z the child's logits, p and q the probabilities of parent and child at temperature t, N
-    tokens: d KL / dz = t (q - p) / N (the KL is multiplied by t^2), d LM / dz = (softmax(z) -
-    target) / N. A chunk's dz is turned into gradients of the hidden states and of the head at once,
-    so nothing over the vocabulary outlives it.
+    That is four matrix products in all, as many as plain torch takes. With z the child's logits, p
+    and q the probabilities of parent and child at temperature t, N tokens:
+
+        d KL / dz = t (q - p) / N           (the KL is multiplied by t^2)
+        d LM / dz = (softmax(z) - target) / N
+
+    A chunk's dz is turned into gradients of the hidden states and of the head at once, so nothing
+    over the vocabulary outlives it.
     """
 
     @staticmethod
@@ -91,17 +100,12 @@ class _DistillationLoss(torch.autograd.Function):
         targets_T: torch.Tensor,
         settings: LogitLoss,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rounded = torch.is_autocast_enabled(child_TD.device.type)
-        with torch.autocast(child_TD.device.type, enabled=False):
-            work = _Chunks(
-                child_TD,
-                head_VD,
-                parent_TD,
-                parent_head_VD,
-                settings,
-                rounded,
-                ctx.needs_input_grad[:2],
-            )
+        device = child_TD.device.type
+        autocast_dtype = torch.get_autocast_dtype(device)
+        product_dtype = autocast_dtype if torch.is_autocast_enabled(device) else None
+        inputs = _Inputs(child_TD, head_VD, parent_TD, parent_head_VD)
+        with torch.autocast(device, enabled=False):
+            work = _Chunks(inputs, settings, product_dtype, ctx.needs_input_grad[:2])
             for first in range(0, len(child_TD), work.size):
                 work.take(slice(first, first + work.size), targets_T)
         ctx.gradients = work.gradients()
@@ -124,40 +128,45 @@ class _DistillationLoss(torch.autograd.Function):
         )
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Hidden states after the last norm and the head of both sides; the parent's may be missing."""
+
+    child_TD: torch.Tensor
+    head_VD: torch.Tensor
+    parent_TD: torch.Tensor | None
+    parent_head_VD: torch.Tensor | None
+
+
 class _Chunks:
     """Buffers of `size` tokens' logits, and the sums over the chunks taken so far."""
 
     def __init__(
         self,
-        child_TD: torch.Tensor,
-        head_VD: torch.Tensor,
-        parent_TD: torch.Tensor | None,
-        parent_head_VD: torch.Tensor | None,
+        inputs: _Inputs,
         settings: LogitLoss,
-        rounded: bool,
-        wanted: tuple[bool, bool],
+        product_dtype: torch.dtype | None,
+        needs_grad: tuple[bool, bool],
     ) -> None:
-        device, self.settings, self.tokens = child_TD.device, settings, len(child_TD)
+        """`product_dtype` None: that of the sums. `needs_grad`: of the hidden states, the head."""
+        child_TD, head_VD, device = inputs.child_TD, inputs.head_VD, inputs.child_TD.device
+        self.settings, self.tokens = settings, len(child_TD)
         self.dtype = torch.float64 if child_TD.dtype == torch.float64 else torch.float32
-        self.product_dtype = torch.get_autocast_dtype(device.type) if rounded else self.dtype
+        self.product_dtype = product_dtype or self.dtype
         self.size = max(1, min(len(child_TD), settings.chunk_elements // len(head_VD)))
-        self.child_TD, self.head_VD = (
-            child_TD.to(self.product_dtype),
-            head_VD.to(self.product_dtype),
-        )
+        self.child_TD = child_TD.to(self.product_dtype)
+        self.head_VD = head_VD.to(self.product_dtype)
         if settings.kl_weight:
-            assert parent_TD is not None and parent_head_VD is not None
-            self.parent_TD, self.parent_head_VD = (
-                x.to(self.product_dtype) for x in (parent_TD, parent_head_VD)
-            )
+            assert inputs.parent_TD is not None and inputs.parent_head_VD is not None
+            self.parent_TD = inputs.parent_TD.to(self.product_dtype)
+            self.parent_head_VD = inputs.parent_head_VD.to(self.product_dtype)
         shape = (4 if settings.kl_weight else 2, self.size, len(head_VD))
         self.buffers = torch.empty(shape, dtype=self.dtype, device=device)
-        self.kl = torch.full(
-            (), 0.0 if settings.kl_weight else torch.nan, dtype=self.dtype, device=device
-        )
+        kl = 0.0 if settings.kl_weight else torch.nan
+        self.kl = torch.full((), kl, dtype=self.dtype, device=device)
         self.lm = torch.zeros((), dtype=self.dtype, device=device)
-        self.child_grad_TD = torch.empty_like(child_TD) if wanted[0] else None
-        self.head_grad_VD = torch.zeros_like(head_VD, dtype=self.dtype) if wanted[1] else None
+        self.child_grad_TD = torch.empty_like(child_TD) if needs_grad[0] else None
+        self.head_grad_VD = torch.zeros_like(head_VD, dtype=self.dtype) if needs_grad[1] else None
         self.head_dtype = head_VD.dtype
 
     def take(self, rows: slice, targets_T: torch.Tensor) -> None:
@@ -202,8 +211,9 @@ class _Chunks:
             out_TV.div_(self.settings.soft_cap).tanh_().mul_(self.settings.soft_cap)
 
     def _spread(self, rows: slice, grad_TV: torch.Tensor) -> None:
-        """Gradients of the hidden states and of the head from dz. The head's is summed in float32,
-        in place.
+        """Gradients of the hidden states and of the head from dz.
+
+        The head's is summed in float32, in place.
         """
         hidden_TD, small_TV = self.child_TD[rows], grad_TV.to(self.product_dtype)
         if self.child_grad_TD is not None:
@@ -212,15 +222,15 @@ class _Chunks:
             return
         if self.product_dtype == self.dtype:
             self.head_grad_VD.addmm_(grad_TV.T, hidden_TD)
-        elif (
-            grad_TV.device.type == "cpu"
-        ):  # inputs rounded, result not, and no second buffer of the head's size
+        elif grad_TV.device.type == "cpu":
+            # inputs rounded, result not, and no second buffer of the head's size
             with _rounded_inputs():
                 self.head_grad_VD.addmm_(grad_TV.T, hidden_TD.to(self.dtype))
         else:
             self.head_grad_VD += small_TV.T @ hidden_TD
 
     def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of the child's hidden states and of its head; None where they are not needed."""
         head = self.head_grad_VD
         return self.child_grad_TD, None if head is None else head.to(self.head_dtype)
 
@@ -233,16 +243,16 @@ def distillation_losses(
     targets_T: torch.Tensor,
     settings: LogitLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weighted sum, KL, LM loss), means over tokens, from final hidden states (after the last
-    norm).
+    """(weighted sum, KL, LM loss), means over tokens, from hidden states after the last norm.
 
     Only the weighted sum has a gradient, for the child's hidden states and head (where it is not
     frozen). Without a KL weight the parent's side is not computed, may be None, and the KL is NaN.
     Paper: section 4.3.
     """
-    return _DistillationLoss.apply(
+    losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _DistillationLoss.apply(  # type: ignore[no-untyped-call]
         child_TD, child_head_VD, parent_TD, parent_head_VD, targets_T, settings
     )
+    return losses
 
 
 def tokens_per_chunk(vocabulary: int) -> int:
@@ -261,17 +271,23 @@ def token_metrics(
     child_CTD: torch.Tensor,
     child_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
-    chunk_tokens: int | None = None,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """`METRICS` of C candidates per token, float32 [C, 6, T]; the parent's side is computed once
-    per chunk.
+    """`METRICS` of C candidates per token, float32 [C, 6, T].
 
     KL in nats per token; LM loss is the cross entropy of the next token; top1, top5 and top10 are 0
-    or 1; cosine is 1 - cos of the final hidden states. At most `CHUNK_ELEMENTS` logits exist at a
-    time, in four copies.
+    or 1; cosine is 1 - cos of the final hidden states. The parent's side is computed once per
+    chunk. At most `CHUNK_ELEMENTS` logits exist at a time, in four copies.
+
+    Args:
+        parent_TD: the parent's hidden states after the last norm.
+        parent_head_VD: the parent's head.
+        child_CTD: those of every candidate.
+        child_head_VD: the candidates' head.
+        targets_T: the next tokens.
+        soft_cap: of both sides' logits, as in `LogitLoss`.
     """
-    chunks, chunk_tokens = [], chunk_tokens or tokens_per_chunk(len(parent_head_VD))
+    chunks, chunk_tokens = [], tokens_per_chunk(len(parent_head_VD))
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
         parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
@@ -289,25 +305,27 @@ def token_metrics(
 def _metrics(
     parent_TV: torch.Tensor, p_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor
 ) -> torch.Tensor:
-    """[5, T] of one candidate, all but the cosine; the parent's log-probabilities and probabilities
-    are given.
+    """[5, T] of one candidate: all metrics but the cosine.
+
+    `parent_TV` are the parent's log-probabilities, `p_TV` its probabilities.
     """
     normaliser_T = logits_TV.logsumexp(-1)
-    own_T1 = logits_TV.gather(-1, targets_T[:, None])
-    rank_T = (logits_TV > own_T1).sum(-1, dtype=torch.int32)
-    kl_T = (p_TV * (parent_TV - logits_TV)).sum(
-        -1
-    ) + normaliser_T  # a dot product would run in bfloat16 under autocast
+    target_T1 = logits_TV.gather(-1, targets_T[:, None])
+    rank_T = (logits_TV > target_T1).sum(-1, dtype=torch.int32)
+    # a dot product would run in bfloat16 under autocast
+    kl_T = (p_TV * (parent_TV - logits_TV)).sum(-1) + normaliser_T
     ranks = [(rank_T < first).float() for first in (1, 5, 10)]
-    return torch.stack([kl_T, normaliser_T - own_T1[:, 0], *ranks])
+    return torch.stack([kl_T, normaliser_T - target_T1[:, 0], *ranks])
 
 
 def _logits(
     hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Float32 even under autocast: bfloat16 logits tie often enough to flatter a rank. Autocast
-    only rounds what goes into the product, where the device can (half the time on a CPU with
-    bfloat16 instructions)."""
+    """Logits [T, V] in float32, even under autocast.
+
+    Those in bfloat16 tie often enough to flatter a rank. Autocast only rounds what goes into the
+    product, where the device can (half the time on a CPU with bfloat16 instructions).
+    """
     device = hidden_TD.device.type
     rounded = _rounded_inputs() if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     with rounded, torch.autocast(device, enabled=False):

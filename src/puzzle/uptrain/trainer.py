@@ -1,9 +1,9 @@
-"""The training loop of uptraining (paper: section 4.3; on one micro-batch: gkd.py).
+"""The training loop of uptraining (paper: section 4.3; one micro-batch: gkd.py).
 
 AdamW on float32 weights, bf16 autocast, warm-up, then cosine or warm-up-stable-decay. The gradients
 of micro-batches add up to those of the batch. A step whose gradient is not finite is skipped and
 counted. Of several processes each takes every n-th sequence of every batch, and all losses are
-means over the whole batch, so the curve is the same however many there are.
+means over the full batch, so the curve is the same however many there are.
 
 Writes: `curve.jsonl`, a checkpoint of the last state, the weights with the best validation KL.
 
@@ -11,203 +11,196 @@ Shape legend: N sequences of a batch, B of a micro-batch, S sequence.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.config import UptrainConfig
-from puzzle.run import Run
-from puzzle.training import checkpoint, distributed
+from puzzle.stage import Job
+from puzzle.training import checkpoint, schedules, sharding
 from puzzle.training.losses import METRICS
-from puzzle.uptrain import gkd
+from puzzle.uptrain import UPTRAIN
+from puzzle.uptrain.gkd import TERMS, Pair
+from puzzle.uptrain.phases import Batches, phases
 
 VALIDATION_SEQUENCES = 32
-CURVE_EVERY = 5
+CURVE_EVERY = 5  # steps
+CURVE, LAST, BEST = "curve.jsonl", "uptrain.safetensors", "best.safetensors"
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Steps [first, last) at one sequence length: `batch` sequences of `join` rows of the corpus
-    each.
-    """
+class CurvePoint(Record):
+    """One line of `curve.jsonl`. Losses are means over tokens; terms of weight 0 are missing."""
 
-    first: int
-    last: int
-    join: int
-    batch: int
+    step: int
+    tokens: int
+    skipped_steps: int
+    losses: dict[str, float]  # of this step's batch
+    validation: dict[str, float] | None = None  # metrics on held-out text, and retention
 
 
-@dataclass
-class State:
+class TrainerNotes(Record):
     """What a checkpoint keeps beside weights and moments."""
 
     skipped: int = 0
-    best_kl: float = math.inf
+    best_kl: float | None = None
     stale: int = 0  # validations since the best one
 
 
-def phases(run: Run) -> list[Phase]:
-    """The sequence-length stages in steps. Every batch has the same number of tokens."""
-    settings, length = run.recipe.uptrain, run.recipe.corpus.sequence_length
-    batch_tokens = settings.batch_sequences * length
-    asked = [(s.sequence_length, s.tokens) for s in settings.stages] or [(length, settings.tokens)]
-    found, first = [], 0
-    for own_length, tokens in asked:
-        steps = -(-tokens // batch_tokens)
-        found.append(Phase(first, first + steps, own_length // length, batch_tokens // own_length))
-        first += steps
-    return found
+def read_curve(job: Job) -> list[CurvePoint]:
+    """The training curve of a child."""
+    return artifacts.read_records(job.folder(UPTRAIN) / CURVE, CurvePoint)
 
 
-def train(run: Run, folder: Path, pair: gkd.Pair) -> None:
-    """The loop; goes on from the last checkpoint in `folder`, whatever number of processes wrote
-    it.
-    """
-    settings, student, schedule = run.recipe.uptrain, pair.student.train(), phases(run)
-    learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    path = folder / checkpoint.FOLDER / "uptrain.safetensors"
-    start, notes = checkpoint.restore(path, {"student": student}, {"adamw": optimizer})
-    state, steps, batches = State(**notes), schedule[-1].last, Batches(run, schedule)
-    if distributed.rank() == 0:
-        artifacts.keep_jsonl(folder / "curve.jsonl", lambda record: record["step"] <= start)
-    with run.progress.task("uptraining", steps * batches.tokens, "tokens") as task:
-        task.skip(start * batches.tokens)
-        for step in range(start, steps):
-            checkpoint.set_learning_rate(
-                optimizer, settings.learning_rate * rate_factor(settings, step, steps)
-            )
-            terms = torch.zeros(len(gkd.TERMS), device=run.device)
-            for tokens_BS, share in batches.micro(step):
-                with run.autocast():
-                    loss, found = pair(tokens_BS.to(run.device))
-                (loss * share).backward()
-                terms += found * share
-            norm = checkpoint.whole(
-                torch.nn.utils.clip_grad_norm_(learning, settings.gradient_clip)
-            )
-            if torch.isfinite(norm):
-                optimizer.step()
-            else:
-                state.skipped += 1
-            optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            validated = done % settings.validate_steps == 0 or done == steps
-            figures = take_stock(run, folder, pair, state, done) if validated else {}
-            if validated or done % CURVE_EVERY == 0:
-                note(run, folder, done, done * batches.tokens, state, terms, figures)
-            if 0 < settings.patience <= state.stale:
-                run.progress.say(
-                    f"  stopped at step {done}: {state.stale} validations without a better KL"
-                )
-                break
-            if done % settings.checkpoint_steps == 0 and done < steps:
-                checkpoint.save(
-                    path, done, {"student": student}, {"adamw": optimizer}, asdict(state)
-                )
-            task.advance(batches.tokens, f"loss {loss.item():.4f}")
-    if state.skipped == done:
-        raise RuntimeError("uptraining diverged: every step was non-finite")
+class Trainer:
+    """The uptraining of one child in its folder."""
 
+    def __init__(self, job: Job, folder: Path, pair: Pair) -> None:
+        self.job, self.folder, self.pair = job, folder, pair
+        self.settings = job.child.uptrain
+        self.checkpoints = folder / artifacts.UNFINISHED
+        self.learning = [p for p in pair.child.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.learning, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.skipped, self.best_kl, self.stale = 0, math.inf, 0
 
-class Batches:
-    """This process's share of every batch, in micro-batches: a pure function of (seed, step)."""
+    def train(self) -> None:
+        """The loop; goes on from the last checkpoint, whatever number of processes wrote it."""
+        settings, schedule = self.settings, phases(self.job)
+        steps, batches = schedule[-1].last, Batches(self.job, schedule)
+        progress = self.job.run.progress
+        self.pair.child.train()
+        start = self._restore()
+        done = start
+        with progress.task("uptraining", steps * batches.tokens, "tokens") as task:
+            task.skip(start * batches.tokens)
+            for step in range(start, steps):
+                rate = settings.learning_rate * rate_factor(settings, step, steps)
+                schedules.set_learning_rate(self.optimizer, rate)
+                loss, terms = self._step(batches, step)
+                done = step + 1
+                is_validation_step = done % settings.validate_steps == 0 or done == steps
+                metrics = self._validate(done) if is_validation_step else None
+                if metrics is not None or done % CURVE_EVERY == 0:
+                    self._record(done, done * batches.tokens, terms, metrics)
+                if 0 < settings.patience <= self.stale:
+                    progress.say(
+                        f"  stopped at step {done}: {self.stale} validations without a better KL"
+                    )
+                    break
+                if done % settings.checkpoint_steps == 0 and done < steps:
+                    self._save(done)
+                task.advance(batches.tokens, f"loss {loss:.4f}")
+        if self.skipped == done:
+            raise RuntimeError("uptraining diverged: every step was non-finite")
 
-    def __init__(self, run: Run, schedule: list[Phase]) -> None:
-        settings, self.schedule = run.recipe.uptrain, schedule
-        self.tokens = (
-            settings.batch_sequences * run.recipe.corpus.sequence_length
-        )  # of a whole batch
-        self.views = {
-            phase.join: run.corpus["train"].view(phase.join, settings.seed) for phase in schedule
+    def _step(self, batches: Batches, step: int) -> tuple[float, torch.Tensor]:
+        """One optimiser step: (the last micro-batch's loss, `TERMS` of this process [3])."""
+        device = self.job.run.device
+        terms = torch.zeros(len(TERMS), device=device.torch_device)
+        loss = terms.new_zeros(())
+        for tokens_BS, share in batches.micro(step):
+            with device.autocast():
+                loss, micro_terms = self.pair(tokens_BS.to(device.torch_device))
+            (loss * share).backward()
+            terms += micro_terms * share
+        norm = torch.nn.utils.clip_grad_norm_(self.learning, self.settings.gradient_clip)
+        if torch.isfinite(checkpoint.gathered(norm)):
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), terms
+
+    def _restore(self) -> int:
+        """The step to go on from; the curve is cut there."""
+        path = self.checkpoints / LAST
+        modules, optimizers = {"child": self.pair.child}, {"adamw": self.optimizer}
+        start, values = checkpoint.restore(path, modules, optimizers)
+        notes = TrainerNotes.model_validate(values)
+        self.skipped, self.stale = notes.skipped, notes.stale
+        self.best_kl = math.inf if notes.best_kl is None else notes.best_kl
+        if sharding.rank() == 0:
+            curve = self.folder / CURVE
+            artifacts.keep_records(curve, CurvePoint, lambda point: point.step <= start)
+        return start
+
+    def _save(self, step: int) -> None:
+        best = None if math.isinf(self.best_kl) else self.best_kl
+        notes = TrainerNotes(skipped=self.skipped, best_kl=best, stale=self.stale)
+        modules, optimizers = {"child": self.pair.child}, {"adamw": self.optimizer}
+        path = self.checkpoints / LAST
+        checkpoint.save(path, step, modules, optimizers, notes.as_json())
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Measure on held-out text; keep the weights where they are the best so far."""
+        metrics = self.validation_metrics()
+        if metrics["kl"] < self.best_kl:
+            self.best_kl, self.stale = metrics["kl"], 0
+            if self.settings.keep == "best":
+                checkpoint.save(self.checkpoints / BEST, step, {"child": self.pair.child}, {})
+        else:
+            self.stale += 1
+        return metrics
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Means per token of the child's `METRICS` on held-out text, and its retention of top-1."""
+        self.pair.child.eval()
+        run, size = self.job.run, sharding.size()
+        tokens_NS = run.corpus["validation"].head(VALIDATION_SEQUENCES)
+        sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
+        round_rows = self.job.child.evaluate.batch_sequences * size
+        device = run.device.torch_device
+        for first in range(0, len(tokens_NS), round_rows):
+            rank_BS = tokens_NS[first : first + round_rows][sharding.rank() :: size]
+            # sharded layers need all processes, also one that has nothing to count
+            counted_BS = rank_BS if len(rank_BS) else tokens_NS[:1]
+            with torch.no_grad(), run.device.autocast():
+                metrics = torch.stack(self.pair(counted_BS.to(device), metrics=True)).cpu()
+            sums += metrics if len(rank_BS) else 0
+        sharding.reshard(self.pair)
+        self.pair.child.train()
+        sums = sharding.summed(sums.to(device))
+        child, parent = (sums / tokens_NS[:, 1:].numel()).tolist()
+        means = dict(zip(METRICS, child, strict=True))
+        means["kl"] = max(0.0, means["kl"])  # rounding may take a KL of 0 just below it
+        parent_top1 = parent[METRICS.index("top1")]
+        if parent_top1:
+            means["retention"] = means["top1"] / parent_top1
+        return means
+
+    def _record(
+        self, step: int, tokens: int, terms: torch.Tensor, metrics: dict[str, float] | None
+    ) -> None:
+        """Write a point of the training curve; losses are means over all processes."""
+        settings = self.settings
+        logits = settings.kl_weight + settings.lm_weight
+        weights = (settings.cosine_weight, settings.kl_weight, logits)
+        means = (sharding.summed(terms) / sharding.size()).tolist()
+        if sharding.rank() != 0:
+            return
+        losses = {
+            name: mean for name, mean, weight in zip(TERMS, means, weights, strict=True) if weight
         }
-        # BLD used the first batches of the stream; go on where it stopped, so that fresh text comes
-        # first
-        self.offset = 0 if settings.seed else -(-run.recipe.library.tokens // self.tokens)
-        self.micro_rows = settings.micro_batch_sequences or settings.batch_sequences
-
-    def micro(self, step: int) -> Iterator[tuple[torch.Tensor, float]]:
-        """(tokens [B, S], their share of what this process does in the step)."""
-        phase = next(phase for phase in self.schedule if step < phase.last)
-        whole_NS = self.views[phase.join].batch(self.offset + step, phase.batch)
-        own_NS = whole_NS[distributed.rank() :: distributed.size()]
-        for tokens_BS in own_NS.split(max(1, self.micro_rows // phase.join)):
-            yield tokens_BS, len(tokens_BS) / len(own_NS)
+        point = CurvePoint(
+            step=step,
+            tokens=tokens,
+            skipped_steps=self.skipped,
+            losses=losses,
+            validation=metrics,
+        )
+        artifacts.append_record(self.folder / CURVE, point)
+        logged = {"training": losses} | ({"validation": metrics} if metrics else {})
+        name = f"uptrain-{self.job.child.name}"
+        self.job.run.metrics.log(name, step, logged, wandb=settings.wandb)
 
 
 def rate_factor(settings: UptrainConfig, step: int, steps: int) -> float:
+    """The share of the learning rate at a step."""
     if settings.schedule == "wsd":
-        return checkpoint.wsd_schedule(step, steps, settings.warmup_share, settings.decay_share)
-    return checkpoint.cosine_schedule(step, steps, settings.warmup_share)
-
-
-def take_stock(run: Run, folder: Path, pair: gkd.Pair, state: State, done: int) -> dict[str, float]:
-    """Validate; keep the weights where they are the best so far."""
-    figures = validate(run, pair)
-    if figures["kl"] < state.best_kl:
-        state.best_kl, state.stale = figures["kl"], 0
-        if run.recipe.uptrain.keep == "best":
-            checkpoint.save(
-                folder / checkpoint.FOLDER / "best.safetensors", done, {"student": pair.student}, {}
-            )
-    else:
-        state.stale += 1
-    return figures
-
-
-def validate(run: Run, pair: gkd.Pair) -> dict[str, float]:
-    """Means per token of the child's `METRICS` on held-out text, and its retention of the parent's
-    top-1 accuracy.
-    """
-    pair.student.eval()
-    tokens_NS, size = run.corpus["validation"].head(VALIDATION_SEQUENCES), distributed.size()
-    sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
-    round_rows = run.recipe.evaluate.batch_sequences * size
-    for first in range(0, len(tokens_NS), round_rows):
-        own_BS = tokens_NS[first : first + round_rows][distributed.rank() :: size]
-        with (
-            torch.no_grad(),
-            run.autocast(),
-        ):  # sharded layers need all processes, also one that has nothing to count
-            found = torch.stack(
-                pair((own_BS if len(own_BS) else tokens_NS[:1]).to(run.device), metrics=True)
-            ).cpu()
-        sums += found if len(own_BS) else 0
-    distributed.reshard(pair)
-    pair.student.train()
-    means, parent = (distributed.summed(sums.to(run.device)) / tokens_NS[:, 1:].numel()).tolist()
-    figures = dict(zip(METRICS, means, strict=True))
-    best = parent[METRICS.index("top1")]
-    figures |= {"kl": max(0.0, figures["kl"])} | (
-        {"retention": figures["top1"] / best} if best else {}
-    )
-    return figures
-
-
-def note(
-    run: Run,
-    folder: Path,
-    step: int,
-    tokens: int,
-    state: State,
-    terms: torch.Tensor,
-    figures: dict[str, float],
-) -> None:
-    """Write a point of the training curve: the terms of this step's loss, means over all processes."""
-    settings = run.recipe.uptrain
-    logits = settings.kl_weight + settings.lm_weight
-    weights = dict(
-        zip(gkd.TERMS, (settings.cosine_weight, settings.kl_weight, logits), strict=True)
-    )
-    means = zip(gkd.TERMS, (distributed.summed(terms) / distributed.size()).tolist(), strict=True)
-    losses = {name: value for name, value in means if weights[name]}
-    if distributed.rank() == 0:
-        record = {"step": step, "tokens": tokens, "skipped_steps": state.skipped} | losses
-        record |= {f"validation_{name}": value for name, value in figures.items()}
-        artifacts.append_jsonl(folder / "curve.jsonl", record)
-        run.curve(
-            "uptrain", step, {"training": losses} | ({"validation": figures} if figures else {})
+        return schedules.warmup_stable_decay(
+            step, steps, settings.warmup_share, settings.decay_share
         )
+    return schedules.cosine(step, steps, settings.warmup_share)

@@ -1,17 +1,20 @@
-"""Gemma 2: norms before and after every subblock, soft caps, scaled embeddings, a window in every
-other layer.
+"""Gemma 2: norms before and after every subblock, soft caps, scaled embeddings.
+
+Every other layer has a sliding window.
 """
 
-from typing import Any
+from transformers import PretrainedConfig
 
 from puzzle.errors import UserError
-from puzzle.model.families import Family, by_layer_types, common, renamed
+from puzzle.model.families.family import Family, Settings, by_layer_types, common, renamed
 
 
-def settings(config: Any) -> dict[str, Any]:
+def settings(config: PretrainedConfig) -> Settings:
+    """Raises `UserError` for a bidirectional model."""
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError(
-            "parent: Gemma with use_bidirectional_attention is not supported; expected a causal decoder"
+            "parent: Gemma with use_bidirectional_attention is not supported; "
+            "expected a causal decoder"
         )
     return common(config) | {
         "hidden_act": config.hidden_activation,

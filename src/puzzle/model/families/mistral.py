@@ -1,5 +1,5 @@
-"""Mistral: Llama with, in its first version, one sliding window in every layer."""
+"""Mistral: Llama with, in its first version, the same sliding window in every layer."""
 
-from puzzle.model.families import Family, common, one_window
+from puzzle.model.families.family import Family, common, same_window
 
-FAMILY = Family(common, windows=one_window)
+FAMILY = Family(common, windows=same_window)

@@ -1,11 +1,12 @@
-"""OLMo 2: norms after the subblocks instead of before, and over the whole of q and of k."""
+"""OLMo 2: norms after the subblocks instead of before, and over all heads of q and of k at once."""
 
-from typing import Any
+from transformers import PretrainedConfig
 
-from puzzle.model.families import Family, common, renamed
+from puzzle.model.families.family import Family, Settings, common, renamed
 
 
-def settings(config: Any) -> dict[str, Any]:
+def settings(config: PretrainedConfig) -> Settings:
+    """Everything that differs from Llama has a switch in `PuzzleConfig`."""
     return common(config) | {
         "qkv_bias": config.attention_bias,
         "attention_bias": config.attention_bias,

@@ -1,35 +1,46 @@
-"""Phi-3 and Phi-4: Llama with q, k, v and gate, up stored as one matrix each, which are cut apart
-here.
+"""Phi-3 and Phi-4: Llama with q, k, v in one stored matrix, and gate, up in another.
 
 `partial_rotary_factor` and long rope scaling are in `rope_parameters`.
 """
 
-from typing import Any
+from transformers import PretrainedConfig
 
-from puzzle.model.families import Family, Tensors, common, one_window
-
-
-def settings(config: Any) -> dict[str, Any]:
-    longest = {"original_max_position_embeddings": config.original_max_position_embeddings}
-    return common(config) | longest
+from puzzle.model.families.family import Family, Settings, common, same_window
+from puzzle.model.weights import WHOLE, Tensors
 
 
-def tensors(name: str, config: Any) -> Tensors:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    wide = config.intermediate_size
-    parts = {
-        "qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
-        "gate_up_proj": {"gate_proj": wide, "up_proj": wide},
-    }
-    found, first = [], 0
-    module = name.split(".")[-2]
-    if module not in parts:
-        return [(name, slice(None))]
-    for part, rows in parts[module].items():
-        found.append((name.replace(module, part), slice(first, first + rows)))
+def settings(config: PretrainedConfig) -> Settings:
+    """Long rope needs the length that the model was first trained for."""
+    original_length = config.original_max_position_embeddings
+    return common(config) | {"original_max_position_embeddings": original_length}
+
+
+def tensors(name: str, config: PretrainedConfig) -> Tensors:
+    """The parts of a fused matrix, cut apart by rows; other tensors as they are."""
+    fused = name.split(".")[-2]
+    rows_of = _rows_by_part(config)
+    if fused not in rows_of:
+        return [(name, WHOLE)]
+    parts: Tensors = []
+    first = 0
+    for part, rows in rows_of[fused].items():
+        parts.append((name.replace(fused, part), slice(first, first + rows)))
         first += rows
-    return found
+    return parts
 
 
-FAMILY = Family(settings, windows=one_window, tensors=tensors)
+def _rows_by_part(config: PretrainedConfig) -> dict[str, dict[str, int]]:
+    """How many rows of each fused matrix belong to which projection, in the stored order."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_rows = config.num_attention_heads * head_dim
+    key_rows = config.num_key_value_heads * head_dim
+    return {
+        "qkv_proj": {"q_proj": query_rows, "k_proj": key_rows, "v_proj": key_rows},
+        "gate_up_proj": {
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+        },
+    }
+
+
+FAMILY = Family(settings, windows=same_window, tensors=tensors)

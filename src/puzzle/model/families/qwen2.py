@@ -1,13 +1,15 @@
-"""Qwen 2 and 2.5: Llama with biases on q, k and v; sliding windows in the upper layers where they
-are switched on.
+"""Qwen 2 and 2.5: Llama with biases on q, k and v.
+
+Where sliding windows are switched on, the upper layers have them.
 """
 
-from typing import Any
+from transformers import PretrainedConfig
 
-from puzzle.model.families import Family, by_layer_types, common
+from puzzle.model.families.family import Family, Settings, by_layer_types, common
 
 
-def settings(config: Any) -> dict[str, Any]:
+def settings(config: PretrainedConfig) -> Settings:
+    """The biases have no switch in the family's config."""
     return common(config) | {"qkv_bias": True}
 
 

@@ -1,15 +1,20 @@
-"""Qwen 3: Llama with a norm over each head of q and k; sliding windows in the upper layers where
-switched on.
+"""Qwen 3: Llama with a norm over each head of q and k.
+
+Where sliding windows are switched on, the upper layers have them.
 """
 
-from typing import Any
+from transformers import PretrainedConfig
 
-from puzzle.model.families import Family, by_layer_types, common
+from puzzle.model.families.family import Family, Settings, by_layer_types, common
 
 
-def settings(config: Any) -> dict[str, Any]:
-    biases = {"qkv_bias": config.attention_bias, "attention_bias": config.attention_bias}
-    return common(config) | biases | {"qk_norm": "head"}
+def settings(config: PretrainedConfig) -> Settings:
+    """One switch of the family's config sets the biases of all four projections."""
+    return common(config) | {
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_bias,
+        "qk_norm": "head",
+    }
 
 
 FAMILY = Family(settings, windows=by_layer_types)

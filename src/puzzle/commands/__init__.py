@@ -1,0 +1,1 @@
+"""The commands that `cli.py` gathers: questions, children, serving."""

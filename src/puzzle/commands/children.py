@@ -1,0 +1,269 @@
+"""`puzzle child`, `children`, `compare`, `remove`: children of one library, and their settings."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import JsonValue
+
+from puzzle import artifacts, config, pipeline, settings
+from puzzle.assemble import ASSEMBLE
+from puzzle.commands.options import (
+    Json,
+    Limit,
+    Quiet,
+    RunArgument,
+    Set,
+    Wait,
+    constraint,
+    emit,
+    open_run,
+)
+from puzzle.commands.summary import print_summaries, summaries
+from puzzle.config import ChildConfig, PlaceConfig
+from puzzle.errors import Infeasible, UserError
+from puzzle.evaluate import EVALUATE
+from puzzle.evaluate import results as evaluation
+from puzzle.run import Run
+from puzzle.search import SEARCH
+from puzzle.stage import Job, Stage
+from puzzle.uptrain import UPTRAIN
+
+CHILD_SECTIONS = ("search", "uptrain", "evaluate", "place")
+PLACE_SECTIONS = ("deploy", "cost")
+
+
+def _refuse_sections(assignments: list[str], allowed: tuple[str, ...], what: str) -> None:
+    for assignment in assignments:
+        section = assignment.partition("=")[0].strip().split(".")[0]
+        if section not in allowed:
+            raise UserError(
+                f"--set {assignment!r}: {section!r} is no setting of {what}; expected one of "
+                f"{', '.join(allowed)}"
+            )
+
+
+def changed_run(run: Run, assignments: list[str] | None) -> Run:
+    """An existing run, its recipe changed and written."""
+    if not assignments:
+        return run
+    sections = [key for key in type(run.recipe).model_fields if key not in CHILD_SECTIONS]
+    _refuse_sections(assignments, tuple(sections), "the run itself")
+    values = settings.override(run.recipe.model_dump(mode="json"), assignments)
+    recipe = config.parse(values, "--set")
+    artifacts.write_text(run.folder / "run.yaml", settings.to_yaml(recipe))
+    changed = Run(recipe, run.folder, run.progress)
+    changed.wait = run.wait
+    return changed
+
+
+def changed_place(run: Run, name: str, assignments: list[str]) -> Job:
+    """A job at a place, which is made or changed if need be."""
+    names = run.place_names()
+    place = run.place_config(name) if name in names else run.place_config("here")
+    if assignments or name not in names:
+        _refuse_sections(assignments, PLACE_SECTIONS, "a place")
+        values = settings.override(place.model_dump(mode="json"), assignments)
+        place = settings.validate(PlaceConfig, values, "--set")
+        settings.validate(config.Recipe, {"places": {name: {}}} if name != "here" else {}, "place")
+        run.write_place(name, place)
+    return run.place_job(name)
+
+
+def changed_child(run: Run, name: str, assignments: list[str] | None) -> Job:
+    """A job for an existing child, its settings changed and written."""
+    child = run.child_config(name)
+    if assignments:
+        _refuse_sections(assignments, CHILD_SECTIONS, "a child")
+        values = settings.override(child.model_dump(mode="json"), assignments)
+        child = settings.validate(ChildConfig, values, "--set")
+        run.write_child(name, child)
+    return run.child_job(name)
+
+
+def child(
+    run_directory: RunArgument,
+    name: Annotated[str, typer.Option(help="The child's name; also its folder's.")],
+    throughput: Limit = None,
+    latency: Limit = None,
+    time_to_first_token: Limit = None,
+    memory: Limit = None,
+    parameters: Limit = None,
+    kv_cache: Limit = None,
+    place: Annotated[str | None, typer.Option(help="Where it will be served.")] = None,
+    solution: Annotated[
+        int | None, typer.Option(help="Make this one of the solutions, from 0.", min=0)
+    ] = None,
+    architecture: Annotated[
+        Path | None,
+        typer.Option(help="Make exactly this: a JSON list of blocks, one per layer."),
+    ] = None,
+    set_: Set = None,
+    wait: Wait = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make one more child from the same library, scores and costs; others are not touched."""
+    constraints = {
+        "throughput": throughput,
+        "latency": latency,
+        "time_to_first_token": time_to_first_token,
+        "memory": memory,
+        "parameters": parameters,
+        "kv_cache": kv_cache,
+    }
+    changes: dict[str, JsonValue] = {
+        key: constraint(text) for key, text in constraints.items() if text is not None
+    }
+    run = open_run(run_directory, quiet, wait)
+    if solution is not None and architecture is not None:
+        raise UserError("child: give --solution or --architecture, not both")
+    if architecture is not None:
+        from puzzle.model.child import read_block_names
+
+        blocks: list[JsonValue] = list(read_block_names(architecture))
+        changes["architecture"] = blocks
+    wish = child_settings(run, name, changes, set_ or [], place)
+    if solution is not None:
+        wish = _with_solution(run, name, wish, solution)
+    job = run.job_of(name, wish)
+    for stage in (SEARCH, ASSEMBLE, UPTRAIN):
+        stage.work().check(job)
+    run.write_child(name, wish)
+    try:
+        pipeline.make_child(job)
+    finally:
+        print_child(job, as_json)
+
+
+def child_settings(
+    run: Run,
+    name: str,
+    changes: dict[str, JsonValue],
+    assignments: list[str],
+    place: str | None,
+) -> ChildConfig:
+    """The settings of a child that is made or changed.
+
+    A new one has the recipe's settings, and those of its constraints that `changes` do not replace.
+    """
+    _refuse_sections(assignments, CHILD_SECTIONS, "a child")
+    settings.validate(config.Recipe, {"children": {name: {}}}, "child")  # the name, too
+    recipe = run.recipe
+    if name in run.child_names():
+        base = run.child_config(name)
+    else:
+        base = ChildConfig(search=recipe.search, uptrain=recipe.uptrain, evaluate=recipe.evaluate)
+    values = base.model_dump(mode="json")
+    values["search"] = config.with_constraints(values["search"], changes)
+    values["place"] = place or base.place
+    values = settings.override(values, assignments)
+    wish = settings.validate(ChildConfig, values, "child")
+    run.place_config(wish.place)  # a `UserError` where there is no such place
+    return wish
+
+
+def _with_solution(run: Run, name: str, wish: ChildConfig, number: int) -> ChildConfig:
+    """The wish made exact: the solution that `puzzle search` lists under this number."""
+    from puzzle.search import stage
+
+    search = wish.search
+    if search.solutions <= number:
+        search = search.model_copy(update={"solutions": number + 1})
+    job = run.job_of(name, wish.model_copy(update={"search": search}))
+    answer, _ = stage.search(job, stage.read_choices(job))
+    if number >= len(answer.solutions):
+        raise UserError(
+            f"--solution: got {number}, but there are only {len(answer.solutions)} solutions, "
+            "from 0; lower search.diversity"
+        )
+    blocks = answer.solutions[number].blocks
+    exact = wish.search.model_copy(update={"architecture": blocks})
+    return wish.model_copy(update={"search": exact})
+
+
+def children(run_directory: RunArgument, as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the run's children: wish, prediction, measurement, retention, disk."""
+    found = summaries([open_run(run_directory, quiet)])
+    if not quiet:
+        print_summaries(found)
+    emit([child.as_json() for child in found], as_json)
+
+
+def compare(
+    run_directories: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories.")
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Children of one or several runs side by side."""
+    found = summaries([open_run(folder, quiet) for folder in run_directories])
+    if not quiet:
+        print_summaries(found)
+    emit([child.as_json() for child in found], as_json)
+
+
+def remove(
+    run_directory: RunArgument,
+    child: Annotated[str, typer.Option("--child", help="Which child.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove a child and free its disk; library, scores, costs and other children stay."""
+    run = open_run(run_directory, quiet)
+    job = run.child_job(child)
+    folder = job.child.folder
+    if not folder.exists():
+        raise UserError(f"run {run.folder}: child {child!r} has no folder; nothing to remove")
+    removed = folder.with_name(f".{child}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.replace(removed)  # at once: a half-removed child must not look like an unfinished one
+    shutil.rmtree(removed)
+    run.progress.say(f"removed child {child} of {run.folder}")
+    emit({"run": str(run.folder), "removed": child}, as_json)
+
+
+def is_finished(job: Job) -> bool:
+    """Whether a child has been evaluated."""
+    return artifacts.read_manifest(job.folder(EVALUATE)) is not None
+
+
+def print_child(job: Job, as_json: bool) -> None:
+    """The closing table of a child that is finished; nothing otherwise."""
+    if not is_finished(job):
+        return
+    from puzzle.report.stage import page
+    from puzzle.report.table import print_results
+
+    results = evaluation.read(job)
+    print_results(results, page(job))
+    summary: dict[str, JsonValue] = {"run": str(job.run.folder), "name": job.child.name}
+    summary["met"] = results.met
+    emit(summary | results.as_json(), as_json)
+
+
+def print_finished(run: Run, as_json: bool) -> None:
+    """What `puzzle run` ends with: the table of its child, or its children side by side."""
+    jobs = [job for job in run.recipe_jobs() if is_finished(job)]
+    if len(run.recipe.all_children()) == 1:
+        for job in jobs:
+            print_child(job, as_json)
+    elif jobs:
+        found = summaries([run])
+        print_summaries(found)
+        emit({"run": str(run.folder), "children": [c.as_json() for c in found]}, as_json)
+
+
+def fail_if_missed(stage: Stage, job: Job) -> None:
+    """Raise `Infeasible` where a stage has measured a child that misses its wish."""
+    from puzzle.assemble import measured
+
+    if stage is ASSEMBLE and not measured.read(job).met:
+        raise Infeasible(
+            f"assemble: the measured child misses what was asked: {measured.read(job).misses}; "
+            f"`puzzle child {job.run.folder} --name {job.child.name}` corrects and searches again"
+        )
+    if stage is EVALUATE and not evaluation.read(job).met:
+        raise Infeasible(evaluation.missed(job))

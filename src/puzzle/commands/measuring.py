@@ -1,0 +1,60 @@
+"""What `puzzle measure` does: a child beside its parent on the engine of a place."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from puzzle import engines, locks
+from puzzle.config import PlaceConfig
+from puzzle.engines import Engine
+from puzzle.engines.turns import WARM_UPS, Measurement, Served, measure_pair
+from puzzle.model.parent import describe as describe_parent
+from puzzle.progress import Progress
+
+
+def measure(
+    child_folder: Path, parent: str, place: PlaceConfig, pairs: int, progress: Progress
+) -> tuple[Engine, dict[str, Measurement]]:
+    """(the engine, a measurement by scenario).
+
+    Args:
+        child_folder: the child's checkpoint.
+        parent: a folder or a hub name.
+        place: engine and scenarios.
+        pairs: batches of each that count.
+        progress: where to report.
+    """
+    described = describe_parent(parent)
+    logs = Path(tempfile.mkdtemp(prefix="puzzle-measure-"))
+    engine = engines.choose(place.cost, place.deploy, logs)
+    device: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if engine.measured:
+        device = locks.hold_device(engine.facts.device, progress.say)
+    measurements = {}
+    with device:
+        for name, scenario in place.cost.measured.items():
+            dtype = described.dtype_name if scenario.dtype == "auto" else scenario.dtype
+            served = scenario.model_copy(update={"dtype": dtype})
+            title = f"parent against child on {engine.name} ({scenario})"
+            with progress.task(title, pairs + WARM_UPS, "pairs") as task:
+                measurements[name] = measure_pair(
+                    engine,
+                    Served(described.folder, served),
+                    Served(child_folder, served),
+                    pairs,
+                    task.advance,
+                )
+    return engine, measurements
+
+
+def describe(name: str, engine: Engine, measurement: Measurement) -> str:
+    """One line for people."""
+    word = "measured" if engine.measured else "modelled"
+    parent, child = (
+        f"{side.throughput_tok_per_s:,.0f} tok/s"
+        for side in (measurement.parent, measurement.child)
+    )
+    return (
+        f"{name}: {word} {measurement.speedup:.2f}x the parent's throughput ({parent} -> {child}) "
+        f"on {engine.facts.engine} {engine.facts.version}, {engine.facts.device}"
+    )

@@ -1,0 +1,58 @@
+"""What commands have in common: options, opening a run, the machine-readable last line."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import JsonValue
+
+from puzzle.progress import Progress
+from puzzle.run import Run
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a setting, e.g. search.throughput=2x."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable last line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Wait = Annotated[
+    bool, typer.Option("--wait", help="Wait for folders that another process is writing.")
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="[RECIPE.yaml]", help="A recipe file, or the name of a built-in one."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+ChildOption = Annotated[str, typer.Option("--child", help="Which of the run's children.")]
+PlaceOption = Annotated[str, typer.Option("--place", help="Where children are served.")]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        help="Absolute with a unit, or relative to the parent (2x, 50%); or by scenario: "
+        "main=2x,chat=1.5x."
+    ),
+]
+
+
+def open_run(folder: Path, quiet: bool, wait: bool = False) -> Run:
+    """An existing run. Raises `UserError` where there is none."""
+    run = Run.open(folder, Progress(quiet))
+    run.wait = wait
+    return run
+
+
+def emit(result: JsonValue, as_json: bool) -> None:
+    """The last line of `--json`."""
+    if as_json:
+        print(json.dumps(result))
+
+
+def constraint(text: str) -> JsonValue:
+    """A constraint as settings have it: `2x`, or by scenario from `main=2x,chat=1.5x`."""
+    if "=" not in text:
+        return text
+    parts = [part.partition("=") for part in text.split(",")]
+    return {scenario.strip(): value.strip() for scenario, _, value in parts}

@@ -1,0 +1,125 @@
+"""A child in one line: wish, prediction, measurement, retention, disk. Reads folders only."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.assemble import ASSEMBLE, measured
+from puzzle.config import CONSTRAINTS
+from puzzle.evaluate import EVALUATE
+from puzzle.evaluate import results as evaluation
+from puzzle.run import Run
+from puzzle.search import SEARCH, answers
+from puzzle.stage import Child, Job
+
+
+class ChildSummary(Record):
+    """What is known of a child; None where its stages are not done yet."""
+
+    run: str
+    child: str
+    place: str
+    wish: str
+    parameters: int | None = None
+    predicted_speedup: float | None = None  # of throughput in the main scenario
+    measured_speedup: float | None = None
+    met: bool | None = None
+    kl: float | None = None  # of the finished child, nats per token
+    retention: float | None = None  # of top-1 accuracy
+    disk_bytes: int = 0
+
+
+def summarise(job: Job) -> ChildSummary:
+    """A child from the files of its stages."""
+    child = job.child
+    known = ChildSummary(
+        run=str(job.run.folder),
+        child=child.name,
+        place=child.place,
+        wish=wish(child),
+        disk_bytes=disk_bytes(child.folder),
+    )
+    updates: dict[str, object] = {}
+    if artifacts.read_manifest(job.folder(SEARCH)) is not None:
+        answer = answers.read(job)
+        predicted, parent = answer.best.predicted["main"], answer.parent["main"]
+        updates["parameters"] = predicted.parameters
+        updates["predicted_speedup"] = predicted.throughput_tok_per_s / parent.throughput_tok_per_s
+    if artifacts.read_manifest(job.folder(ASSEMBLE)) is not None:
+        served = measured.read(job)
+        if served.scenarios:
+            updates["measured_speedup"] = served.scenarios["main"].measurement.speedup
+            updates["met"] = served.met
+    if artifacts.read_manifest(job.folder(EVALUATE)) is not None:
+        results = evaluation.read(job)
+        if results.speed is not None:
+            updates["measured_speedup"] = results.speed.speedup
+            updates["met"] = results.met
+        updates["kl"] = results.uptrained.quality.kl
+        updates["retention"] = results.uptrained.retention
+    return known.model_copy(update=updates)
+
+
+def wish(child: Child) -> str:
+    """What was asked of a child, in words."""
+    parts = []
+    for name in CONSTRAINTS:
+        asked = getattr(child.search, name)
+        if isinstance(asked, str):
+            parts.append(f"{name} {asked}")
+        elif asked:
+            parts += [f"{name} {text} ({scenario})" for scenario, text in asked.items()]
+    if child.search.architecture is not None:
+        parts.append("a given architecture")
+    return ", ".join(parts)
+
+
+def disk_bytes(folder: Path) -> int:
+    """What a folder's files take."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def summaries(runs: list[Run]) -> list[ChildSummary]:
+    """Every child of several runs."""
+    return [summarise(run.child_job(name)) for run in runs for name in run.child_names()]
+
+
+def print_summaries(children: list[ChildSummary]) -> None:
+    """Children side by side, on standard output."""
+    several_runs = len({child.run for child in children}) > 1
+    table = Table(title="children", title_justify="left")
+    for column in (
+        "child",
+        "asked",
+        "predicted",
+        "measured",
+        "",
+        "KL",
+        "kept",
+        "parameters",
+        "disk",
+    ):
+        table.add_column(column, justify="left" if column in ("child", "asked", "") else "right")
+    for child in children:
+        name = f"{child.run}: {child.child}" if several_runs else child.child
+        place = "" if child.place == "here" else f" at {child.place}"
+        met = {None: "", True: "met", False: "MISSED"}[child.met]
+        table.add_row(
+            name,
+            child.wish + place,
+            _figure(child.predicted_speedup, ".2f", "x"),
+            _figure(child.measured_speedup, ".2f", "x"),
+            met,
+            _figure(child.kl, ".4f"),
+            _figure(child.retention, ".1%"),
+            "" if child.parameters is None else f"{child.parameters:,}",
+            f"{child.disk_bytes / 2**20:,.0f} MiB",
+        )
+    Console(highlight=False).print(table)
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"

@@ -1,0 +1,201 @@
+"""The table of costs of a place: records on disk, and predictions of architectures from them.
+
+`header.json` says what the costs are of; `costs.jsonl` has one record per scenario and variant (and
+one for the constant: embedding, head, sampling, scheduling), each figure with its unit in the key;
+`fits.jsonl` says how well each scenario was measured.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.config import ScenarioConfig
+from puzzle.cost import COST
+from puzzle.engines import EngineFacts
+from puzzle.errors import UserError
+from puzzle.model.architecture import Architecture, Block, Subblock
+from puzzle.stage import Job
+
+CONSTANT: Literal["constant"] = "constant"
+COSTS, HEADER, FITS = "costs.jsonl", "header.json", "fits.jsonl"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Resources of a variant, a block or a whole model for one batch of the scenario."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    parameters: int = 0
+    parameter_bytes: int = 0
+    kv_cache_bytes: int = 0  # of the whole batch at full length
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.prefill_s + other.prefill_s,
+            self.decode_s + other.decode_s,
+            self.parameters + other.parameters,
+            self.parameter_bytes + other.parameter_bytes,
+            self.kv_cache_bytes + other.kv_cache_bytes,
+        )
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of a batch."""
+        return self.prefill_s + self.decode_s
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and KV cache."""
+        return self.parameter_bytes + self.kv_cache_bytes
+
+
+class VariantCost(Record):
+    """One line of `costs.jsonl`."""
+
+    scenario: str
+    slot: Literal["attention", "ffn", "constant"]
+    variant: str
+    prefill_s: float
+    decode_s: float
+    parameters: int
+    parameter_bytes: int
+    kv_cache_bytes: int
+    stderr_s: float  # of prefill and decode seconds together
+
+    @property
+    def cost(self) -> Cost:
+        """The figures without their names."""
+        return Cost(
+            self.prefill_s,
+            self.decode_s,
+            self.parameters,
+            self.parameter_bytes,
+            self.kv_cache_bytes,
+        )
+
+
+class ScenarioFit(Record):
+    """One line of `fits.jsonl`: how one scenario was measured."""
+
+    scenario: str
+    prefill_scale: float  # from probe steps to the parent's whole batches
+    decode_scale: float
+    prefill_samples: int
+    decode_samples: int
+    parent_batches: int
+    noise: float  # standard deviation of the parent's batches over their mean
+
+
+class CostHeader(Record):
+    """What a table must agree on to be used for a run."""
+
+    engine: EngineFacts
+    measured: bool
+    scenarios: dict[str, ScenarioConfig]  # each with the dtype it is served in
+    shape: dict[str, JsonValue]  # of the parent
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured or modelled costs in one scenario."""
+
+    header: CostHeader
+    scenario: ScenarioConfig
+    variants: dict[tuple[str, str], Cost]  # by slot and variant name
+    constant: Cost
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens of a batch."""
+        return self.scenario.batch_size * self.scenario.output_length
+
+    def block(self, block: Block) -> Cost:
+        """The cost of one layer."""
+        attention, ffn = (self.variants[half.slot, half.name] for half in block.subblocks)
+        return attention + ffn
+
+    def predict(self, architecture: Architecture) -> Cost:
+        """The cost of a whole model."""
+        return sum((self.block(block) for block in architecture), self.constant)
+
+
+def distinct_variants(job: Job) -> list[Subblock]:
+    """Every variant that occurs in any layer: equal shapes cost the same, whatever the layer."""
+    layers = job.space.layers
+    return list(dict.fromkeys(variant for layer in layers for variant in layer.subblocks))
+
+
+def check_complete(
+    records: Sequence[VariantCost],
+    scenarios: Iterable[str],
+    needed: Sequence[Subblock],
+    place: str,
+) -> None:
+    """Raise `UserError` for a variant without costs in some scenario, or with impossible ones."""
+    names = [(v.slot, v.name) for v in needed] + [(CONSTANT, CONSTANT)]
+    known = {(record.scenario, record.slot, record.variant) for record in records}
+    for scenario, (slot, name) in itertools.product(scenarios, names):
+        if (scenario, slot, name) not in known:
+            raise UserError(
+                f"{place}: scenario {scenario} has no {slot} {name}; measure again (`puzzle cost`)"
+            )
+    for record in records:
+        for key, value in asdict(record.cost).items():
+            is_impossible = value < 0 and record.slot != CONSTANT
+            if is_impossible or not math.isfinite(value):
+                raise UserError(
+                    f"{place}: {record.slot} {record.variant}: {key} is {value!r}; expected a "
+                    "number of at least 0"
+                )
+
+
+def read_header(job: Job) -> CostHeader:
+    """What the costs of the job's place are of."""
+    return CostHeader.read(job.folder(COST) / HEADER)
+
+
+def read(job: Job, scenario: str = "main") -> CostTable:
+    """The costs in one scenario. Raises `UserError` for figures that are missing or impossible."""
+    path = job.folder(COST) / COSTS
+    header = read_header(job)
+    if scenario not in header.scenarios:
+        known = ", ".join(header.scenarios)
+        raise UserError(f"{path}: has no scenario {scenario!r}; expected one of {known}")
+    records = [r for r in artifacts.read_records(path, VariantCost) if r.scenario == scenario]
+    check_complete(records, [scenario], distinct_variants(job), str(path))
+    variants: dict[tuple[str, str], Cost] = {(r.slot, r.variant): r.cost for r in records}
+    constant = variants.pop((CONSTANT, CONSTANT))
+    return CostTable(header, header.scenarios[scenario], variants, constant)
+
+
+def are_from_elsewhere(job: Job) -> bool:
+    """Whether the job's place was measured on another machine, and its folder copied here.
+
+    A child there stays "predicted" until it has been measured there.
+    """
+    manifest = artifacts.read_manifest(job.folder(COST))
+    if job.place.name == "here" or manifest is None or not COST.is_current(job, manifest):
+        return False
+    try:
+        return read_header(job).engine != job.engine.facts
+    except UserError:  # the place's engine is not installed here
+        return True
+
+
+def read_given(path: Path) -> tuple[CostHeader, list[VariantCost], list[ScenarioFit]]:
+    """Another run's table, from the path of its `costs.jsonl`."""
+    if not path.exists():
+        raise UserError(f"cost.table {path}: no such file; expected a {COSTS} of an earlier run")
+    return (
+        CostHeader.read(path.with_name(HEADER)),
+        artifacts.read_records(path, VariantCost),
+        artifacts.read_records(path.with_name(FITS), ScenarioFit),
+    )

@@ -1,0 +1,120 @@
+"""Where this process computes and how precisely: one object for device, dtypes and memory."""
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from puzzle.errors import UserError
+
+# On CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py).
+EAGER_UP_TO_TOKENS = 256
+EFFICIENCY = 0.4  # the share of the rate of matrix products that whole training steps reach
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a frozen model is loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    attention: str  # transformers' name of the attention implementation
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device, and whether matrix products run in bfloat16 over float32 weights."""
+
+    torch_device: torch.device
+    bfloat16: bool
+
+    @classmethod
+    def choose(cls, name: str, precision: Precision) -> "Device":
+        """The device of a recipe. Raises `UserError` for one that does not work here."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device {name!r}: {reason}; use device=auto or device=cpu") from None
+        return cls(device, _bfloat16(device) if precision == "auto" else precision == "bfloat16")
+
+    @property
+    def type(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.torch_device.type
+
+    def autocast(self) -> torch.autocast:
+        """The context in which models compute."""
+        return torch.autocast(self.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def attention_for(self, length: int) -> str:
+        """The attention implementation for sequences of `length` tokens."""
+        return "eager" if self.type == "cpu" and length <= EAGER_UP_TO_TOKENS else "sdpa"
+
+    def frozen(self, dtype: torch.dtype, length: int) -> Placement:
+        """How a frozen model of a checkpoint's `dtype` is loaded, for sequences of `length` tokens.
+
+        It keeps its dtype on GPUs under autocast and is float32 elsewhere.
+        """
+        keeps = self.type == "cuda" and self.bfloat16
+        return Placement(
+            dtype if keeps else torch.float32, self.torch_device, self.attention_for(length)
+        )
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """What the device has: a GPU's memory, or this machine's."""
+        if self.type == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @cached_property
+    def training_flops_per_s(self) -> float:
+        """What training steps reach, from a square matrix product measured now (best of four)."""
+        size = 1024 if self.type == "cpu" else 8192
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        a = torch.randn(size, size, device=self.torch_device, dtype=dtype)
+        best_s = float("inf")
+        for _ in range(4):
+            began = time.perf_counter()
+            (a @ a).sum().item()
+            best_s = min(best_s, time.perf_counter() - began)
+        return EFFICIENCY * 2 * size**3 / best_s
+
+
+def _bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large buffers: training steps on CPUs become 1.3x faster.
+
+    By default every activation of more than 128 KiB to 32 MiB is mapped anew, and its pages are
+    zeroed on first touch. Called once by whatever owns the process (the command line).
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most glibc accepts
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Give what is free back to the system, where memory matters more than speed."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

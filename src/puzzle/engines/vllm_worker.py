@@ -1,0 +1,154 @@
+"""The worker of a vLLM session: one in-process engine that is driven step by step.
+
+    python -m puzzle.engines.vllm_worker FOLDER SCENARIO [--probe]
+
+Driving the engine step by step makes prefill and decode times of one and the same batch. A probe
+exchanges the model's list of layers between steps; it therefore runs without CUDA graphs.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from puzzle.artifacts import Record
+from puzzle.config import ScenarioConfig
+from puzzle.engines import random_prompts
+from puzzle.engines.vllm_engine import register
+from puzzle.engines.vllm_messages import REPLY, BatchReply, BatchRequest, Ready
+
+EXTRA_TOKENS = 256  # per sequence: room for whole cache pages
+EXTRA_CACHE_BYTES = 64 << 20
+
+
+def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
+    """(tokens, bytes) of one page of every layer's KV cache, as the engine allocates it."""
+    pages = []
+    for layer in model.model.layers:
+        attention = getattr(getattr(layer, "self_attn", None), "attn", None)
+        spec = attention.get_kv_cache_spec(vllm_config) if attention is not None else None
+        pages.append((spec.block_size, spec.page_size_bytes) if spec is not None else (1, 0))
+    return pages
+
+
+def choose_layers(layers: list[int], model: Any) -> None:
+    """Let a model run just these of the layers it was loaded with, in this order."""
+    import torch
+
+    decoder = model.model
+    if "all_layers" not in decoder.__dict__:  # beside the module's own registry of submodules
+        decoder.__dict__["all_layers"] = list(decoder.layers)
+    decoder.layers = torch.nn.ModuleList([decoder.all_layers[index] for index in layers])
+    decoder.start_layer, decoder.end_layer = 0, len(layers)
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of all layers together, of a child or of a parent."""
+    if not getattr(config, "block_configs", None):
+        return int(config.num_hidden_layers * config.num_key_value_heads)
+    attentions = [block.attention for block in config.block_configs]
+    groups = [a.n_heads_in_group for a in attentions if not (a.no_op or a.replace_with_linear)]
+    return sum(config.num_attention_heads // group for group in groups)
+
+
+def cache_bytes(config: Any, scenario: ScenarioConfig) -> int:
+    """The KV cache that one device needs for the scenario's batch at full length."""
+    length = scenario.input_length + scenario.output_length
+    tokens = scenario.batch_size * (length + EXTRA_TOKENS)
+    element_bytes = 4 if scenario.dtype == "float32" else 2
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * element_bytes * kv_heads(config) * head
+    return int(tokens * per_token // scenario.tensor_parallel) + EXTRA_CACHE_BYTES
+
+
+def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
+    """Start the engine, print its cache pages, then one timing per request line."""
+    import torch
+    from transformers import AutoConfig
+    from vllm import LLM
+
+    register()
+    config = AutoConfig.from_pretrained(folder)
+    # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs
+    # compiling takes longer than what is measured.
+    on_gpu = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
+    llm = LLM(
+        str(folder),
+        dtype=scenario.dtype,
+        enforce_eager=probe or not torch.cuda.is_available(),
+        skip_tokenizer_init=True,
+        max_model_len=scenario.input_length + scenario.output_length + 1,
+        max_num_seqs=scenario.batch_size,
+        seed=0,
+        kv_cache_memory_bytes=cache_bytes(config, scenario),
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        tensor_parallel_size=scenario.tensor_parallel,
+        **on_gpu,
+    )
+    pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
+    reply(Ready(pages=[(tokens, size * scenario.tensor_parallel) for tokens, size in pages]))
+    for count, line in enumerate(sys.stdin):
+        request = BatchRequest.parse(line, "request")
+        prompts = random_prompts(request.scenario, config.vocab_size, count)
+        reply(serve_batch(llm, prompts, request))
+
+
+def reply(message: Record) -> None:
+    """Print one reply."""
+    print(REPLY + message.model_dump_json(), flush=True)
+
+
+def serve_batch(llm: Any, prompts: list[list[int]], request: BatchRequest) -> BatchReply:
+    """Generate for one batch, step by step, exchanging layers where they change."""
+    engine, layers = llm.llm_engine, request.layers
+    active = layers[0] if layers else None
+    if active is not None:
+        llm.apply_model(partial(choose_layers, active))
+    began, prefill_s = time.perf_counter(), 0.0
+    for index, prompt in enumerate(prompts):
+        parameters = sampling(request.scenario.output_length)
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
+    waiting = {str(index) for index in range(len(prompts))}
+    steps_s: list[float] = []
+    while engine.has_unfinished_requests():
+        if layers and not waiting:
+            next_active = layers[min(len(steps_s) + 1, len(layers) - 1)]
+            if next_active != active:
+                llm.apply_model(partial(choose_layers, next_active))
+                active = next_active
+        started = time.perf_counter()
+        outputs = engine.step()
+        if waiting:
+            begun = [out for out in outputs if out.outputs and out.outputs[0].token_ids]
+            waiting -= {out.request_id for out in begun}
+            prefill_s = time.perf_counter() - began
+        else:
+            steps_s.append(time.perf_counter() - started)
+    return BatchReply(prefill_s=prefill_s, steps_s=steps_s)
+
+
+def sampling(output_length: int) -> Any:
+    """Greedy decoding to exactly this many tokens, without detokenising."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=output_length,
+        min_tokens=output_length,
+        ignore_eos=True,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scenario", type=ScenarioConfig.model_validate_json)
+    parser.add_argument("--probe", action="store_true")
+    arguments = parser.parse_args()
+    serve(arguments.folder, arguments.scenario, arguments.probe)

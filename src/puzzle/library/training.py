@@ -1,0 +1,290 @@
+"""Training the library: chunks of batches pass through the layers, every variant learns from each.
+
+    for chunk of batches:                    # the unit of loss when interrupted
+        for layer:                           # activations of the chunk pass from layer to layer
+            for batch in chunk:  one parent block forward; every variant of the layer takes one step
+            every variant: validation loss, checkpoint
+
+Resident, the parent and all trainers stay in memory. Streamed, one layer of the parent is read from
+its files at a time and trainers come from disk and go back to it: the same arithmetic in the same
+order, so the same library.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from puzzle import artifacts
+from puzzle.device import return_freed_memory
+from puzzle.library import initialization, weights
+from puzzle.library.bld import ParentBatch, VariantTrainer, mean
+from puzzle.library.records import LossPoint, VariantRecord
+from puzzle.model import variants
+from puzzle.model.architecture import Block, Slot
+from puzzle.model.layers import ParentLayers
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer
+from puzzle.model.variants import State
+from puzzle.run import Run
+
+Batches = list[torch.Tensor]  # a layer's inputs, [B, S, D] each
+
+
+@dataclass
+class Activations:
+    """Inputs of one layer on their way through the parent."""
+
+    batches: Batches
+    validation: Batches
+    context: LayerContext
+
+
+@dataclass(frozen=True)
+class LibraryTraining:
+    """The training of a library in its folder."""
+
+    run: Run
+    folder: Path
+    parent: ParentLayers
+    trainers: list[VariantTrainer]
+    resident: bool
+
+    # ------------------------------------------------------------------------------------- files
+
+    def checkpoint(self, trainer: VariantTrainer) -> Path:
+        """The checkpoint of a variant."""
+        return self.folder / artifacts.UNFINISHED / f"{trainer.key}.safetensors"
+
+    @property
+    def no_ops_path(self) -> Path:
+        """The records of no-ops, until they go into the index."""
+        return self.folder / artifacts.UNFINISHED / "no_ops.jsonl"
+
+    def no_ops(self) -> list[VariantRecord]:
+        """What leaving out each subblock costs, for comparison."""
+        return artifacts.read_records(self.no_ops_path, VariantRecord)
+
+    # ---------------------------------------------------------------------------- initialisation
+
+    def initialise(self) -> None:
+        """Give every variant its first weights and its first validation loss, layer by layer.
+
+        What is on disk stays.
+        """
+        missing = [t for t in self.trainers if not self.checkpoint(t).exists()]
+        missing_no_ops = self._missing_no_ops()
+        if missing or missing_no_ops:
+            run, layers = self.run, len(self.run.space.layers)
+            settings = run.recipe.library
+            tokens_NS = run.corpus["train"].batch(0, settings.calibration_sequences)
+            activations = self._embed(list(tokens_NS.split(settings.batch_sequences)))
+            with run.progress.task("initialising the library", layers, "layers") as task:
+                for layer in range(layers):
+                    trainers = [t for t in missing if t.layer == layer]
+                    slots = [slot for at, slot in missing_no_ops if at == layer]
+                    with self.parent.layer(layer) as module:
+                        self._initialise_layer(module, trainers, activations)
+                        for slot in slots:
+                            self._record_no_op(layer, slot, module, activations)
+                        self._advance(module, activations.batches, activations.context)
+                        self._advance(module, activations.validation, activations.context)
+                    task.advance()
+        for trainer in self.trainers:
+            if not trainer.history:
+                trainer.read_progress(self.checkpoint(trainer))
+
+    def _missing_no_ops(self) -> list[tuple[int, Slot]]:
+        recorded = {(record.layer, record.slot) for record in self.no_ops()}
+        places = [
+            (index, variant.slot)
+            for index, layer in enumerate(self.run.space.layers)
+            for variant in layer.subblocks
+            if variant.kind == "no_op"
+        ]
+        return [place for place in places if place not in recorded]
+
+    def _initialise_layer(
+        self, module: PuzzleDecoderLayer, trainers: list[VariantTrainer], activations: Activations
+    ) -> None:
+        least_squares = self.run.recipe.library.initialization == "least_squares"
+        with self.run.device.autocast():
+            batches = self._on_device(activations.batches)
+            calibration = initialization.calibrate(
+                module, batches, activations.context, least_squares
+            )
+        for trainer in trainers:
+            layer_module = self._module(trainer)
+            layer_module.load_state_dict(
+                self._first_state(trainer, module.state_dict(), calibration)
+            )
+            trainer.begin(layer_module)
+            errors = self._validation_errors([trainer], module, activations)
+            trainer.history = [LossPoint(tokens=0, validation=errors[trainer.key])]
+            trainer.save(self.checkpoint(trainer))
+            if not self.resident:
+                self._release([trainer])
+
+    def _first_state(
+        self,
+        trainer: VariantTrainer,
+        layer_state: State,
+        calibration: initialization.Calibration,
+    ) -> State:
+        """Training-free weights of a subblock; a pair starts from the first run's library."""
+        variant, run = trainer.variant, self.run
+        if isinstance(variant, Block):
+            assert run.first is not None
+            state = weights.read_block(run.first, trainer.layer, variant, layer_state)
+            return {name: tensor.float() for name, tensor in state.items()}
+        return initialization.initial_state(layer_state, variant, run.parent.shape, calibration)
+
+    def _record_no_op(
+        self, layer: int, slot: Slot, module: PuzzleDecoderLayer, activations: Activations
+    ) -> None:
+        losses = []
+        with torch.no_grad(), self.run.device.autocast():
+            for x_BSD in self._on_device(activations.validation):
+                batch = ParentBatch.from_layer(module, x_BSD, activations.context)
+                losses.append(batch.no_op_error(slot))
+        loss = mean(losses)
+        record = VariantRecord(
+            layer=layer, slot=slot, variant="no_op", file=None, nmse_before=loss, nmse_after=loss
+        )
+        artifacts.append_record(self.no_ops_path, record)
+
+    # ---------------------------------------------------------------------------------- training
+
+    def train(self) -> None:
+        """BLD, chunk by chunk and layer by layer; goes on from the checkpoints in the folder."""
+        run, settings = self.run, self.run.recipe.library
+        steps = max(trainer.steps for trainer in self.trainers)
+        batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
+        title = f"BLD of {len(self.trainers)} variants"
+        with run.progress.task(title, steps * batch_tokens, "tokens") as task:
+            for first in range(0, steps, settings.chunk_steps):
+                last = min(first + settings.chunk_steps, steps)
+                pending = [t for t in self.trainers if not t.done and t.step < last]
+                if not pending:
+                    task.skip((last - first) * batch_tokens)
+                    continue
+                depth = max(trainer.layer for trainer in pending) + 1
+                activations = self._embed([self._tokens(step) for step in range(first, last)])
+                for layer in range(depth):
+                    trainers = [t for t in pending if t.layer == layer]
+                    self._train_layer(layer, trainers, activations)
+                    losses = [t.history[-1].validation for t in trainers]
+                    error = f", mean nMSE {mean(losses):.4f}" if losses else ""
+                    task.advance((last - first) * batch_tokens / depth, f"layer {layer}{error}")
+
+    def _train_layer(
+        self, layer: int, trainers: list[VariantTrainer], activations: Activations
+    ) -> None:
+        """One layer, one chunk. Streamed, its variants take turns in memory."""
+        groups = [trainers] if self.resident else ([[t] for t in trainers] or [[]])
+        with self.parent.layer(layer) as module:
+            for index, group in enumerate(groups):
+                is_last = index == len(groups) - 1
+                self._train_group(group, module, activations, hand_on=is_last)
+                if not self.resident:
+                    self._release(group)
+
+    def _train_group(
+        self,
+        group: list[VariantTrainer],
+        module: PuzzleDecoderLayer,
+        activations: Activations,
+        *,
+        hand_on: bool,
+    ) -> None:
+        """Every variant of the group learns from every batch. `hand_on`: inputs become outputs."""
+        run, settings = self.run, self.run.recipe.library
+        losses: dict[str, list[torch.Tensor]] = {trainer.key: [] for trainer in group}
+        for trainer in group:
+            if trainer.module is None:
+                trainer.restore(self.checkpoint(trainer), self._module(trainer))
+        batches = activations.batches
+        for index, x_BSD in enumerate(self._on_device(batches)):
+            with run.device.autocast():
+                batch = ParentBatch.from_layer(module, x_BSD, activations.context)
+                for trainer in group:
+                    if not trainer.done:
+                        losses[trainer.key].append(trainer.train_step(batch, settings))
+            if hand_on:
+                batches[index] = batch.o_BSD.to(batches[index].device)
+        errors = self._validation_errors(group, module, activations)
+        if hand_on:
+            self._advance(module, activations.validation, activations.context)
+        for trainer in group:
+            train_loss = torch.stack(losses[trainer.key]).mean().item()
+            self._end_chunk(trainer, train_loss, errors[trainer.key])
+
+    def _end_chunk(self, trainer: VariantTrainer, train_loss: float, validation: float) -> None:
+        run, settings = self.run, self.run.recipe.library
+        tokens = trainer.step * settings.batch_sequences * run.recipe.corpus.sequence_length
+        point = LossPoint(tokens=tokens, train=train_loss, validation=validation)
+        trainer.end_chunk(point, settings)
+        if trainer.stopped:
+            run.progress.say(f"  {trainer.key}: stopped, {trainer.stopped}")
+        trainer.save(self.checkpoint(trainer))
+        figures = {"tokens": tokens, "train": train_loss, "validation": validation}
+        run.metrics.log("library", trainer.step, {trainer.key: figures})
+
+    def _validation_errors(
+        self, group: Sequence[VariantTrainer], module: PuzzleDecoderLayer, activations: Activations
+    ) -> dict[str, float]:
+        """Validation loss of every variant of a layer: the mean over batches."""
+        losses: dict[str, list[float]] = {trainer.key: [] for trainer in group}
+        if group:
+            with torch.no_grad(), self.run.device.autocast():
+                for x_BSD in self._on_device(activations.validation):
+                    batch = ParentBatch.from_layer(module, x_BSD, activations.context)
+                    for trainer in group:
+                        losses[trainer.key].append(trainer.error(batch).item())
+        return {key: mean(values) for key, values in losses.items()}
+
+    # ------------------------------------------------------------------------------- activations
+
+    def _embed(self, batches: list[torch.Tensor]) -> Activations:
+        """Layer 0's inputs of these batches [B, S] and of the validation text.
+
+        The context is that of a batch of one, which fits any other.
+        """
+        device = self.run.device.torch_device
+        embedded = []
+        with torch.no_grad(), self.run.device.autocast():
+            for part in (batches, self._validation_tokens()):
+                states = [self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part]
+                embedded.append([x.cpu() for x in states] if self.parent.on_host else states)
+            _, context = self.parent.embed(batches[0][:1].to(device))
+        return Activations(embedded[0], embedded[1], context)
+
+    def _on_device(self, batches: Batches) -> Iterator[torch.Tensor]:
+        device = self.run.device.torch_device
+        return (x_BSD.to(device, non_blocking=True) for x_BSD in batches)
+
+    @torch.no_grad()
+    def _advance(self, module: PuzzleDecoderLayer, batches: Batches, context: LayerContext) -> None:
+        """Replace a layer's inputs by its outputs."""
+        with self.run.device.autocast():
+            for index, x_BSD in enumerate(self._on_device(batches)):
+                batches[index] = module(x_BSD, **context).to(batches[index].device)
+
+    def _tokens(self, step: int) -> torch.Tensor:
+        return self.run.corpus["train"].batch(step, self.run.recipe.library.batch_sequences)
+
+    def _validation_tokens(self) -> list[torch.Tensor]:
+        settings = self.run.recipe.library
+        rows_NS = self.run.corpus["validation"].head(settings.validation_sequences)
+        return list(rows_NS.split(settings.batch_sequences))
+
+    def _module(self, trainer: VariantTrainer) -> PuzzleDecoderLayer:
+        attention = self.run.placement.attention
+        module = variants.block_module(self.run.parent, trainer.layer, trainer.block, attention)
+        return module.to(self.run.device.torch_device)
+
+    @staticmethod
+    def _release(group: Sequence[VariantTrainer]) -> None:
+        for trainer in group:
+            trainer.release()
+        return_freed_memory()

@@ -1,0 +1,96 @@
+"""The table a run ends with: parent against child, on the page and in the terminal."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from puzzle.evaluate.results import ModelResult, Quality, Results
+
+
+class Row(NamedTuple):
+    """One line: a name, and a figure of the parent, of the child, of the uptrained child."""
+
+    name: str
+    parent: str
+    child: str
+    uptrained: str
+
+
+QUALITY_ROWS = (  # name, field of `Quality`, format
+    ("KL(parent || model), nats/token", "kl", ".4f"),
+    ("LM loss, nats/token", "lm_loss", ".4f"),
+    ("top-1 token accuracy", "top1", ".2%"),
+    ("top-5 token accuracy", "top5", ".2%"),
+    ("accuracy on the task", "task", ".2%"),
+)
+
+
+def rows(results: Results) -> list[Row]:
+    """Speed, sizes, quality and retention."""
+    table = _speed_rows(results)
+    models = (results.parent, results.child, results.uptrained)
+    table.append(Row("parameters", *(f"{model.parameters:,}" for model in models)))
+    cache = (f"{model.kv_cache_bytes_per_token:,}" for model in models)
+    table.append(Row("KV cache, bytes per token", *cache))
+    for name, field, form in QUALITY_ROWS:
+        values = [_figure(model.quality, field) for model in models]
+        if values[0] is not None:
+            cells = ["" if value is None else format(value, form) for value in values]
+            table.append(Row(name, *cells))
+    table.append(Row("retention of top-1", *(_retention(model) for model in models)))
+    return table
+
+
+def _speed_rows(results: Results) -> list[Row]:
+    """What was measured, where something was, and what was predicted."""
+    table, word = [], results.speed_word
+    error = ""
+    if results.speed is not None:
+        parent, child = (
+            f"{side.throughput_tok_per_s:,.0f}"
+            for side in (results.speed.parent, results.speed.child)
+        )
+        engine = results.costs.engine.engine
+        table.append(Row(f"output tok/s, {word} ({engine})", parent, "", child))
+        name = f"speed-up, {word} (median of pairs)"
+        table.append(Row(name, "1.00x", "", f"{results.speedup:.2f}x"))
+        share = results.served.scenarios["main"].prediction_error
+        error = f" ({share * 100:+.1f} %)"
+    predicted = [
+        figures.throughput_tok_per_s
+        for figures in (results.predicted_parent, results.predicted_child)
+    ]
+    speedup = f"{predicted[1] / predicted[0]:.2f}x{error}"
+    table.insert(
+        len(table) // 2,
+        Row("output tok/s, predicted", f"{predicted[0]:,.0f}", "", f"{predicted[1]:,.0f}"),
+    )
+    return [*table, Row("speed-up, predicted", "1.00x", "", speedup)]
+
+
+def _figure(quality: Quality, field: str) -> float | None:
+    value: float | None = getattr(quality, field)
+    return value
+
+
+def _retention(model: ModelResult) -> str:
+    return "" if model.retention is None else f"{model.retention:.1%}"
+
+
+def print_results(results: Results, page: Path) -> None:
+    """The table, the promises and the page's path, on standard output."""
+    console = Console(highlight=False)
+    asked = ", ".join(promise.asked for promise in results.served.promises)
+    title = f"parent against child: {asked}" if asked else "parent against child"
+    table = Table(title=title, title_justify="left")
+    for column in Row._fields:
+        label = "" if column == "name" else column
+        table.add_column(label, justify="left" if column == "name" else "right")
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)
+    for promise in results.served.promises:
+        console.print(promise.in_words)
+    console.print(f"report: {page}", soft_wrap=True)

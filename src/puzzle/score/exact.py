@@ -1,0 +1,131 @@
+"""Exact scores: a replaced block starts from the parent's activations and runs the layers after it.
+
+The parent's activations at every block input are computed once per shard of sequences; the blocks
+of a layer go through the layers after it together, batched to `tokens_per_pass`. Logits are chunked
+over tokens; the parent's log-probabilities are recomputed from its final hidden state.
+
+Shape legend: C candidates, M metrics, B sequences, S positions, D hidden, T = B * (S - 1).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from puzzle.data import tasks
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleForCausalLM
+from puzzle.run import Run
+from puzzle.score.modules import LayerBlocks
+from puzzle.score.results import Sums
+from puzzle.training.losses import METRICS, token_metrics
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sequences that are scored together: of text, or the rows of questions."""
+
+    name: str
+    tokens_BS: torch.Tensor
+    questions: tasks.QuestionBatch | None = None
+
+
+@torch.no_grad()
+def parent_states(
+    run: Run, parent: PuzzleForCausalLM, tokens_BS: torch.Tensor
+) -> list[torch.Tensor]:
+    """The parent's input of every layer and its last output: L + 1 host tensors [B, S, D]."""
+    with run.device.autocast():
+        hidden, context = parent.model.embed(tokens_BS.to(run.device.torch_device))
+        states = [hidden.cpu()]
+        for module in parent.model.layers:
+            hidden = module(hidden, **context)
+            states.append(hidden.cpu())
+        return states
+
+
+@torch.no_grad()
+def score_layer(
+    run: Run,
+    parent: PuzzleForCausalLM,
+    layer: int,
+    blocks: LayerBlocks,
+    states: Sequence[torch.Tensor],
+    shard: Shard,
+) -> dict[str, Sums]:
+    """Sums over the tokens of a shard of every metric, by name of the layer's blocks.
+
+    Args:
+        run: for device and settings.
+        parent: in memory.
+        layer: whose block is replaced.
+        blocks: the replacements.
+        states: of `parent_states` on this shard.
+        shard: the text or questions.
+    """
+    device = run.device.torch_device
+    tokens_BS = shard.tokens_BS.to(device)
+    x_BSD = states[layer].to(device)
+    per_pass = max(1, run.recipe.score.tokens_per_pass // tokens_BS.numel())
+    results: dict[str, Sums] = {}
+    with run.device.autocast():
+        final_BSD = parent.model.norm(states[-1].to(device))
+        _, context = parent.model.embed(tokens_BS[:1])  # of a batch of one: fits any number
+        suffix = Suffix(parent, layer, context, final_BSD, tokens_BS)
+        outputs = blocks.outputs(x_BSD, context)
+        while pending := list(itertools.islice(outputs, per_pass)):
+            metrics_CMBS = suffix.metrics([output for _, output in pending])
+            for (block, _), metrics_MBS in zip(pending, metrics_CMBS, strict=True):
+                if shard.questions is None:
+                    results[block.name] = text_sums(metrics_MBS)
+                else:
+                    results[block.name] = question_sums(shard.questions, metrics_MBS)
+    return results
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What follows a layer of the parent: the layers after it, the head, and the parent's side."""
+
+    parent: PuzzleForCausalLM
+    layer: int
+    context: LayerContext
+    final_BSD: torch.Tensor  # the parent's, after the last norm
+    tokens_BS: torch.Tensor
+
+    def metrics(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Run several outputs [B, S, D] of the layer on at once: float64 [C, M, B, S - 1]."""
+        count, (B, S) = len(outputs), self.tokens_BS.shape
+        hidden = torch.cat(list(outputs))
+        for module in self.parent.model.layers[self.layer + 1 :]:
+            hidden = module(hidden, **self.context)
+        child_CBSD = self.parent.model.norm(hidden).view(count, B, S, -1)
+        head = self.parent.lm_head.weight
+        metrics_CMT = token_metrics(
+            self.final_BSD[:, :-1].flatten(0, 1),
+            head,
+            child_CBSD[:, :, :-1].flatten(1, 2),
+            head,
+            self.tokens_BS[:, 1:].flatten(),
+            soft_cap=self.parent.config.final_logit_softcapping,
+        )
+        return metrics_CMT.view(count, len(METRICS), B, S - 1).double()
+
+
+def text_sums(metrics_MBS: torch.Tensor) -> Sums:
+    """Sums over tokens, and of the squares of every sequence's mean."""
+    squares_M = metrics_MBS.mean(dim=-1).square().sum(dim=-1)
+    return Sums(
+        sums=dict(zip(METRICS, metrics_MBS.sum(dim=(1, 2)).tolist(), strict=True)),
+        squares=dict(zip(METRICS, squares_M.tolist(), strict=True)),
+        tokens=metrics_MBS[0].numel(),
+        sequences=metrics_MBS.shape[1],
+    )
+
+
+def question_sums(questions: tasks.QuestionBatch, metrics_MRT: torch.Tensor) -> Sums:
+    """Right answers, which are their own squares."""
+    right = float(sum(questions.right(metrics_MRT[METRICS.index("lm_loss")])))
+    sums = {"task": right}
+    count = len(questions.answers)
+    return Sums(sums=sums, squares=dict(sums), tokens=0, sequences=0, questions=count)

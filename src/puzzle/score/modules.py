@@ -1,0 +1,84 @@
+"""The library's blocks as modules, ready to be put in the parent's place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from puzzle.library import weights
+from puzzle.library.memory import trained_parameters
+from puzzle.model import variants
+from puzzle.model.architecture import FFN, Attention, Block
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.model.variants import State
+from puzzle.run import Run
+
+RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
+
+
+def is_resident(run: Run) -> bool:
+    """Whether all layers' variants are kept in memory while scoring."""
+    library_bytes = 4 * sum(trained_parameters(run))
+    return library_bytes < RESIDENT_SHARE * run.device.memory_bytes
+
+
+class LayerBlocks:
+    """The blocks of one layer as modules: two subblocks composed, or a pair trained together."""
+
+    def __init__(
+        self, halves: Mapping[Block, tuple[PuzzleDecoderLayer, PuzzleDecoderLayer]]
+    ) -> None:
+        self.halves = dict(halves)
+
+    @classmethod
+    def load(
+        cls, run: Run, layer: int, parent_layer: PuzzleDecoderLayer, blocks: Sequence[Block]
+    ) -> "LayerBlocks":
+        """Read the library's weights; what is the parent's is shared with the parent."""
+        parent_state = parent_layer.state_dict()
+
+        def module(block: Block, state: State) -> PuzzleDecoderLayer:
+            attention = run.placement.attention
+            made = variants.frozen_module(run.parent, layer, block, attention, state)
+            return made.to(run.device.torch_device)
+
+        if run.recipe.library.coupled:
+            pairs = {b: module(b, weights.read_block(run, layer, b, parent_state)) for b in blocks}
+            return cls({block: (pair, pair) for block, pair in pairs.items()})
+        subblocks = dict.fromkeys(half for block in blocks for half in block.subblocks)
+        modules: dict[Attention | FFN, PuzzleDecoderLayer] = {}
+        for half in subblocks:
+            modules[half] = module(half.alone, weights.read_state(run, layer, half, parent_state))
+        return cls({block: (modules[block.attention], modules[block.ffn]) for block in blocks})
+
+    def only(self, blocks: Sequence[Block]) -> "LayerBlocks":
+        """Some of the blocks; modules are shared."""
+        return LayerBlocks({block: self.halves[block] for block in blocks})
+
+    def outputs(
+        self, x_BSD: torch.Tensor, context: LayerContext
+    ) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Every block's output [B, S, D]; an attention shared by neighbours is computed once."""
+        last: PuzzleDecoderLayer | None = None
+        attended_BSD = x_BSD
+        for block, (attention, ffn) in self.halves.items():
+            if attention is not last:
+                attended_BSD, last = attention.attention(x_BSD, **context), attention
+            yield block, ffn.feed_forward(attended_BSD)
+
+
+class LibraryBlocks:
+    """The blocks of every layer; all are kept where they are small beside the memory."""
+
+    def __init__(self, run: Run, parent: PuzzleForCausalLM) -> None:
+        self.run, self.parent = run, parent
+        self.kept: dict[int, LayerBlocks] | None = {} if is_resident(run) else None
+
+    def layer(self, index: int, blocks: Sequence[Block]) -> LayerBlocks:
+        """These blocks of one layer."""
+        module = self.parent.model.layers[index]
+        if self.kept is None:
+            return LayerBlocks.load(self.run, index, module, blocks)
+        if index not in self.kept:
+            all_blocks = self.run.space.layers[index].blocks
+            self.kept[index] = LayerBlocks.load(self.run, index, module, all_blocks)
+        return self.kept[index].only(blocks)

@@ -1,0 +1,119 @@
+"""What a search writes: solutions with their predictions, the frontier, the baselines."""
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.cost.table import CostTable
+from puzzle.model.architecture import Architecture
+from puzzle.search import SEARCH
+from puzzle.search.constraints import Constraint, Tables
+from puzzle.stage import Job
+
+ANSWER, FRONTIER, BASELINES = "solutions.json", "frontier.jsonl", "baselines.jsonl"
+
+
+class Figures(Record):
+    """Predicted figures of a whole model in one scenario."""
+
+    throughput_tok_per_s: float
+    latency_s: float
+    time_to_first_token_s: float
+    memory_bytes: int
+    parameters: int
+    kv_cache_bytes: int
+
+    @classmethod
+    def of(cls, table: CostTable, architecture: Architecture) -> "Figures":
+        """What a table predicts of an architecture."""
+        total = table.predict(architecture)
+        return cls(
+            throughput_tok_per_s=table.tokens / total.total_s,
+            latency_s=total.total_s,
+            time_to_first_token_s=total.prefill_s,
+            memory_bytes=total.memory_bytes,
+            parameters=total.parameters,
+            kv_cache_bytes=total.kv_cache_bytes,
+        )
+
+
+class Solution(Record):
+    """One architecture: the sum of its scores, and what cannot be better."""
+
+    blocks: list[str]
+    objective: float  # the sum of the blocks' losses
+    bound: float  # proven: no choice has a smaller sum
+    gap: float  # (objective - bound) / |objective|
+    seconds: float
+    predicted: dict[str, Figures]  # by scenario
+
+    @property
+    def architecture(self) -> Architecture:
+        """The blocks."""
+        return Architecture.from_names(self.blocks)
+
+
+class SweepPoint(Record):
+    """The best sum of scores at one batch size of the main scenario; None where none fits."""
+
+    batch_size: int
+    objective: float | None
+
+
+class Answer(Record):
+    """`solutions.json`: what was asked and the best architectures for it."""
+
+    constraints: list[Constraint]
+    time_factor: float  # by which predicted seconds are corrected
+    margin: float
+    batch_size: int  # of the main scenario
+    sweep: list[SweepPoint]
+    parent: dict[str, Figures]  # by scenario
+    solutions: list[Solution]  # best first
+
+    @property
+    def best(self) -> Solution:
+        """The solution that is made into a child."""
+        return self.solutions[0]
+
+
+class FrontierPoint(Record):
+    """The best sum of scores for one limit of the swept resource."""
+
+    objective: float
+    gap: float
+    blocks: list[str]
+    figures: Figures
+
+
+class BaselineChoice(Record):
+    """What another way of choosing reaches within the same limits; None where nothing fits."""
+
+    name: str
+    objective: float | None = None
+    blocks: list[str] | None = None
+    figures: Figures | None = None
+
+
+def predict(tables: Tables, architecture: Architecture) -> dict[str, Figures]:
+    """Predicted figures in every scenario."""
+    return {name: Figures.of(table, architecture) for name, table in tables.items()}
+
+
+def read(job: Job) -> Answer:
+    """The answer that the job's child is made from."""
+    return Answer.read(job.folder(SEARCH) / ANSWER)
+
+
+def read_frontier(job: Job) -> list[FrontierPoint]:
+    """The frontier, by falling use of its resource."""
+    return artifacts.read_records(job.folder(SEARCH) / FRONTIER, FrontierPoint)
+
+
+def read_baselines(job: Job) -> list[BaselineChoice]:
+    """Every baseline."""
+    return artifacts.read_records(job.folder(SEARCH) / BASELINES, BaselineChoice)
+
+
+def architectures(job: Job) -> list[list[str]]:
+    """The blocks of every solution and of every point of the frontier."""
+    points = read_frontier(job)
+    return [s.blocks for s in read(job).solutions] + [point.blocks for point in points]

@@ -1,0 +1,152 @@
+"""What users ask for: quantities with units, as limits on the resources of a whole model.
+
+A constraint is absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent ("2x",
+"50%"), and holds in every scenario or in a named one.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from puzzle.artifacts import Record
+from puzzle.config import SearchConfig
+from puzzle.cost.table import Cost, CostTable
+from puzzle.errors import UserError
+from puzzle.model.architecture import Architecture
+
+UNITS = {
+    "bytes": {
+        "B": 1.0,
+        "KB": 1e3,
+        "MB": 1e6,
+        "GB": 1e9,
+        "TB": 1e12,
+        "KiB": 2.0**10,
+        "MiB": 2.0**20,
+        "GiB": 2.0**30,
+    },
+    "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0},
+    "tokens per second": {"tok/s": 1.0, "ktok/s": 1e3},
+    "parameters": {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9},
+}
+QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/%]*)\s*")
+Tables = dict[str, CostTable]  # by scenario; `main` at the batch size that is looked at
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A constraint people can ask for: its unit and which resource of a `Cost` it limits."""
+
+    unit: str
+    resource: Callable[[Cost], float]
+    at_least: bool = False  # throughput: more is better; it becomes a limit on seconds
+    timed: bool = False  # measured on the engine, so corrections and the margin apply
+
+
+KINDS = {
+    "throughput": Kind("tokens per second", lambda cost: cost.total_s, at_least=True, timed=True),
+    "latency": Kind("seconds", lambda cost: cost.total_s, timed=True),
+    "time_to_first_token": Kind("seconds", lambda cost: cost.prefill_s, timed=True),
+    "memory": Kind("bytes", lambda cost: cost.memory_bytes),
+    "parameters": Kind("parameters", lambda cost: cost.parameters),
+    "kv_cache": Kind("bytes", lambda cost: cost.kv_cache_bytes),
+}
+
+
+class Constraint(Record):
+    """What was asked, in one scenario."""
+
+    name: str
+    text: str  # as it was asked
+    value: float  # in the constraint's own unit
+    relative: float | None  # to the parent; None where it was asked in units
+    limit: float  # bounds the model's resource from above
+    scenario: str = "main"
+
+    @property
+    def kind(self) -> Kind:
+        """Its unit and resource."""
+        return KINDS[self.name]
+
+    @property
+    def label(self) -> str:
+        """`throughput`, or `chat throughput` for another scenario than main."""
+        return self.name if self.scenario == "main" else f"{self.scenario} {self.name}"
+
+
+def parse_quantity(name: str, text: str) -> tuple[float, bool]:
+    """(number in base units, whether it is relative to the parent). `UserError` where unclear."""
+    match = QUANTITY.fullmatch(str(text))
+    units = UNITS[KINDS[name].unit]
+    known = ", ".join(unit or "none" for unit in units)
+    expected = f"expected a number with a unit ({known}) or relative to the parent (2x, 50%)"
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"search.{name}: got {text!r}; {expected}")
+    number, unit = float(match[1]), match[2]
+    if unit in ("x", "%"):
+        return number / (100 if unit == "%" else 1), True
+    if unit not in units:
+        raise UserError(f"search.{name}: got {text!r}; {expected}")
+    return number * units[unit], False
+
+
+def check(settings: SearchConfig, scenarios: Sequence[str]) -> None:
+    """Raise `UserError` where nothing is asked for or a quantity is unclear; needs no costs."""
+    requests = list(_requests(settings, scenarios))
+    if not requests and settings.architecture is None:
+        names = ", ".join(KINDS)
+        raise UserError(
+            f"search: no constraint is set; set at least one of {names}, for example throughput: 2x"
+        )
+    for name, scenario, text in requests:
+        if scenario not in scenarios:
+            known = ", ".join(scenarios)
+            raise UserError(f"search.{name}: no scenario {scenario!r}; expected one of {known}")
+        parse_quantity(name, text)
+
+
+def _requests(settings: SearchConfig, scenarios: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(constraint, scenario, text). One text holds in every scenario.
+
+    The number of parameters is the same in all of them, so it is asked once.
+    """
+    for name in KINDS:
+        quantity = getattr(settings, name)
+        if isinstance(quantity, str):
+            asked_in = scenarios[:1] if name == "parameters" else scenarios
+            quantity = dict.fromkeys(asked_in, quantity)
+        for scenario, text in (quantity or {}).items():
+            yield name, scenario, str(text)
+
+
+def constraints(
+    settings: SearchConfig, tables: Tables, reference: CostTable, parent: Architecture
+) -> list[Constraint]:
+    """What was asked, as limits on resources of the whole model.
+
+    Args:
+        settings: what was asked.
+        tables: costs by scenario.
+        reference: of `main` at its own batch size, where the parent is served that "2x" compares
+            with.
+        parent: the parent's architecture.
+    """
+    limits = []
+    for name, scenario, text in _requests(settings, list(tables)):
+        kind, table = KINDS[name], tables[scenario]
+        compared = reference if scenario == "main" else table
+        number, is_relative = parse_quantity(name, text)
+        resource = kind.resource(compared.predict(parent))
+        of_parent = compared.tokens / resource if kind.at_least else resource
+        value = number * of_parent if is_relative else number
+        limits.append(
+            Constraint(
+                name=name,
+                text=text,
+                value=value,
+                relative=number if is_relative else None,
+                limit=table.tokens / value if kind.at_least else value,
+                scenario=scenario,
+            )
+        )
+    return limits

@@ -1,0 +1,125 @@
+"""The search program of a space: blocks become columns, constraints become rows.
+
+minimise  sum_ij score_ij x_ij
+subject   sum_j x_ij = 1                      every layer i takes one block j
+          sum_ij resource_ij x_ij <= limit    one row per constraint and scenario
+          sum_i x_i,y_i <= (1 - diversity) L  for every earlier solution y
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from puzzle.config import SearchConfig
+from puzzle.cost.table import CostTable
+from puzzle.model.architecture import Block
+from puzzle.search.constraints import Constraint, Kind, Tables
+from puzzle.search.mip import nearest
+from puzzle.search.program import Program, Row, starts_of
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most `limit` of a resource of the whole model."""
+
+    kind: Kind
+    table: CostTable
+    limit: float
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The blocks that every layer may take, the parent's first, with the loss of each [C]."""
+
+    layers: list[list[Block]]
+    losses: np.ndarray
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The block of every column."""
+        return [block for layer in self.layers for block in layer]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The first column of every layer, and the number of columns."""
+        return starts_of([len(layer) for layer in self.layers])
+
+    def names(self, columns: np.ndarray) -> list[str]:
+        """The blocks' names of one column per layer."""
+        blocks = self.blocks
+        return [blocks[column].name for column in columns]
+
+
+def build(
+    choices: Choices, limits: Sequence[Limit], settings: SearchConfig | None = None
+) -> Program:
+    """The program of a space. The model's constant part is taken off every limit."""
+    blocks = choices.blocks
+    rows, rights = [], []
+    for limit in limits:
+        resource, table = limit.kind.resource, limit.table
+        costs = {block: resource(table.block(block)) for block in dict.fromkeys(blocks)}
+        rows.append([costs[block] for block in blocks])
+        rights.append(limit.limit - resource(table.constant))
+    extra: tuple[Row, ...] = ()
+    if settings is not None and settings.changed_layers is not None:
+        rows.append([float(b != layer[0]) for layer in choices.layers for b in layer])
+        rights.append(float(settings.changed_layers))
+    starts = choices.starts
+    if settings is not None and settings.monotone:
+        widths = np.array([float(block.ffn.intermediate_size) for block in blocks])
+        layers = range(len(choices.layers) - 1)
+        extra = tuple(_never_wider(starts, widths, layer) for layer in layers)
+    resources = np.array(rows, dtype=float).reshape(len(rows), len(blocks))
+    return Program(starts, choices.losses, resources, np.array(rights, dtype=float), extra)
+
+
+def _never_wider(starts: np.ndarray, widths: np.ndarray, layer: int) -> Row:
+    """width(layer + 1) - width(layer) <= 0, in units of the widest."""
+    columns = np.arange(starts[layer], starts[layer + 2])
+    sign = np.where(columns >= starts[layer + 1], 1.0, -1.0)
+    return Row(columns, sign * widths[columns] / max(widths.max(), 1.0), 0.0)
+
+
+def homogeneous(program: Program, choices: Choices) -> np.ndarray | None:
+    """The best choice of one and the same block in every layer (as Minitron), or None."""
+    best, best_columns = np.inf, None
+    for block in choices.layers[0]:
+        if not all(block in layer for layer in choices.layers):
+            continue
+        offsets = [layer.index(block) for layer in choices.layers]
+        columns = program.starts[:-1] + np.array(offsets)
+        loss = float(program.costs[columns].sum())
+        if loss < best and program.feasible(columns):
+            best, best_columns = loss, columns
+    return best_columns
+
+
+def explain_infeasible(
+    program: Program, constraints: Sequence[Constraint], tables: Tables, time_limit_s: float
+) -> str:
+    """One line: which constraint cannot be met, the best attainable of each alone, the nearest."""
+    lines = []
+
+    def value(constraint: Constraint, used: float) -> float:
+        table = tables[constraint.scenario]
+        used += constraint.kind.resource(table.constant)
+        return table.tokens / used if constraint.kind.at_least else used
+
+    for row, constraint in enumerate(constraints):
+        least = float(program.least[row])
+        reachable = "reachable alone" if least <= program.limits[row] else "out of reach"
+        lines.append(
+            f"{constraint.label} {constraint.text} is {reachable} "
+            f"(best attainable: {value(constraint, least):.6g} {constraint.kind.unit})"
+        )
+    columns = nearest(program, time_limit_s)
+    if columns is not None:
+        used = program.resources[:, columns].sum(axis=1)
+        totals = [
+            f"{constraint.label} {value(constraint, float(used[row])):.6g}"
+            for row, constraint in enumerate(constraints)
+        ]
+        lines.append(f"the nearest that is possible: {', '.join(totals)}")
+    return "search: no architecture meets the constraints: " + "; ".join(lines)

@@ -1,0 +1,203 @@
+"""The contract of a stage: what it is, what decides its result, what it needs, how it is done.
+
+Every room's `__init__.py` declares its stage as a `Stage`, which is cheap to import: the command
+line and `puzzle status` need no torch. The half that computes is a `Work`, in the room's
+`stage.py`, imported when it is first used. `pipeline.py` imports the stages and shows their order.
+
+A stage gets a `Job`: the run, and where it applies the place and the child. It reads artifacts of
+earlier stages, and writes into the folder it is given and nowhere else.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puzzle import artifacts, locks
+from puzzle.artifacts import Inputs, Manifest
+from puzzle.config import CostConfig, EvaluateConfig, SearchConfig, Target, UptrainConfig
+from puzzle.errors import UserError
+
+if TYPE_CHECKING:
+    from puzzle.engines import Engine
+    from puzzle.model.space import SearchSpace
+    from puzzle.run import Run
+
+
+class Scope(Enum):
+    """What a stage belongs to, and so where its folder is."""
+
+    RUN = "run"  # the parent: made once
+    PLACE = "place"  # where children are served
+    CHILD = "child"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where children are served: engine, device, scenarios, and what serves them."""
+
+    name: str
+    folder: Path
+    deploy: list[Target]
+    cost: CostConfig
+
+
+@dataclass(frozen=True)
+class Child:
+    """A wish at a place, and the settings of its own stages."""
+
+    name: str
+    folder: Path
+    place: str
+    search: SearchConfig
+    uptrain: UptrainConfig
+    evaluate: EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage works on."""
+
+    run: "Run"
+    at: Place | None = None
+    wish: Child | None = None
+
+    @property
+    def place(self) -> Place:
+        """The place, for stages that have one."""
+        assert self.at is not None, "this stage has no place"
+        return self.at
+
+    @property
+    def child(self) -> Child:
+        """The child, for stages that make one."""
+        assert self.wish is not None, "this stage has no child"
+        return self.wish
+
+    @cached_property
+    def space(self) -> "SearchSpace":
+        """What of the library the place's deployment targets can serve."""
+        from puzzle.model import space
+
+        return space.servable(self.run.space, self.place.deploy, self.run.parent.shape)
+
+    @cached_property
+    def engine(self) -> "Engine":
+        """The engine of the place. Raises `UserError` where it cannot run here."""
+        from puzzle import engines
+
+        return engines.choose(self.place.cost, self.place.deploy, self.run.folder / "logs")
+
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the place's device while something is measured on it."""
+        if not self.engine.measured:
+            return contextlib.nullcontext()
+        return locks.hold_device(self.engine.facts.device, self.run.progress.say)
+
+    def folder(self, stage: "Stage") -> Path:
+        """Where a stage of this job keeps its files."""
+        root = {
+            Scope.RUN: lambda: self.run.folder,
+            Scope.PLACE: lambda: self.place.folder,
+            Scope.CHILD: lambda: self.child.folder,
+        }[stage.scope]()
+        return root / stage.folder
+
+    def manifest(self, stage: "Stage") -> Manifest:
+        """The manifest of an earlier stage that is done for the settings of now.
+
+        Raises `UserError` with the command that is missing.
+        """
+        manifest = artifacts.read_manifest(self.folder(stage))
+        if manifest is None or not stage.is_current(self, manifest):
+            state = "not done" if manifest is None else "out of date"
+            raise UserError(
+                f"run {self.run.folder}: stage {stage.name} is {state}; run "
+                f"`puzzle {stage.command(self)}` first"
+            )
+        return manifest
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage will take, estimated before anything is spent."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    memory_bytes: float = 0.0  # at the peak, of the process that takes most
+    disk_bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def nothing_to_check(job: Job) -> None:
+    """For stages whose settings cannot be wrong beyond what the recipe's schema finds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The half of a stage that computes.
+
+    `facts` are the inputs that are not settings: fingerprints, versions, devices. `execute` does
+    the work in the folder it is given. `check` raises `UserError` for what can be known to be wrong
+    before anything is spent. `need` estimates from config and shapes, without loading weights.
+    """
+
+    facts: Callable[[Job], Inputs]
+    execute: Callable[[Job, Path], None]
+    need: Callable[[Job], Need]
+    check: Callable[[Job], None] = nothing_to_check
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, declared: its name is the command and the section of the recipe."""
+
+    name: str
+    folder: str  # in the run's, the place's or the child's folder
+    scope: Scope
+    summary: str
+    after: tuple["Stage", ...]  # the stages whose files it reads
+    settings: Callable[[Job], Inputs]  # the settings that decide its result; needs no torch
+    work: Callable[[], Work]
+
+    def command(self, job: Job) -> str:
+        """The arguments of `puzzle` that run this stage for this job."""
+        words = [self.name, str(job.run.folder)]
+        if self.scope is Scope.PLACE and job.place.name != "here":
+            words += ["--place", job.place.name]
+        if self.scope is Scope.CHILD:
+            if self.name == "search":  # `puzzle search` only asks
+                return f"child {job.run.folder} --name {job.child.name}"
+            if job.child.name != "main":
+                words += ["--child", job.child.name]
+        return " ".join(words)
+
+    def inputs(self, job: Job) -> Inputs:
+        """Everything that decides the result: settings, facts, and the stages before it.
+
+        Raises `UserError` where a stage before it is not done or out of date.
+        """
+        return {
+            "settings": self.settings(job),
+            "facts": self.work().facts(job),
+            "after": {stage.name: job.manifest(stage).fingerprint for stage in self.after},
+        }
+
+    def is_current(self, job: Job, manifest: Manifest) -> bool:
+        """Whether a result is of the settings of now and of the earlier stages' files of now.
+
+        Reads folders only, so it answers on any machine; facts are compared when the stage runs.
+        """
+        if manifest.inputs["settings"] != self.settings(job):
+            return False
+        for stage in self.after:
+            earlier = artifacts.read_manifest(job.folder(stage))
+            if earlier is None or not stage.is_current(job, earlier):
+                return False
+            after = manifest.inputs["after"]
+            if not isinstance(after, dict) or after.get(stage.name) != earlier.fingerprint:
+                return False
+        return True

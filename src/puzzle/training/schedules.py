@@ -1,0 +1,27 @@
+"""Learning-rate schedules: pure functions of the step, so that resuming needs no state."""
+
+import math
+
+import torch
+
+
+def cosine(step: int, steps: int, warmup_share: float) -> float:
+    """The learning-rate factor of a step: linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = torch.tensor((step - warmup) / max(1, steps - warmup))
+    return float(0.5 * (1 + torch.cos(torch.pi * progress)))
+
+
+def warmup_stable_decay(step: int, steps: int, warmup_share: float, decay_share: float) -> float:
+    """The factor of a step: linear warm-up, constant, then a straight line down to zero."""
+    warmup = max(1, round(steps * warmup_share))
+    decay = max(1, math.ceil(steps * decay_share))
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every group of parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

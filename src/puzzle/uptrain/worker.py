@@ -1,0 +1,65 @@
+"""One process of several: `torchrun ... -m puzzle.uptrain.worker RUN [--child NAME]`.
+
+Exit codes as in cli.py.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from puzzle import artifacts
+from puzzle.device import keep_freed_memory
+from puzzle.errors import UserError
+from puzzle.progress import Progress
+from puzzle.run import Run
+from puzzle.training import sharding
+from puzzle.uptrain import UPTRAIN, launch, stage
+
+
+def main() -> None:
+    """Join the group, distil the child together, leave with an exit code."""
+    parser = argparse.ArgumentParser(prog="puzzle.uptrain.worker", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--child", default="main")
+    parser.add_argument("--quiet", action="store_true")
+    arguments = parser.parse_args()
+    launched = launch.LAUNCHED in os.environ
+    if launched and os.environ.get("RANK") == "0":
+        sys.stderr = sys.stdout  # torchrun's own log goes to a file; people see process 0
+    keep_freed_memory()
+    try:
+        with launch.group():
+            progress = Progress(arguments.quiet or sharding.rank() > 0)
+            work(Run.open(arguments.run, progress), arguments.child, launched)
+    except UserError as error:
+        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    except Exception:
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)  # at once: the others wait in a collective operation
+
+
+def work(run: Run, child: str, launched: bool) -> None:
+    """Distil; `launched` by `puzzle uptrain`, which then closes the stage itself."""
+    job = run.child_job(child)
+    stage.check(job, sharding.size())
+    if job.child.uptrain.lora_rank:
+        raise UserError(
+            "uptrain.lora_rank: is for one process; use `puzzle uptrain RUN`, or lora_rank: 0"
+        )
+    folder = job.folder(UPTRAIN)
+    if sharding.rank() == 0:
+        artifacts.begin(folder, UPTRAIN.inputs(job))
+        _ = run.corpus
+    sharding.barrier()
+    stage.distil(job, folder)
+    if sharding.rank() == 0 and not launched:
+        from puzzle import pipeline
+
+        pipeline.execute_stage(UPTRAIN, job)  # finds the weights there and closes the stage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from puzzle.data import tasks
+from puzzle.errors import UserError
+
+
+def load(task, parent):
+    """Questions of a task that reads no validation text."""
+    return tasks.load(str(task), parent.tokenizer, validation=None, count=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"context": "a"}', "line 1 is not a question"),
+        ("nonsense", "line 1 is not a question"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "line 1 is not a question"),
+    ],
+)
+def test_a_bad_question_is_one_clear_line(tiny, tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "bad.jsonl", tiny)
+
+
+def test_a_task_of_lm_eval_in_a_local_file(tiny, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"q": "def add(a, b):\n", "choices": ["    return a + b", "    zzz"], "a": i % 2}
+        for i in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "task": "my_quiz",
+        "dataset_path": "json",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{a}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "quiz.yaml").write_text(json.dumps(settings))
+    questions = load(tmp_path / "quiz.yaml", tiny)
+    assert len(questions) == 6
+    assert [question.answer for question in questions] == [0, 1] * 3
+    assert [tiny.tokenizer.decode(choice) for choice in questions[0].choices] == rows[0]["choices"]
+    with pytest.raises(UserError, match="lm-eval cannot load 'no_such_quiz'"):
+        load("no_such_quiz", tiny)
+
+
+def test_an_unknown_task_says_what_is_expected(tiny, monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="expected held-out, a JSON Lines file"):
+        load("arc_quiz", tiny)

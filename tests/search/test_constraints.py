@@ -1,0 +1,43 @@
+import pytest
+
+from puzzle.errors import UserError
+from puzzle.search.constraints import parse_quantity
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("throughput", "2x", (2.0, True)),
+        ("memory", "50%", (0.5, True)),
+        ("memory", "40GiB", (40 * 2**30, False)),
+        ("memory", "40 GB", (40e9, False)),
+        ("latency", "3s", (3.0, False)),
+        ("latency", "250 ms", (0.25, False)),
+        ("throughput", "1500 tok/s", (1500.0, False)),
+        ("parameters", "4.5B", (4.5e9, False)),
+        ("parameters", "1000", (1000.0, False)),
+        ("latency", "1e-1 s", (0.1, False)),
+    ],
+)
+def test_quantities_are_read_with_their_units(name, text, expected):
+    number, relative = parse_quantity(name, text)
+    assert (number, relative) == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("memory", "40"),
+        ("memory", "40 s"),
+        ("throughput", "fast"),
+        ("latency", "-3s"),
+        ("latency", "0s"),
+        ("throughput", ""),
+        ("latency", "nan s"),
+        ("latency", "3 s s"),
+        ("throughput", "1500 tok"),
+    ],
+)
+def test_an_unclear_quantity_is_a_user_error(name, text):
+    with pytest.raises(UserError, match=rf"search.{name}: got .*expected a number with a unit"):
+        parse_quantity(name, text)

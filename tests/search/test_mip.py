@@ -1,0 +1,66 @@
+"""The solver against trying every choice of small random programs."""
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import brute_force, every_choice, programs
+
+from puzzle.search import mip
+
+
+def check_against_brute_force(program):
+    optimum, expected = mip.solve(program, gap=0.0), brute_force(program)
+    assert (optimum is None) == (expected is None)
+    if optimum is not None:
+        size = np.abs(program.costs).max(initial=1e-9)
+        assert optimum.objective == pytest.approx(expected, abs=1e-8 * size)
+        assert optimum.objective == pytest.approx(program.costs[optimum.columns].sum())
+        assert optimum.bound <= expected + 1e-8 * size
+        assert optimum.objective - optimum.bound <= 1e-6 * size
+        assert program.feasible(optimum.columns)
+    return optimum
+
+
+@settings(max_examples=2000, deadline=None)
+@given(programs())
+def test_the_program_equals_brute_force_infeasible_ones_too(program):
+    check_against_brute_force(program)
+
+
+@settings(max_examples=500, deadline=None)
+@given(programs())
+def test_a_core_that_starts_too_small_grows_until_the_optimum_is_proven(program):
+    with mock.patch.multiple(mip, CORE_PER_GROUP=0, CORE_SPARE=1):
+        check_against_brute_force(program)
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs(), st.integers(0, 4))
+def test_the_next_solutions_equal_brute_force_over_what_is_different_enough(program, overlap):
+    for _ in range(2):
+        optimum = check_against_brute_force(program)
+        if optimum is None:
+            return
+        row = mip.overlap_row(optimum.columns, overlap)
+        program = dataclasses.replace(program, extra=(*program.extra, row))
+    check_against_brute_force(program)
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs())
+def test_the_nearest_relaxation_is_that_of_brute_force(program):
+    if not len(program.limits):
+        return
+    sizes = np.maximum(np.abs(program.limits), np.abs(program.resources).max(axis=1))
+    sizes[sizes == 0] = 1e-12
+
+    def excess(columns):
+        used = program.resources[:, columns].sum(axis=1)
+        return max(0.0, ((used - program.limits) / sizes).max())
+
+    least = min(excess(columns) for columns in every_choice(program))
+    assert excess(mip.nearest(program, 10.0)) == pytest.approx(least, abs=2e-3)

@@ -1,0 +1,41 @@
+"""Batches of an uptraining: sequence lengths in stages, joined rows, seeds."""
+
+import pytest
+from uptrainings import uptrained
+
+from puzzle.errors import UserError
+from puzzle.uptrain import gkd
+
+pytestmark = pytest.mark.training
+
+
+def test_sequence_lengths_change_in_stages_and_join_neighbouring_rows(
+    finished_run, tmp_path, monkeypatch
+):
+    real, batches = gkd.Pair.losses, []
+
+    def watched(pair, tokens):
+        batches.append(tokens)
+        return real(pair, tokens)
+
+    monkeypatch.setattr(gkd.Pair, "losses", watched)
+    stages = [{"sequence_length": 32, "tokens": 512}, {"sequence_length": 128, "tokens": 512}]
+    job = uptrained(finished_run, tmp_path / "run", stages=stages)
+    assert [tuple(tokens.shape) for tokens in batches] == [(8, 32), (8, 32), (2, 128), (2, 128)]
+    data = job.run.corpus["train"]
+    stream = data.rows(range(len(data))).flatten()
+    packed = stream[: len(stream) // 128 * 128].view(-1, 128)
+    long_rows = {tuple(row.tolist()) for row in packed}
+    assert all(tuple(row.tolist()) in long_rows for tokens in batches[2:] for row in tokens)
+
+
+def test_a_corpus_too_short_for_one_long_sequence_is_refused(finished_run):
+    with pytest.raises(UserError, match="do not fill one of"):
+        finished_run.corpus["train"].view(join=100_000)
+
+
+def test_another_seed_gives_the_same_rows_in_another_order(finished_run):
+    data = finished_run.corpus["train"]
+    first, second = (data.view(seed=seed).batch(0, len(data)).tolist() for seed in (0, 1))
+    assert first == data.batch(0, len(data)).tolist() != second
+    assert sorted(first) == sorted(second)
