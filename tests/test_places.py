@@ -128,12 +128,12 @@ with locks.hold(Path(sys.argv[1]), wait=False, say=print):
 
 
 def holder(folder, seconds):
-    """A process of another group that holds a folder."""
+    """A process of another command that holds a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), str(seconds)],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        env={key: value for key, value in os.environ.items() if key != locks.COMMAND},
     )
     assert process.stdout.readline() == "held\n"
     return process
@@ -167,7 +167,7 @@ def test_a_dead_holders_lock_is_recognised(tmp_path):
 def test_a_later_process_with_the_same_number_does_not_keep_a_lock_alive(tmp_path):
     folder = tmp_path / "library"
     this = locks.Holder.this_process()
-    earlier = this.model_copy(update={"started": "1", "process_group": 1})
+    earlier = this.model_copy(update={"started": "1", "command": "earlier"})
     earlier.write(locks.lock_path(folder))
     with locks.hold(folder, wait=False, say=print):
         pass
@@ -176,7 +176,9 @@ def test_a_later_process_with_the_same_number_does_not_keep_a_lock_alive(tmp_pat
 def test_a_holder_on_another_host_is_dead_when_it_no_longer_touches_its_lock(tmp_path):
     folder = tmp_path / "library"
     path = locks.lock_path(folder)
-    away = locks.Holder.this_process().model_copy(update={"host": "elsewhere"})
+    away = locks.Holder.this_process().model_copy(
+        update={"host": "elsewhere", "command": "another"}
+    )
     away.write(path)
     with pytest.raises(UserError, match="on elsewhere"), locks.hold(folder, wait=False, say=print):
         pass
@@ -186,7 +188,7 @@ def test_a_holder_on_another_host_is_dead_when_it_no_longer_touches_its_lock(tmp
         assert locks.Holder.read(path).host != "elsewhere"
 
 
-def test_ranks_of_one_group_share_a_lock(tmp_path):
+def test_processes_that_one_command_has_started_share_a_lock(tmp_path):
     folder = tmp_path / "library"
     with locks.hold(folder, wait=False, say=print):
         command = [sys.executable, "-c", HOLD, str(folder), "0"]
@@ -203,7 +205,7 @@ def test_two_children_made_at_once_end_well(run_copy):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
+            env={key: value for key, value in os.environ.items() if key != locks.COMMAND},
         )
         for options in (
             ("--name", "one", "--throughput", "1.2x"),

@@ -210,7 +210,7 @@ class Manifest(Record):
     files: dict[str, str]  # fingerprint by path within the folder
     fingerprint: str
     versions: dict[str, str]
-    seconds: float  # of work, interruptions left out
+    seconds: float  # of the work since the stage was begun or, after an interruption, resumed
 
 
 def write_manifest(folder: Path, inputs: Inputs, seconds: float) -> Manifest:

@@ -30,7 +30,7 @@ from puzzle.commands.options import (
     open_run,
 )
 from puzzle.cost import COST
-from puzzle.errors import UserError
+from puzzle.errors import Infeasible, UserError
 from puzzle.evaluate import EVALUATE
 from puzzle.library import LIBRARY
 from puzzle.progress import Progress, duration
@@ -72,12 +72,13 @@ def run(
 ) -> None:
     """The whole job: from a parent to its measured, uptrained, evaluated children. Resumes."""
     made = read_recipe(recipe, out, set_)
-    this = Run(made, Path(made.out), Progress(quiet))
-    this.wait = wait
+    this = Run(made, Path(made.out), Progress(quiet), wait=wait)
     try:
         pipeline.execute(this)
-    finally:
+    except Infeasible:
         children.print_finished(this, as_json)
+        raise
+    children.print_finished(this, as_json)
 
 
 @app.command()

@@ -104,13 +104,14 @@ class LibraryConfig(Section):
     stop_when_flat: float = Field(default=0.0, ge=0, lt=1)
     stop_patience: Positive = 2
     batch_sequences: Positive = 16
-    # Of variants that start at FULL_RATE_NMSE or above (library/bld.py).
+    # The rate of variants that start at FULL_RATE_NMSE or above (library/bld.py).
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
     validation_sequences: Positive = 32
-    # So many batches go through a layer before the next: the unit of loss and of streaming.
+    # Batches that pass one layer before the next layer starts. An interruption repeats at most one
+    # layer of a chunk.
     chunk_steps: Positive = 32
     memory: Literal["auto", "resident", "streamed"] = "auto"
 
@@ -167,24 +168,22 @@ class CostConfig(Section):
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
     device_sheet: str = "this-cpu"
     scenario: ScenarioConfig = ScenarioConfig()  # called `main`
-    # Further ones of `main`; the search takes the one with the best child.
+    # Further batch sizes of `main`; the search takes the one with the best child.
     batch_sizes: list[Positive] = []
     # Further scenarios by name, in which the constraints must hold, too.
-    scenarios: dict[str, ScenarioConfig] = {}
+    scenarios: dict[Name, ScenarioConfig] = {}
     # Standard error of a variant's seconds, as a share of a parent's block.
     precision: float = Field(default=0.01, gt=0)
-    # Of serving, for each scenario and batch size, unless `precision` is reached before.
+    # Seconds of serving for each scenario and batch size; less where `precision` is reached before,
+    # more where there are too few samples for a fit.
     seconds: float = Field(default=60.0, gt=0)
     # The costs.jsonl of another run, taken instead of measuring.
     table: str | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "CostConfig":
-        for name in self.scenarios:
-            if name == "main" or not name.replace("-", "_").isidentifier():
-                raise ValueError(
-                    f"scenarios: a name is letters, digits, - and _, and not main; got {name!r}"
-                )
+        if "main" in self.scenarios:
+            raise ValueError("scenarios: `main` is the one under `scenario`; choose another name")
         return self
 
     @property
@@ -261,7 +260,8 @@ class UptrainConfig(Section):
     stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
     # In sequences of corpus.sequence_length, of all processes together.
     batch_sequences: Positive = 16
-    # At a time and process, gradients add up; default: all at once.
+    # Sequences of one forward and backward pass in each process, whose gradients add up; default:
+    # all at once.
     micro_batch_sequences: Positive | None = None
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -398,9 +398,13 @@ class Recipe(Section):
 def with_constraints(
     search: dict[str, JsonValue], changes: Mapping[str, JsonValue]
 ) -> dict[str, JsonValue]:
-    """The settings of a search with changes; naming a constraint drops all that were there."""
-    names_one = any(changes.get(name) is not None for name in CONSTRAINTS)
-    kept = {k: None if names_one and k in CONSTRAINTS else v for k, v in search.items()}
+    """The settings of a search with changes.
+
+    Naming a constraint drops all constraints that were there, and an architecture that was given.
+    """
+    kept = dict(search)
+    if any(changes.get(name) is not None for name in CONSTRAINTS):
+        kept |= dict.fromkeys((*CONSTRAINTS, "architecture"))
     return kept | dict(changes)
 
 

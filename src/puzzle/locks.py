@@ -1,9 +1,9 @@
 """Locks: a folder is held while it is written, a measuring device while it measures.
 
-A lock is a small file that names its holder: host, process, process group. Processes of one group
-(the ranks of a run) share it. A dead holder is recognised: on this host its process is gone, on
-another its file has not been touched for a while (every holder touches its lock, so that this works
-on a shared file system, too).
+A lock is a small file that names its holder: host, process, and the command it belongs to.
+Processes that one command has started (the ranks of a run) share it. A dead holder is recognised:
+on this host its process is gone, on another its file has not been touched for a while (every holder
+touches its lock, so that this works on a shared file system, too).
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from puzzle.artifacts import Record
 from puzzle.errors import UserError
 
+COMMAND = "PUZZLE_COMMAND"  # environment variable: one value for all processes of a command
 TOUCH_EVERY_S = 20.0
 DEAD_AFTER_S = 300.0  # without a touch, for a holder on another host
 LOOK_EVERY_S = 1.0
@@ -28,15 +30,15 @@ class Holder(Record):
 
     host: str
     pid: int
-    process_group: int
     started: str  # of the process, as the kernel counts; tells a process from a later one
+    command: str  # the same for all processes that one command has started
 
     @classmethod
     def this_process(cls) -> "Holder":
         """This process."""
         pid = os.getpid()
-        group = os.getpgid(0)
-        return cls(host=socket.gethostname(), pid=pid, process_group=group, started=_started(pid))
+        command = os.environ.setdefault(COMMAND, uuid.uuid4().hex)
+        return cls(host=socket.gethostname(), pid=pid, started=_started(pid), command=command)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -57,7 +59,7 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # it is somebody else's
     return True
 
 
@@ -93,47 +95,49 @@ def _held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> I
     this, told = Holder.this_process(), False
     while not _take(path, this):
         holder = _read_holder(path)
-        if holder is None:
-            continue  # it has just been given back
-        if holder.host == this.host and holder.process_group == this.process_group:
-            yield  # another process of this group holds it for all of them
+        if holder is not None and holder.command == this.command:
+            yield  # another process of this command holds it for all of them
             return
-        if not wait:
+        if holder is not None and not wait:
             raise UserError(
                 f"{what} by {holder}; wait for it with --wait, or stop it (lock: {path})"
             )
-        if not told:
+        if holder is not None and not told:
             say(f"  {what} by {holder}: waiting")
             told = True
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(LOOK_EVERY_S if holder is not None else 0.01)  # None: it was just given back
     ended = threading.Event()
-    toucher = threading.Thread(target=_keep_touching, args=(path, ended), daemon=True)
+    toucher = threading.Thread(target=_keep_touching, args=(path, this, ended), daemon=True)
     toucher.start()
     try:
         yield
     finally:
         ended.set()
-        path.unlink(missing_ok=True)
+        toucher.join()
+        if _read_holder(path) == this:
+            path.unlink(missing_ok=True)
 
 
 def _take(path: Path, this: Holder) -> bool:
     """Whether this process has got the lock. A dead holder's lock is removed first."""
     temporary = path.with_name(f"{path.name}.{this.pid}")
-    temporary.write_text(this.model_dump_json(), encoding="utf-8")
     try:
+        temporary.write_text(this.model_dump_json(), encoding="utf-8")
         now_s = temporary.stat().st_mtime  # by the clock of the file system
         holder = _read_holder(path)
-        if path.exists() and (holder is None or _is_dead(holder, path, now_s)):
+        if holder is not None and _is_dead(holder, path, now_s):
             _remove(path, holder)
         os.link(temporary, path)  # fails where the lock exists, on shared file systems too
         return True
     except FileExistsError:
         return False
+    except OSError as error:
+        raise UserError(f"lock {path}: {error.strerror}; remove it, or check its folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _remove(path: Path, dead: Holder | None) -> None:
+def _remove(path: Path, dead: Holder) -> None:
     """Remove a dead holder's lock, but not one that a third process has just taken."""
     aside = path.with_name(f"{path.name}.dead.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -145,7 +149,7 @@ def _remove(path: Path, dead: Holder | None) -> None:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """Who holds a lock; None where it is gone or damaged."""
+    """Who holds a lock; None where nobody does. Locks are linked complete, so none is half."""
     try:
         return Holder.read(path)
     except UserError:
@@ -161,7 +165,8 @@ def _is_dead(holder: Holder, path: Path, now_s: float) -> bool:
         return True
 
 
-def _keep_touching(path: Path, ended: threading.Event) -> None:
+def _keep_touching(path: Path, this: Holder, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_EVERY_S):
         with contextlib.suppress(OSError):
-            os.utime(path)
+            if _read_holder(path) == this:
+                os.utime(path)

@@ -1,4 +1,4 @@
-"""The order of work, in one screen. A stage runs unless its folder holds what these inputs give.
+"""The order of work, in one screen. A stage made from the same inputs before is not run again.
 
 library -> score -> cost -> [search -> assemble] until the measured child meets the wish
         -> uptrain -> evaluate -> report
@@ -18,7 +18,7 @@ from puzzle.evaluate import EVALUATE
 from puzzle.library import LIBRARY
 from puzzle.progress import duration
 from puzzle.report import REPORT
-from puzzle.run import NarrowedSpace, Run
+from puzzle.run import NARROWED, NarrowedSpace, Run
 from puzzle.score import SCORE
 from puzzle.search import SEARCH
 from puzzle.stage import Job, Scope, Stage
@@ -35,10 +35,9 @@ def execute(run: Run) -> None:
     """
     preflight(run)
     run.write()
-    if (
-        run.first is not None
-    ):  # coupled BLD: a decoupled library and a search narrow the space first
+    if run.first is not None:
         narrow(run, run.first)
+        run = Run(run.recipe, run.folder, run.progress, wait=run.wait)  # with the narrowed space
     for stage in (LIBRARY, SCORE):
         execute_stage(stage, Job(run))
     missed = []
@@ -68,8 +67,10 @@ def make_child(job: Job) -> None:
         measured.record(job, assembled.fingerprint, measured.read(job))
         if measured.read(job).met:
             break
+        if not measured.read(job).can_be_corrected:
+            raise Infeasible(measured.missed(job, attempt + 1))
     else:
-        raise Infeasible(measured.missed(job))
+        raise Infeasible(measured.missed(job, attempts))
     execute_stage(UPTRAIN, job)
     evaluated = execute_stage(EVALUATE, job)
     execute_stage(REPORT, job)
@@ -119,7 +120,7 @@ def narrow(run: Run, first: Run) -> None:
         architectures += answers.architectures(job)
     narrowed = space.narrow(run.full_space, architectures, run.recipe.library.coupled)
     names = [[block.name for block in layer.blocks] for layer in narrowed.layers]
-    NarrowedSpace(layers=names).write(run.folder / "space.json")
+    NarrowedSpace(layers=names).write(run.folder / NARROWED)
 
 
 def preflight(run: Run) -> None:

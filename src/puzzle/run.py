@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from puzzle.model.space import SearchSpace
 
 
+NARROWED = "space.json"
+
+
 class NarrowedSpace(Record):
     """`RUN/space.json`: with `library.coupled`, the blocks that each layer may use."""
 
@@ -44,22 +47,29 @@ class Run:
     """A recipe and its directory."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, progress: Progress, corpus_folder: Path | None = None
+        self,
+        recipe: Recipe,
+        folder: Path,
+        progress: Progress,
+        *,
+        corpus_folder: Path | None = None,
+        wait: bool = False,
     ) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress
+        """`wait`: for folders that another process writes, instead of giving up."""
+        self.recipe, self.folder, self.progress, self.wait = recipe, folder, progress, wait
         self.corpus_folder = corpus_folder or folder / "corpus"
         self.metrics = Metrics(folder / "logs")
-        self.wait = False  # for folders that another process writes, instead of giving up
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress) -> "Run":
+    def open(cls, folder: Path, progress: Progress, *, wait: bool = False) -> "Run":
         """An existing run directory. Raises `UserError` where there is none."""
         path = folder / "run.yaml"
         if not path.exists():
             raise UserError(
                 f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
             )
-        return cls(config.parse(settings.read_yaml(path, "run"), str(path)), folder, progress)
+        recipe = config.parse(settings.read_yaml(path, "run"), str(path))
+        return cls(recipe, folder, progress, wait=wait)
 
     def write(self) -> None:
         """Write the recipe, the parent's description, places and children into the directory."""
@@ -67,10 +77,8 @@ class Run:
 
         parent.write_description(self.parent, self.folder / "parent")
         artifacts.write_text(self.folder / "run.yaml", settings.to_yaml(self.recipe))
-        for job in self.recipe_jobs():
-            self.write_place(
-                job.place.name, PlaceConfig(deploy=job.place.deploy, cost=job.place.cost)
-            )
+        for name, place in self.recipe.all_places().items():
+            self.write_place(name, place)
         for name, child in self.recipe.all_children().items():
             self.write_child(name, child)
 
@@ -176,13 +184,10 @@ class Run:
         """The parent, described without its weights."""
         from puzzle.model import parent
 
-        try:
-            return parent.describe(self.recipe.parent)
-        except UserError:
-            description = self.folder / "parent"
-            if not (description / parent.DESCRIPTION).exists():
-                raise
+        description = self.folder / "parent"
+        if (description / parent.DESCRIPTION).exists() and not parent.is_here(self.recipe.parent):
             return parent.read_description(description)  # this machine has no weights of it
+        return parent.describe(self.recipe.parent)
 
     @property
     def placement(self) -> "Placement":
@@ -218,16 +223,13 @@ class Run:
 
     @cached_property
     def space(self) -> "SearchSpace":
-        """What the library holds: with `library.coupled`, what the first search has left."""
-        if not self.recipe.library.coupled:
-            return self.full_space
-        path = self.folder / "space.json"
-        if not path.exists():
-            raise UserError(
-                f"run {self.folder}: library.coupled needs a first search; run `puzzle run` with "
-                "the recipe"
-            )
+        """What the library holds: with `library.coupled`, what the first search has left.
 
+        Before that search it is the full space, which is what can be planned with.
+        """
+        path = self.folder / NARROWED
+        if not self.recipe.library.coupled or not path.exists():
+            return self.full_space
         return self.full_space.restricted(NarrowedSpace.read(path).layers)
 
     @cached_property
@@ -237,7 +239,13 @@ class Run:
             return None
         library = self.recipe.library.model_copy(update={"coupled": 0})
         recipe = self.recipe.model_copy(update={"library": library})
-        return Run(recipe, self.folder / "first", self.progress, self.corpus_folder)
+        return Run(
+            recipe,
+            self.folder / "first",
+            self.progress,
+            corpus_folder=self.corpus_folder,
+            wait=self.wait,
+        )
 
     # ----------------------------------------------------------------------------------------- data
 

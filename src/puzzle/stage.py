@@ -191,7 +191,7 @@ class Stage:
 
         Reads folders only, so it answers on any machine; facts are compared when the stage runs.
         """
-        if manifest.inputs["settings"] != self.settings(job):
+        if manifest.inputs.get("settings") != self.settings(job):
             return False
         for stage in self.after:
             earlier = artifacts.read_manifest(job.folder(stage))

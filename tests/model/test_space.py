@@ -80,7 +80,7 @@ def test_a_layer_can_be_kept_as_the_parents():
 
 def test_a_layer_cannot_ask_for_a_variant_outside_the_space():
     config = LibraryConfig.model_validate({"layers": {0: {"ffn": ["gated_500"]}}})
-    message = "library.layers.0: got 'gated_500', expected one of the space's: gqa_8"
+    message = "library.layers.0.ffn: got 'gated_500', expected one of the space's: gated_14336"
     with pytest.raises(UserError, match=message):
         space.build(config, SHAPE, [])
 

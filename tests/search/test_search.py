@@ -320,6 +320,7 @@ def test_an_architecture_that_cannot_be_made_is_one_clear_line(finished_run, edi
 def append_measured(job, *, met, time_factor):
     record = MeasuredChild(
         source=str(met),
+        costs=job.manifest(COST).fingerprint,
         blocks=answers.read(job).best.blocks,
         speedups={},
         met=met,

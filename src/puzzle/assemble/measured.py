@@ -11,6 +11,7 @@ from puzzle.cost.scenarios import served
 from puzzle.cost.table import are_from_elsewhere
 from puzzle.engines.turns import WARM_UPS, Measurement, Served, measure_pair
 from puzzle.search import answers, promise
+from puzzle.search.constraints import KINDS
 from puzzle.search.promise import Promise
 from puzzle.stage import Job
 
@@ -34,6 +35,12 @@ class Measured(Record):
     def met(self) -> bool:
         """Whether no constraint is missed, as far as it was measured."""
         return all(promise.met is not False for promise in self.promises)
+
+    @property
+    def can_be_corrected(self) -> bool:
+        """Whether another search would aim differently: only seconds are corrected."""
+        missed = [promise for promise in self.promises if promise.met is False]
+        return any(KINDS[promise.constraint].timed for promise in missed)
 
     @property
     def misses(self) -> str:
@@ -69,17 +76,12 @@ def measure(job: Job, folder: Path, pairs: int) -> Measured:
         scenarios={
             name: MeasuredScenario(
                 measurement=measurement,
-                prediction_error=_predicted_speedup(answer, name) / measurement.speedup - 1,
+                prediction_error=answer.predicted_speedup(name) / measurement.speedup - 1,
             )
             for name, measurement in measurements.items()
         },
         promises=promise.judge(answer, measurements),
     )
-
-
-def _predicted_speedup(answer: answers.Answer, scenario: str) -> float:
-    child, parent = answer.best.predicted[scenario], answer.parent[scenario]
-    return child.throughput_tok_per_s / parent.throughput_tok_per_s
 
 
 def describe(measured: Measured) -> list[str]:
@@ -112,10 +114,12 @@ def record(job: Job, source: str, measured: Measured) -> None:
     promise.record(job, source, speedups, measured.promises)
 
 
-def missed(job: Job) -> str:
-    """The message of a child that kept missing."""
-    attempts = job.child.search.attempts
-    return (
-        f"search: after {attempts} attempts the measured child still misses: {read(job).misses}; "
-        "ask for less, or raise search.margin or search.attempts"
-    )
+def missed(job: Job, attempts: int) -> str:
+    """The message of a child that misses after so many attempts."""
+    hint = "ask for less, or raise search.margin or search.attempts"
+    if job.child.search.architecture is not None:
+        hint = "ask for less of this architecture"
+    elif not read(job).can_be_corrected:
+        hint = "ask for less: sizes are as the engine allocates them"
+    times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    return f"search: after {times} the measured child still misses: {read(job).misses}; {hint}"

@@ -1,5 +1,6 @@
 """`puzzle child`, `children`, `compare`, `remove`: children of one library, and their settings."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import JsonValue
 
-from puzzle import artifacts, config, pipeline, settings
+from puzzle import artifacts, config, locks, pipeline, settings
 from puzzle.assemble import ASSEMBLE
 from puzzle.commands.options import (
     Json,
@@ -16,7 +17,7 @@ from puzzle.commands.options import (
     RunArgument,
     Set,
     Wait,
-    constraint,
+    constraint_changes,
     emit,
     open_run,
 )
@@ -27,9 +28,10 @@ from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
 from puzzle.search import SEARCH
-from puzzle.stage import Job, Stage
+from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
 
+RUN_SECTIONS = ("corpus", "library", "score", "device", "precision")
 CHILD_SECTIONS = ("search", "uptrain", "evaluate", "place")
 PLACE_SECTIONS = ("deploy", "cost")
 
@@ -48,14 +50,11 @@ def changed_run(run: Run, assignments: list[str] | None) -> Run:
     """An existing run, its recipe changed and written."""
     if not assignments:
         return run
-    sections = [key for key in type(run.recipe).model_fields if key not in CHILD_SECTIONS]
-    _refuse_sections(assignments, tuple(sections), "the run itself")
+    _refuse_sections(assignments, RUN_SECTIONS, "the run itself")
     values = settings.override(run.recipe.model_dump(mode="json"), assignments)
     recipe = config.parse(values, "--set")
     artifacts.write_text(run.folder / "run.yaml", settings.to_yaml(recipe))
-    changed = Run(recipe, run.folder, run.progress)
-    changed.wait = run.wait
-    return changed
+    return Run(recipe, run.folder, run.progress, wait=run.wait)
 
 
 def changed_place(run: Run, name: str, assignments: list[str]) -> Job:
@@ -105,17 +104,14 @@ def child(
     quiet: Quiet = False,
 ) -> None:
     """Make one more child from the same library, scores and costs; others are not touched."""
-    constraints = {
-        "throughput": throughput,
-        "latency": latency,
-        "time_to_first_token": time_to_first_token,
-        "memory": memory,
-        "parameters": parameters,
-        "kv_cache": kv_cache,
-    }
-    changes: dict[str, JsonValue] = {
-        key: constraint(text) for key, text in constraints.items() if text is not None
-    }
+    changes = constraint_changes(
+        throughput=throughput,
+        latency=latency,
+        time_to_first_token=time_to_first_token,
+        memory=memory,
+        parameters=parameters,
+        kv_cache=kv_cache,
+    )
     run = open_run(run_directory, quiet, wait)
     if solution is not None and architecture is not None:
         raise UserError("child: give --solution or --architecture, not both")
@@ -133,8 +129,10 @@ def child(
     run.write_child(name, wish)
     try:
         pipeline.make_child(job)
-    finally:
+    except Infeasible:
         print_child(job, as_json)
+        raise
+    print_child(job, as_json)
 
 
 def child_settings(
@@ -168,7 +166,7 @@ def _with_solution(run: Run, name: str, wish: ChildConfig, number: int) -> Child
     """The wish made exact: the solution that `puzzle search` lists under this number."""
     from puzzle.search import stage
 
-    search = wish.search
+    search = wish.search.model_copy(update={"architecture": None})
     if search.solutions <= number:
         search = search.model_copy(update={"solutions": number + 1})
     job = run.job_of(name, wish.model_copy(update={"search": search}))
@@ -219,15 +217,22 @@ def remove(
         raise UserError(f"run {run.folder}: child {child!r} has no folder; nothing to remove")
     removed = folder.with_name(f".{child}.removed")
     shutil.rmtree(removed, ignore_errors=True)
-    folder.replace(removed)  # at once: a half-removed child must not look like an unfinished one
+    with contextlib.ExitStack() as held:
+        for stage in pipeline.STAGES:
+            if stage.scope is Scope.CHILD:
+                held.enter_context(
+                    locks.hold(job.folder(stage), wait=run.wait, say=run.progress.say)
+                )
+        folder.replace(removed)  # at once: half a child must not look like an unfinished one
     shutil.rmtree(removed)
     run.progress.say(f"removed child {child} of {run.folder}")
     emit({"run": str(run.folder), "removed": child}, as_json)
 
 
 def is_finished(job: Job) -> bool:
-    """Whether a child has been evaluated."""
-    return artifacts.read_manifest(job.folder(EVALUATE)) is not None
+    """Whether a child has been evaluated as it is now."""
+    manifest = artifacts.read_manifest(job.folder(EVALUATE))
+    return manifest is not None and EVALUATE.is_current(job, manifest)
 
 
 def print_child(job: Job, as_json: bool) -> None:
@@ -261,9 +266,14 @@ def fail_if_missed(stage: Stage, job: Job) -> None:
     from puzzle.assemble import measured
 
     if stage is ASSEMBLE and not measured.read(job).met:
+        hint = (
+            f"`puzzle child {job.run.folder} --name {job.child.name}` corrects and searches again"
+        )
+        if job.child.search.architecture is not None:
+            hint = "this architecture was given, so nothing is searched"
         raise Infeasible(
             f"assemble: the measured child misses what was asked: {measured.read(job).misses}; "
-            f"`puzzle child {job.run.folder} --name {job.child.name}` corrects and searches again"
+            f"{hint}"
         )
     if stage is EVALUATE and not evaluation.read(job).met:
         raise Infeasible(evaluation.missed(job))

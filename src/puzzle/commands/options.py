@@ -39,15 +39,18 @@ Limit = Annotated[
 
 def open_run(folder: Path, quiet: bool, wait: bool = False) -> Run:
     """An existing run. Raises `UserError` where there is none."""
-    run = Run.open(folder, Progress(quiet))
-    run.wait = wait
-    return run
+    return Run.open(folder, Progress(quiet), wait=wait)
 
 
 def emit(result: JsonValue, as_json: bool) -> None:
     """The last line of `--json`."""
     if as_json:
         print(json.dumps(result))
+
+
+def constraint_changes(**texts: str | None) -> dict[str, JsonValue]:
+    """The constraints that were given on the command line, by name."""
+    return {name: constraint(text) for name, text in texts.items() if text is not None}
 
 
 def constraint(text: str) -> JsonValue:

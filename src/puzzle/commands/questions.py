@@ -7,7 +7,16 @@ import typer
 from pydantic import JsonValue
 
 from puzzle import config, settings
-from puzzle.commands.options import ChildOption, Json, Limit, Quiet, Set, constraint, emit, open_run
+from puzzle.commands.options import (
+    ChildOption,
+    Json,
+    Limit,
+    Quiet,
+    Set,
+    constraint_changes,
+    emit,
+    open_run,
+)
 from puzzle.errors import UserError
 from puzzle.run import Run
 from puzzle.stage import Job
@@ -54,16 +63,16 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Ask which architecture would meet constraints; nothing is changed. `child` makes it."""
-    constraints = {
-        "throughput": throughput,
-        "latency": latency,
-        "time_to_first_token": time_to_first_token,
-        "memory": memory,
-        "parameters": parameters,
-        "kv_cache": kv_cache,
-    }
+    changes = constraint_changes(
+        throughput=throughput,
+        latency=latency,
+        time_to_first_token=time_to_first_token,
+        memory=memory,
+        parameters=parameters,
+        kv_cache=kv_cache,
+    )
     if table is not None:
-        if run_directory is not None or set_ or any(constraints.values()):
+        if run_directory is not None or set_ or changes:
             raise UserError(
                 "search --table: takes --minimize or --maximize, --max, --min, --gap, "
                 "--solutions, --diversity"
@@ -75,9 +84,6 @@ def search(
         raise UserError(
             "search: give a run directory, or --table FILE with --minimize KEY --max KEY=VALUE"
         )
-    changes: dict[str, JsonValue] = {
-        name: constraint(text) for name, text in constraints.items() if text is not None
-    }
     more = {"solutions": solutions, "diversity": diversity, "gap": gap}
     changes.update({name: value for name, value in more.items() if value is not None})
     this = open_run(run_directory, quiet)

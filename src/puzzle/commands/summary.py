@@ -45,9 +45,8 @@ def summarise(job: Job) -> ChildSummary:
     updates: dict[str, object] = {}
     if artifacts.read_manifest(job.folder(SEARCH)) is not None:
         answer = answers.read(job)
-        predicted, parent = answer.best.predicted["main"], answer.parent["main"]
-        updates["parameters"] = predicted.parameters
-        updates["predicted_speedup"] = predicted.throughput_tok_per_s / parent.throughput_tok_per_s
+        updates["parameters"] = answer.best.predicted["main"].parameters
+        updates["predicted_speedup"] = answer.predicted_speedup()
     if artifacts.read_manifest(job.folder(ASSEMBLE)) is not None:
         served = measured.read(job)
         if served.scenarios:

@@ -33,10 +33,39 @@ from puzzle.progress import Task
 
 WARM_UPS = 2  # rounds that do not count
 PARENT_EVERY = 3  # rounds
-HOLD = 4  # decode steps that one random architecture runs
-SETTLE = 2  # how many of them warm its caches and do not count
+STEPS_PER_ARCHITECTURE = 4  # decode steps that one random architecture runs
+SETTLING_STEPS = 2  # how many of them warm its caches and do not count
+LEAST_PARENT_BATCHES = 3
 LEAST_SAMPLES = 4  # of each phase, for each unknown
 MOST_PREFILLS = 8  # a round, beside the one of its batch
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Seconds of every unknown for a batch, and their standard errors; the last is the constant."""
+
+    prefill: Vector
+    decode: Vector
+    prefill_error: Vector
+    decode_error: Vector
+
+    @property
+    def error(self) -> Vector:
+        """The standard error of prefill and decode together."""
+        return np.hypot(self.prefill_error, self.decode_error)
+
+    def scaled(self, prefill: float, decode: float) -> "Fit":
+        """Seconds and errors times a factor each."""
+        return Fit(
+            self.prefill * prefill,
+            self.decode * decode,
+            self.prefill_error * prefill,
+            self.decode_error * decode,
+        )
+
+    def seconds(self, index: int) -> tuple[float, float, float]:
+        """(prefill, decode, standard error of their sum) of one unknown."""
+        return float(self.prefill[index]), float(self.decode[index]), float(self.error[index])
 
 
 @dataclass
@@ -55,6 +84,8 @@ class ScenarioMeasurement:
 
     def run(self, seconds: float, precision: float, task: Task) -> None:
         """Serve rounds until the standard errors are below `precision`, or `seconds` have passed.
+
+        Never less than what a fit needs, even where that takes longer than `seconds`.
 
         A round is a batch of many architectures and prefills of others; every few rounds the
         parent's own batch comes first.
@@ -86,9 +117,9 @@ class ScenarioMeasurement:
             self.prefills.add(self.probe.counts(architecture), single.prefill_s)
 
     def _time_many(self) -> Timing:
-        """One batch: a random architecture in the prefill, another in every `HOLD` decode steps."""
+        """One batch: a random architecture for the prefill, then one per few decode steps."""
         probe, decode_steps = self.probe, self.scenario.output_length - 1
-        held = max(1, min(HOLD, decode_steps))
+        held = max(1, min(STEPS_PER_ARCHITECTURE, decode_steps))
         architectures = [
             probe.random_architecture(self.rng) for _ in range(1 + -(-decode_steps // held))
         ]
@@ -98,7 +129,7 @@ class ScenarioMeasurement:
         self.prefills.add(probe.counts(architectures[0]), timing.prefill_s)
         for index, architecture in enumerate(architectures[1:]):
             steps_s = timing.steps_s[index * held : (index + 1) * held]
-            settled = steps_s[SETTLE:] or steps_s[-1:]
+            settled = steps_s[SETTLING_STEPS:] or steps_s[-1:]
             if settled:
                 self.steps.add(probe.counts(architecture), min(settled))
         return timing
@@ -107,53 +138,48 @@ class ScenarioMeasurement:
         least = LEAST_SAMPLES * (len(self.probe.places) + 1)
         enough_steps = self.scenario.output_length == 1 or len(self.steps.seconds) >= least
         enough_prefills = len(self.prefills.seconds) >= least
-        return len(self.parent_batches) >= 3 and enough_prefills and enough_steps
+        return len(self.parent_batches) >= LEAST_PARENT_BATCHES and enough_prefills and enough_steps
 
-    def fit(self) -> tuple[Vector, Vector, Vector]:
-        """(prefill seconds, decode seconds, standard error of their sum) of every unknown.
-
-        For a whole batch; the last unknown is the constant.
-        """
+    def fit(self) -> "Fit":
+        """What the samples say of every unknown, for a batch."""
         series = self.probe.series
         prefill, prefill_error = self.prefills.fit(series)
-        decode, decode_error = np.zeros_like(prefill), np.zeros_like(prefill)
+        step, step_error = np.zeros_like(prefill), np.zeros_like(prefill)
         if self.steps.seconds:
-            decode, decode_error = self.steps.fit(series)
+            step, step_error = self.steps.fit(series)
         count = self.scenario.output_length - 1
-        return prefill, count * decode, np.hypot(prefill_error, count * decode_error)
+        return Fit(prefill, count * step, prefill_error, count * step_error)
 
     def largest_error(self) -> float:
         """The largest standard error of a variant, as a share of a parent's block."""
-        prefill, decode, error = self.fit()
-        variants = list(self.probe.places)
+        fit, variants = self.fit(), list(self.probe.places)
         block = [variants.index(half) for half in self.probe.shape.widest_block.subblocks]
-        return float(error[:-1].max() / (prefill + decode)[block].sum())
+        return float(fit.error[:-1].max() / (fit.prefill + fit.decode)[block].sum())
 
     def records(self, variants: Sequence[Subblock]) -> tuple[list[VariantCost], ScenarioFit]:
         """The costs of these variants and of the constant, scaled to the parent's batches."""
-        prefill, decode, error = self.fit()
+        fit = self.fit()
         counts = np.array(self.probe.counts(self.probe.reference))
-        scales = [
-            _scale([t.prefill_s for t in self.parent_batches], float(counts @ prefill)),
-            _scale([t.decode_s for t in self.parent_batches], float(counts @ decode)),
-        ]
-        prefill, decode = prefill * scales[0], decode * scales[1]
+        scales = (
+            _scale([t.prefill_s for t in self.parent_batches], float(counts @ fit.prefill)),
+            _scale([t.decode_s for t in self.parent_batches], float(counts @ fit.decode)),
+        )
+        fit = fit.scaled(*scales)
         unknowns = {variant: index for index, variant in enumerate(self.probe.places)}
         records = []
         for variant in variants:
             index = unknowns.get(variant)
-            seconds = (0.0, 0.0, 0.0)
-            if index is not None:
-                seconds = (float(prefill[index]), float(decode[index]), float(error[index]))
+            seconds = (0.0, 0.0, 0.0) if index is None else fit.seconds(index)
             records.append(self._variant_record(variant, seconds))
         constant = self.probe.shape.constant_parameters
-        cost = Cost(float(prefill[-1]), float(decode[-1]), constant, constant * self.element_bytes)
+        prefill_s, decode_s, stderr_s = fit.seconds(-1)
+        cost = Cost(prefill_s, decode_s, constant, constant * self.element_bytes)
         records.append(
             VariantCost(
                 scenario=self.name,
                 slot=CONSTANT,
                 variant=CONSTANT,
-                stderr_s=float(error[-1]),
+                stderr_s=stderr_s,
                 **asdict(cost),
             )
         )
@@ -177,7 +203,7 @@ class ScenarioMeasurement:
             stderr_s=seconds[2],
         )
 
-    def _fit_record(self, scales: list[float]) -> ScenarioFit:
+    def _fit_record(self, scales: tuple[float, float]) -> ScenarioFit:
         totals = [timing.total_s for timing in self.parent_batches]
         return ScenarioFit(
             scenario=self.name,

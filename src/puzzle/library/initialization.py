@@ -119,10 +119,11 @@ def calibrate(
 
 
 def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor) -> torch.Tensor:
-    """argmin_W |X W^T - Y|^2 + ridge |W|^2, [M, N], from X^T X and X^T Y; solved in float64."""
-    gram = (
-        gram_NN.double() if gram_NN.dtype != torch.double else gram_NN
-    )  # a double is a copy: ours
+    """argmin_W |X W^T - Y|^2 + ridge |W|^2, [M, N], from X^T X and X^T Y; solved in float64.
+
+    A float64 `gram_NN` is overwritten: its callers make it for this call.
+    """
+    gram = gram_NN.double()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
     factor = torch.linalg.cholesky(gram, out=gram)
     return torch.cholesky_solve(cross_NM.double(), factor).T.float().contiguous()

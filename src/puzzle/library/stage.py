@@ -23,7 +23,7 @@ from puzzle.library.bld import VariantTrainer
 from puzzle.library.records import CURVE, INDEX, CurvePoint, VariantRecord
 from puzzle.library.training import LibraryTraining
 from puzzle.model.layers import ParentLayers, StreamedLayers
-from puzzle.run import Run
+from puzzle.run import NARROWED, Run
 from puzzle.stage import Job, Work
 from puzzle.training import checkpoint
 
@@ -31,8 +31,13 @@ from puzzle.training import checkpoint
 def _facts(job: Job) -> Inputs:
     facts = dict(job.run.data_facts)
     if job.run.first is not None:
+        if not (job.run.folder / NARROWED).exists():
+            raise UserError(
+                f"run {job.run.folder}: library.coupled needs a first search; run `puzzle run` "
+                "with the recipe"
+            )
         facts["first"] = Job(job.run.first).manifest(LIBRARY).fingerprint
-        facts["space"] = artifacts.file_fingerprint(job.run.folder / "space.json")
+        facts["space"] = artifacts.file_fingerprint(job.run.folder / NARROWED)
     return facts
 
 

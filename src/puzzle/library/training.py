@@ -1,9 +1,9 @@
 """Training the library: chunks of batches pass through the layers, every variant learns from each.
 
-    for chunk of batches:                    # the unit of loss when interrupted
+    for chunk of batches:
         for layer:                           # activations of the chunk pass from layer to layer
             for batch in chunk:  one parent block forward; every variant of the layer takes one step
-            every variant: validation loss, checkpoint
+            every variant: validation loss, checkpoint   # a kill loses at most this much
 
 Resident, the parent and all trainers stay in memory. Streamed, one layer of the parent is read from
 its files at a time and trainers come from disk and go back to it: the same arithmetic in the same
@@ -107,6 +107,8 @@ class LibraryTraining:
     def _initialise_layer(
         self, module: PuzzleDecoderLayer, trainers: list[VariantTrainer], activations: Activations
     ) -> None:
+        if not trainers:
+            return
         least_squares = self.run.recipe.library.initialization == "least_squares"
         with self.run.device.autocast():
             batches = self._on_device(activations.batches)

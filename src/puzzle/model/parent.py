@@ -197,6 +197,15 @@ def read_description(folder: Path) -> Parent:
     return replace(describe(str(folder)), name=name)
 
 
+def is_here(name: str) -> bool:
+    """Whether a parent's folder exists on this machine, or its model can be downloaded."""
+    try:
+        locate(name)
+    except UserError:
+        return False
+    return True
+
+
 def describe(name: str) -> Parent:
     """A parent from its config only. Raises `UserError` for a missing or unsupported one."""
     folder = locate(name)

@@ -111,7 +111,7 @@ def servable(space: SearchSpace, deploy: Sequence[str], shape: ModelShape) -> Se
     if not shape.stock:  # its children need our vLLM plugin, which serves every block
         deploy = [engine for engine in deploy if engine != "vllm"]
     layers: list[LayerSpace] = []
-    left_out: dict[str, None] = {}  # an ordered set
+    left_out = dict.fromkeys(space.left_out)  # an ordered set
     for index, layer in enumerate(space.layers):
         kept = []
         for block in layer.blocks:
@@ -228,13 +228,15 @@ def _check_budgets(
 def _check_override(
     layer: int, override: LayerOverride, attention: Sequence[Attention], ffn: Sequence[FFN]
 ) -> None:
-    names = [*(variant.name for variant in attention), *(variant.name for variant in ffn)]
-    for name in (*override.attention, *override.ffn):
-        if name not in names:
-            raise UserError(
-                f"library.layers.{layer}: got {name!r}, "
-                f"expected one of the space's: {', '.join(names)}"
-            )
+    halves = (("attention", override.attention, attention), ("ffn", override.ffn, ffn))
+    for half, asked, variants in halves:
+        names = [variant.name for variant in variants]
+        for name in asked:
+            if name not in names:
+                raise UserError(
+                    f"library.layers.{layer}.{half}: got {name!r}, expected one of the space's: "
+                    f"{', '.join(names)}"
+                )
 
 
 def _overridden(

@@ -7,8 +7,11 @@ from puzzle.stage import Job, Scope, Stage, Work
 
 
 def _settings(job: Job) -> Inputs:
+    from puzzle.search import promise
+
     score, child = job.run.recipe.score, job.child
     return {
+        "misses": [miss.as_json() for miss in promise.misses(job)],
         "search": child.search.model_dump(mode="json"),
         "metric": score.metric,
         "granularity": score.granularity,

@@ -74,6 +74,11 @@ class Answer(Record):
         """The solution that is made into a child."""
         return self.solutions[0]
 
+    def predicted_speedup(self, scenario: str = "main") -> float:
+        """Of the best solution's throughput over the parent's."""
+        child, parent = self.best.predicted[scenario], self.parent[scenario]
+        return child.throughput_tok_per_s / parent.throughput_tok_per_s
+
 
 class FrontierPoint(Record):
     """The best sum of scores for one limit of the swept resource."""

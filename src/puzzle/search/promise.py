@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from puzzle import artifacts
 from puzzle.artifacts import Record
+from puzzle.cost import COST
 from puzzle.engines.turns import Measurement
 from puzzle.search import answers
 from puzzle.search.answers import Answer, Figures
@@ -24,7 +25,7 @@ FIGURES = {  # the field of `Figures` that a constraint limits
     "parameters": "parameters",
     "kv_cache": "kv_cache_bytes",
 }
-REPEATED_MISS = 1.02  # a child that was tried before is avoided by this much more
+REPEATED_MISS = 1.02  # a further factor where the same architecture misses again
 
 
 class Promise(Record):
@@ -50,6 +51,7 @@ class MeasuredChild(Record):
     """One line of `measured.jsonl`: an architecture that was served, and the promise."""
 
     source: str  # fingerprint of the stage that measured it
+    costs: str  # fingerprint of the costs that it was predicted from
     blocks: list[str]
     speedups: dict[str, float]  # by scenario
     met: bool
@@ -161,8 +163,17 @@ def read_measured(job: Job) -> list[MeasuredChild]:
 
 
 def misses(job: Job) -> list[MeasuredChild]:
-    """The architectures that were tried for this child and missed: they correct its searches."""
-    return [measured for measured in read_measured(job) if not measured.met]
+    """The architectures that were tried for this child and missed: they correct its searches.
+
+    Those that were predicted from other costs than the present ones do not count.
+    """
+    costs = _costs_fingerprint(job)
+    return [m for m in read_measured(job) if not m.met and m.costs == costs]
+
+
+def _costs_fingerprint(job: Job) -> str:
+    manifest = artifacts.read_manifest(job.folder(COST))
+    return "" if manifest is None else manifest.fingerprint
 
 
 def time_factor(job: Job) -> float:
@@ -183,6 +194,11 @@ def record(job: Job, source: str, speedups: dict[str, float], promises: Sequence
     if missed and any(miss.blocks == blocks for miss in misses(job)):
         factor *= REPEATED_MISS
     measured = MeasuredChild(
-        source=source, blocks=blocks, speedups=speedups, met=not missed, time_factor=factor
+        source=source,
+        costs=_costs_fingerprint(job),
+        blocks=blocks,
+        speedups=speedups,
+        met=not missed,
+        time_factor=factor,
     )
     artifacts.append_record(job.child.folder / MEASURED, measured)

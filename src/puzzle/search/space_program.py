@@ -3,7 +3,9 @@
 minimise  sum_ij score_ij x_ij
 subject   sum_j x_ij = 1                      every layer i takes one block j
           sum_ij resource_ij x_ij <= limit    one row per constraint and scenario
-          sum_i x_i,y_i <= (1 - diversity) L  for every earlier solution y
+
+The solvers add the first kind of rows themselves (`program.one_hot`); rows that keep away from an
+earlier solution are added to a built program (`mip.overlap_row`).
 """
 
 from collections.abc import Sequence
