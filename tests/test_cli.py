@@ -124,6 +124,30 @@ def test_a_second_child_leaves_the_first_and_everything_shared_as_they_were(run_
 
 
 @pytest.mark.training
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("child", "--name", "main", "--throughput", "99x"), 3),
+        (("uptrain", "--set", "place=nowhere"), 2),
+        (("uptrain", "--set", "uptrain.lora_rank=-1"), 2),
+    ],
+)
+def test_what_cannot_be_made_costs_no_finished_child(run_copy, command, code):
+    before = checksums(run_copy)
+    out = puzzle(command[0], run_copy, *command[1:])
+    assert out.returncode == code and out.stderr.count("puzzle:") == 1
+    assert checksums(run_copy) == before
+
+
+@pytest.mark.training
+def test_a_refused_setting_removes_no_finished_stage(run_copy):
+    before = checksums(run_copy / "library")
+    out = puzzle("library", run_copy, "--set", "library.kv_heads=[3]")
+    assert out.returncode == 2 and "kv_heads: got 3" in out.stderr
+    assert checksums(run_copy / "library") == before
+
+
+@pytest.mark.training
 def test_the_same_command_again_finds_the_child_done(run_copy):
     command = ("child", run_copy, "--name", "fast", "--throughput", "1.5x")
     assert puzzle(*command).returncode == 0

@@ -31,6 +31,15 @@ def test_every_yaml_in_the_docs_is_a_recipe(page, block):
     assert recipe.all_children() and recipe.all_places()
 
 
+def test_a_listed_place_has_the_recipes_deploy_unless_it_names_its_own():
+    """Otherwise it would add blocks to the space, and so a new library."""
+    places = {"laptop": {"cost": {"engine": "torch"}}, "phone": {"deploy": ["llama.cpp"]}}
+    recipe = config.parse({"deploy": ["transformers"], "places": places})
+    again = config.parse(recipe.model_dump(mode="json"))
+    for found in (recipe.all_places(), again.all_places()):
+        assert found["laptop"].deploy == ["transformers"] and found["phone"].deploy == ["llama.cpp"]
+
+
 def test_the_docs_have_recipes():
     assert {"README.md"} <= {page for page, _ in YAML_BLOCKS}
 

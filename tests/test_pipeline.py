@@ -12,6 +12,7 @@ from conftest import tiny_recipe, write_recipe
 
 from puzzle import artifacts, config, pipeline, settings
 from puzzle.assemble import ASSEMBLE, measured
+from puzzle.commands.children import is_finished
 from puzzle.cost import COST
 from puzzle.errors import Infeasible, UserError
 from puzzle.library import LIBRARY
@@ -127,6 +128,22 @@ def test_a_child_that_keeps_missing_is_never_called_done(tiny_run, monkeypatch):
     with pytest.raises(Infeasible, match=r"still misses: asked throughput 1.3x|no architecture"):
         pipeline.execute(tiny_run)
     assert artifacts.read_manifest(job_of(tiny_run).folder(UPTRAIN)) is None
+
+
+def test_a_given_architecture_that_misses_is_not_made_again(tiny_run, monkeypatch):
+    """Nothing could come out otherwise, so its finished uptraining is not given up."""
+    slower(monkeypatch, lambda call: 0.01 if call == 2 else 1.0)  # `assemble` meets, `evaluate` not
+    blocks = [layer.blocks[-1].name for layer in tiny_run.full_space.layers]
+    run = changed(tiny_run, "search", architecture=blocks)
+    with pytest.raises(Infeasible):
+        pipeline.execute(run)
+    job = job_of(run)
+    uptrained = artifacts.read_manifest(job.folder(UPTRAIN))
+    assert [record.met for record in promise.read_measured(job)] == [True, False]
+    assert is_finished(job)  # so its table is printed
+    with pytest.raises(Infeasible):
+        pipeline.execute(run)
+    assert artifacts.read_manifest(job.folder(UPTRAIN)) == uptrained
 
 
 def test_a_miss_that_was_measured_before_a_kill_still_corrects(tiny_run, monkeypatch):

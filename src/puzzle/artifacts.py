@@ -230,8 +230,13 @@ def write_manifest(folder: Path, inputs: Inputs, seconds: float) -> Manifest:
         seconds=round(seconds, 2),
     )
     manifest.write(folder / MANIFEST)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    drop_unfinished(folder)
     return manifest
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Remove the checkpoints of a finished stage."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -317,7 +317,7 @@ class EvaluateConfig(Section):
 class PlaceConfig(Section):
     """Where children are served: by what, and the engine and scenarios that costs are of."""
 
-    deploy: list[Target] = ["vllm", "transformers"]
+    deploy: list[Target] = ["vllm", "transformers"]  # of a listed place: the recipe's
     cost: CostConfig = CostConfig()
 
 
@@ -363,6 +363,14 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     places: dict[Name, PlaceConfig] = {}
     children: dict[Name, ChildOverride] = {}
+
+    @model_validator(mode="after")
+    def _deploy_of_places(self) -> "Recipe":
+        """A listed place that names no `deploy` has the recipe's, so that it adds no blocks."""
+        for name, place in self.places.items():
+            if "deploy" not in place.model_fields_set:
+                self.places[name] = place.model_copy(update={"deploy": self.deploy})
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> "Recipe":

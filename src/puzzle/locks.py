@@ -1,9 +1,9 @@
 """Locks: a folder is held while it is written, a measuring device while it measures.
 
-A lock is a small file that names its holder: host, process, and the command it belongs to.
-Processes that one command has started (the ranks of a run) share it. A dead holder is recognised:
-on this host its process is gone, on another its file has not been touched for a while (every holder
-touches its lock, so that this works on a shared file system, too).
+A lock is a small file that names its holder: host and process. A process that holds a folder may
+hold it again. A dead holder is recognised: on this host its process is gone, on another its file
+has not been touched for a while (every holder touches its lock, so that this works on a shared file
+system, too).
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from pathlib import Path
 from puzzle.artifacts import Record
 from puzzle.errors import UserError
 
-COMMAND = "PUZZLE_COMMAND"  # environment variable: one value for all processes of a command
 TOUCH_EVERY_S = 20.0
 DEAD_AFTER_S = 300.0  # without a touch, for a holder on another host
 LOOK_EVERY_S = 1.0
@@ -31,24 +30,25 @@ class Holder(Record):
     host: str
     pid: int
     started: str  # of the process, as the kernel counts; tells a process from a later one
-    command: str  # the same for all processes that one command has started
 
     @classmethod
     def this_process(cls) -> "Holder":
         """This process."""
         pid = os.getpid()
-        command = os.environ.setdefault(COMMAND, uuid.uuid4().hex)
-        return cls(host=socket.gethostname(), pid=pid, started=_started(pid), command=command)
+        return cls(host=socket.gethostname(), pid=pid, started=_started(pid))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in the kernel's ticks; empty where that is unknown."""
+    """When a process was started, in the kernel's ticks; empty where that is unknown or it ended.
+
+    A process that ended but was not waited for (a zombie) has ended.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return fields[19]
+        return "" if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return ""
 
@@ -95,8 +95,8 @@ def _held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> I
     this, told = Holder.this_process(), False
     while not _take(path, this):
         holder = _read_holder(path)
-        if holder is not None and holder.command == this.command:
-            yield  # another process of this command holds it for all of them
+        if holder == this:
+            yield  # whoever took it first gives it back
             return
         if holder is not None and not wait:
             raise UserError(
@@ -120,7 +120,7 @@ def _held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> I
 
 def _take(path: Path, this: Holder) -> bool:
     """Whether this process has got the lock. A dead holder's lock is removed first."""
-    temporary = path.with_name(f"{path.name}.{this.pid}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(this.model_dump_json(), encoding="utf-8")
         now_s = temporary.stat().st_mtime  # by the clock of the file system
@@ -139,7 +139,7 @@ def _take(path: Path, this: Holder) -> bool:
 
 def _remove(path: Path, dead: Holder) -> None:
     """Remove a dead holder's lock, but not one that a third process has just taken."""
-    aside = path.with_name(f"{path.name}.dead.{os.getpid()}")
+    aside = path.with_name(f"{path.name}.dead.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         path.replace(aside)
         if _read_holder(aside) != dead:
@@ -149,11 +149,15 @@ def _remove(path: Path, dead: Holder) -> None:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """Who holds a lock; None where nobody does. Locks are linked complete, so none is half."""
+    """Who holds a lock; None where nobody does. Raises `UserError` for a file that is no lock."""
     try:
         return Holder.read(path)
     except UserError:
-        return None
+        if not path.exists():  # it was given back meanwhile
+            return None
+        raise UserError(
+            f"lock {path}: names no holder; remove it if no other puzzle command is running"
+        ) from None
 
 
 def _is_dead(holder: Holder, path: Path, now_s: float) -> bool:

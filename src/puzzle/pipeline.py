@@ -94,9 +94,11 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
     folder, inputs = job.folder(stage), stage.inputs(job)
     earlier = artifacts.read_manifest(folder)
     if earlier is not None and earlier.inputs == inputs:
+        artifacts.drop_unfinished(folder)
         job.run.progress.say(f"{stage.name}: up to date")
         return earlier
     job.run.progress.say(stage.name)
+    stage.work().check(job)  # before an earlier result is removed
     artifacts.begin(folder, inputs)
     began = time.perf_counter()
     stage.work().execute(job, folder)
@@ -114,11 +116,13 @@ def narrow(run: Run, first: Run) -> None:
     run.progress.say("first: decoupled library, scores, costs and search")
     first.write()
     architectures: list[list[str]] = []
+    best: list[list[str]] = []
     for job in first.recipe_jobs():
         for stage in (LIBRARY, SCORE, COST, SEARCH):
             execute_stage(stage, job)
         architectures += answers.architectures(job)
-    narrowed = space.narrow(run.full_space, architectures, run.recipe.library.coupled)
+        best.append(answers.read(job).best.blocks)
+    narrowed = space.narrow(run.full_space, architectures, run.recipe.library.coupled, best)
     names = [[block.name for block in layer.blocks] for layer in narrowed.layers]
     NarrowedSpace(layers=names).write(run.folder / NARROWED)
 

@@ -135,7 +135,8 @@ class Run:
         )
 
     def _names(self, kind: str, file: str) -> list[str]:
-        return sorted(path.parent.name for path in (self.folder / kind).glob(f"*/{file}"))
+        names = (path.parent.name for path in (self.folder / kind).glob(f"*/{file}"))
+        return sorted(name for name in names if not name.startswith("."))  # half removed
 
     def place_job(self, name: str = "here") -> Job:
         """A job at a place, without a child."""

@@ -63,7 +63,7 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, JsonValue]:
         raise UserError(f"{what} {path}: no such file; {hint}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # also of a date that is none
         raise UserError(f"{what} {path}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -92,6 +92,6 @@ def override(values: Mapping[str, JsonValue], assignments: list[str]) -> dict[st
             section = copy
         try:
             section[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {assignment!r}: the value is not YAML") from None
     return changed

@@ -28,6 +28,16 @@ def test_the_papers_space_has_54_blocks_a_layer():
     assert built.left_out == ()
 
 
+def test_a_narrowed_space_keeps_the_blocks_used_most_and_those_of_every_best_architecture():
+    full = space.build(PAPER, SHAPE, [])
+    often, seldom, best = (full.layers[0].blocks[index].name for index in (5, 9, 20))
+    used = [[name] * 32 for name in (often, often, seldom, best)]
+    names = [block.name for block in space.narrow(full, used, 1).layers[3].blocks]
+    assert names == [SHAPE.widest_block.name, often]
+    kept = space.narrow(full, used, 1, best=[[best] * 32]).layers[3].blocks
+    assert [block.name for block in kept] == [SHAPE.widest_block.name, often, best]
+
+
 def test_the_parents_variants_come_first():
     layer = space.build(PAPER, SHAPE, []).layers[0]
     assert (layer.attention[0], layer.ffn[0]) == (Attention("gqa", 8), FFN("gated", 14336))

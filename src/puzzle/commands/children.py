@@ -23,10 +23,12 @@ from puzzle.commands.options import (
 )
 from puzzle.commands.summary import print_summaries, summaries
 from puzzle.config import ChildConfig, PlaceConfig
+from puzzle.cost import COST
 from puzzle.errors import Infeasible, UserError
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
+from puzzle.score import SCORE
 from puzzle.search import SEARCH
 from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
@@ -77,6 +79,7 @@ def changed_child(run: Run, name: str, assignments: list[str] | None) -> Job:
         _refuse_sections(assignments, CHILD_SECTIONS, "a child")
         values = settings.override(child.model_dump(mode="json"), assignments)
         child = settings.validate(ChildConfig, values, "--set")
+        run.place_config(child.place)  # a `UserError` where there is no such place
         run.write_child(name, child)
     return run.child_job(name)
 
@@ -126,6 +129,8 @@ def child(
     job = run.job_of(name, wish)
     for stage in (SEARCH, ASSEMBLE, UPTRAIN):
         stage.work().check(job)
+    if name in run.child_names():
+        refuse_infeasible(job)
     run.write_child(name, wish)
     try:
         pipeline.make_child(job)
@@ -133,6 +138,18 @@ def child(
         print_child(job, as_json)
         raise
     print_child(job, as_json)
+
+
+def refuse_infeasible(job: Job) -> None:
+    """Raise `Infeasible` where the tables that are there say so, before a child is given up."""
+    from puzzle.search import stage
+
+    try:
+        for earlier in (SCORE, COST):
+            job.manifest(earlier)
+    except UserError:
+        return  # the child's stages are about to be run, or refused
+    stage.search(job, stage.read_choices(job))
 
 
 def child_settings(
@@ -230,9 +247,22 @@ def remove(
 
 
 def is_finished(job: Job) -> bool:
-    """Whether a child has been evaluated as it is now."""
-    manifest = artifacts.read_manifest(job.folder(EVALUATE))
-    return manifest is not None and EVALUATE.is_current(job, manifest)
+    """Whether the evaluated child is the one that the last search chose.
+
+    It may have missed what was asked, so that it would be searched again.
+    """
+    stages = (SEARCH, ASSEMBLE, UPTRAIN, EVALUATE)
+    fingerprints: dict[str, JsonValue] = {}
+    for stage in stages:
+        manifest = artifacts.read_manifest(job.folder(stage))
+        if manifest is None:
+            return False
+        after = manifest.inputs["after"]
+        assert isinstance(after, dict)
+        if any(after.get(name, made) != made for name, made in fingerprints.items()):
+            return False
+        fingerprints[stage.name] = manifest.fingerprint
+    return True
 
 
 def print_child(job: Job, as_json: bool) -> None:

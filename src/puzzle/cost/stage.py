@@ -53,8 +53,10 @@ def _given_table(job: Job) -> Path | None:
     """A table to take instead of measuring: the recipe's, or that of a coupled run's first part."""
     if job.place.cost.table:
         return Path(job.place.cost.table)
-    if job.run.first is not None:
-        return job.run.first.place_job(job.place.name).folder(COST) / COSTS
+    first = job.run.first
+    if first is not None and job.place.name in first.place_names():
+        measured = first.place_job(job.place.name).folder(COST) / COSTS
+        return measured if measured.exists() else None
     return None
 
 
@@ -74,7 +76,8 @@ def _check(job: Job) -> None:
                 f"cost scenario {name} (input_length + output_length): got {length}, but the "
                 f"parent takes at most {positions} positions"
             )
-    _ = job.engine
+    if not table.are_from_elsewhere(job):
+        _ = job.engine
     if job.place.cost.table:
         _reuse(job, Path(job.place.cost.table))
 

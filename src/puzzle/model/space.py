@@ -133,17 +133,26 @@ def union(spaces: Sequence[SearchSpace], full: SearchSpace) -> SearchSpace:
     return SearchSpace(full.restricted(names).layers, tuple(left_out))
 
 
-def narrow(space: SearchSpace, architectures: Sequence[Sequence[str]], count: int) -> SearchSpace:
+def narrow(
+    space: SearchSpace,
+    architectures: Sequence[Sequence[str]],
+    count: int,
+    best: Sequence[Sequence[str]] = (),
+) -> SearchSpace:
     """The parent's block and the `count` others that the architectures use most, layer by layer.
 
     An architecture is a block name per layer; blocks that none uses are dropped, and ties go to
-    the block that comes first in the space. Paper: appendix F.1.1.
+    the block that comes first in the space. Paper: appendix F.1.1. The blocks of the `best`, one
+    architecture per child, are kept even where they are more than `count`: each child that could be
+    made before can be made afterwards.
     """
     layers = []
     for index, layer in enumerate(space.layers):
         uses = Counter(names[index] for names in architectures)
         ranked = sorted(layer.blocks[1:], key=lambda block: -uses[block.name])  # a stable sort
         kept = {layer.blocks[0], *(block for block in ranked[:count] if uses[block.name])}
+        answers = {names[index] for names in best}
+        kept |= {block for block in layer.blocks if block.name in answers}
         layers.append(LayerSpace.of_blocks([block for block in layer.blocks if block in kept]))
     return SearchSpace(tuple(layers), space.left_out)
 

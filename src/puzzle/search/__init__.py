@@ -10,8 +10,9 @@ def _settings(job: Job) -> Inputs:
     from puzzle.search import promise
 
     score, child = job.run.recipe.score, job.child
+    misses = [] if child.search.architecture is not None else promise.misses(job)
     return {
-        "misses": [miss.as_json() for miss in promise.misses(job)],
+        "misses": [miss.as_json() for miss in misses],
         "search": child.search.model_dump(mode="json"),
         "metric": score.metric,
         "granularity": score.granularity,

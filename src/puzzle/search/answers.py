@@ -1,5 +1,7 @@
 """What a search writes: solutions with their predictions, the frontier, the baselines."""
 
+from pydantic import Field
+
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.cost.table import CostTable
@@ -42,7 +44,7 @@ class Solution(Record):
     objective: float  # the sum of the blocks' losses
     bound: float  # proven: no choice has a smaller sum
     gap: float  # (objective - bound) / |objective|
-    seconds: float
+    seconds: float = Field(default=0.0, exclude=True)  # not in the file: no part of the result
     predicted: dict[str, Figures]  # by scenario
 
     @property

@@ -23,6 +23,7 @@ from puzzle.config import SearchConfig
 from puzzle.cost import table as costs
 from puzzle.errors import Infeasible, UserError
 from puzzle.model.architecture import Architecture
+from puzzle.score import SCORE
 from puzzle.score import results as scores
 from puzzle.search import mip, promise
 from puzzle.search.answers import (
@@ -86,7 +87,11 @@ def _execute(job: Job, folder: Path) -> None:
 
 
 def read_choices(job: Job) -> Choices:
-    """The scored blocks of every layer and their losses."""
+    """The scored blocks of every layer and their losses.
+
+    Raises `UserError` where the scores are unfinished or out of date.
+    """
+    job.manifest(SCORE)
     losses = scores.losses(job.run)
     layers = [
         [block for block in layer if block in job.space.layers[index].blocks]

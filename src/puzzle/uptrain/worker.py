@@ -4,12 +4,15 @@ Exit codes as in cli.py.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from puzzle import artifacts
+from torch import distributed
+
+from puzzle import artifacts, locks
 from puzzle.device import keep_freed_memory
 from puzzle.errors import UserError
 from puzzle.progress import Progress
@@ -42,23 +45,33 @@ def main() -> None:
 
 
 def work(run: Run, child: str, launched: bool) -> None:
-    """Distil; `launched` by `puzzle uptrain`, which then closes the stage itself."""
+    """Distil; where `launched` by `puzzle uptrain`, that command opens and closes the stage."""
     job = run.child_job(child)
     stage.check(job, sharding.size())
     if job.child.uptrain.lora_rank:
         raise UserError(
             "uptrain.lora_rank: is for one process; use `puzzle uptrain RUN`, or lora_rank: 0"
         )
-    folder = job.folder(UPTRAIN)
-    if sharding.rank() == 0:
-        artifacts.begin(folder, UPTRAIN.inputs(job))
-        _ = run.corpus
-    sharding.barrier()
-    stage.distil(job, folder)
-    if sharding.rank() == 0 and not launched:
-        from puzzle import pipeline
+    folder, first = job.folder(UPTRAIN), sharding.rank() == 0
+    if launched:
+        stage.distil(job, folder)
+        return
+    with contextlib.ExitStack() as held:
+        finished = [False]
+        if first:
+            held.enter_context(locks.hold(folder, wait=run.wait, say=run.progress.say))
+            inputs = UPTRAIN.inputs(job)
+            finished = [artifacts.is_done(folder, inputs)]
+            if not finished[0]:
+                artifacts.begin(folder, inputs)
+                _ = run.corpus
+        distributed.broadcast_object_list(finished)
+        if not finished[0]:
+            stage.distil(job, folder)
+        if first:
+            from puzzle import pipeline
 
-        pipeline.execute_stage(UPTRAIN, job)  # finds the weights there and closes the stage
+            pipeline.execute_stage(UPTRAIN, job)  # finds the weights there and closes the stage
 
 
 if __name__ == "__main__":
