@@ -90,6 +90,8 @@ def picture(jobs: list[Job]) -> str:
         kept = results.uptrained.retention or 0.0
         title = f"{job.child.name}: {results.speedup:.2f}x, keeps {kept:.1%} of top-1"
         axis.set_title(title, fontsize=9, loc="left")
+    axes[-1, 0].set_xlim(-0.7, shape.num_hidden_layers - 0.3)
+    axes[-1, 0].set_xticks(range(shape.num_hidden_layers))
     axes[-1, 0].set_xlabel("layer")
     figure.tight_layout()
     return pictures.svg(figure)

@@ -140,6 +140,15 @@ def test_what_cannot_be_made_costs_no_finished_child(run_copy, command, code):
 
 
 @pytest.mark.training
+def test_a_child_that_was_made_for_an_earlier_wish_is_listed_as_stale(run_copy):
+    assert "stale" not in puzzle("children", run_copy).stdout
+    wish = run_copy / "children" / "main" / "child.yaml"
+    wish.write_text(wish.read_text().replace("throughput: 1.3x", "throughput: 1.4x"))
+    out = puzzle("children", run_copy, "--json")
+    assert out.stdout.count("stale") == 2 and not last_line(out)[0]["current"]
+
+
+@pytest.mark.training
 def test_a_refused_setting_removes_no_finished_stage(run_copy):
     before = checksums(run_copy / "library")
     out = puzzle("library", run_copy, "--set", "library.kv_heads=[3]")

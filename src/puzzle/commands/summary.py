@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
 from puzzle.search import SEARCH, answers
 from puzzle.stage import Child, Job
+from puzzle.uptrain import UPTRAIN
 
 
 class ChildSummary(Record):
@@ -30,6 +32,7 @@ class ChildSummary(Record):
     kl: float | None = None  # of the finished child, nats per token
     retention: float | None = None  # of top-1 accuracy
     disk_bytes: int = 0
+    current: bool = True  # its files are of what is asked of it now
 
 
 def summarise(job: Job) -> ChildSummary:
@@ -59,6 +62,11 @@ def summarise(job: Job) -> ChildSummary:
             updates["met"] = results.met
         updates["kl"] = results.uptrained.quality.kl
         updates["retention"] = results.uptrained.retention
+    for stage in (EVALUATE, UPTRAIN, ASSEMBLE, SEARCH):
+        manifest = artifacts.read_manifest(job.folder(stage))
+        if manifest is not None:
+            updates["current"] = stage.is_current(job, manifest)
+            break
     return known.model_copy(update=updates)
 
 
@@ -89,23 +97,17 @@ def summaries(runs: list[Run]) -> list[ChildSummary]:
 def print_summaries(children: list[ChildSummary]) -> None:
     """Children side by side, on standard output."""
     several_runs = len({child.run for child in children}) > 1
-    table = Table(title="children", title_justify="left")
-    for column in (
-        "child",
-        "asked",
-        "predicted",
-        "measured",
-        "",
-        "KL",
-        "kept",
-        "parameters",
-        "disk",
-    ):
-        table.add_column(column, justify="left" if column in ("child", "asked", "") else "right")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("child", "asked"):
+        table.add_column(column)
+    for column in ("predicted", "measured", "", "KL", "kept", "params", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
     for child in children:
         name = f"{child.run}: {child.child}" if several_runs else child.child
         place = "" if child.place == "here" else f" at {child.place}"
         met = {None: "", True: "met", False: "MISSED"}[child.met]
+        if not child.current and child.met is not False:
+            met = "stale"
         table.add_row(
             name,
             child.wish + place,
@@ -114,10 +116,16 @@ def print_summaries(children: list[ChildSummary]) -> None:
             met,
             _figure(child.kl, ".4f"),
             _figure(child.retention, ".1%"),
-            "" if child.parameters is None else f"{child.parameters:,}",
+            "" if child.parameters is None else f"{child.parameters / 1e6:,.1f}M",
             f"{child.disk_bytes / 2**20:,.0f} MiB",
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if any(not child.current for child in children):
+        console.print(
+            "stale: made for an earlier wish, or from earlier files; `puzzle child` makes it anew",
+            soft_wrap=True,
+        )
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:
