@@ -42,12 +42,18 @@ def changed(run, section, **changes):
     return Run(run.recipe.model_copy(update={section: updated}), run.folder, Progress(quiet=True))
 
 
-def test_running_again_does_nothing_and_a_new_constraint_redoes_search_and_what_follows(tiny_run):
+def test_running_again_does_nothing_and_a_new_constraint_redoes_search_and_what_follows(
+    tiny_run, monkeypatch
+):
     pipeline.execute(tiny_run)
     before = manifests(tiny_run)
     pipeline.execute(tiny_run)
     assert manifests(tiny_run) == before
-    pipeline.execute(changed(tiny_run, "search", throughput="1.6x"))
+    faster, said = changed(tiny_run, "search", throughput="1.6x"), []
+    monkeypatch.setattr(faster.progress, "say", said.append)
+    pipeline.execute(faster)
+    assert "  made again: settings.search.throughput has changed from 1.3x to 1.6x" in said
+    assert "  made again: search has changed" in said  # of `assemble`
     after = manifests(tiny_run)
     assert [name for name in before if after[name] != before[name]] == [
         "search",

@@ -245,6 +245,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest.read(path) if path.exists() else None
 
 
+def first_difference(
+    one: JsonValue, other: JsonValue, key: str = ""
+) -> tuple[str, JsonValue, JsonValue]:
+    """(dotted key, value, value): the first figure in which two different values differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        name = next(name for name in other if one[name] != other[name])
+        return first_difference(one[name], other[name], f"{key}.{name}" if key else name)
+    return key, one, other
+
+
 def is_done(folder: Path, inputs: Inputs) -> bool:
     """Whether the folder was finished from exactly these inputs."""
     manifest = read_manifest(folder)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pydantic import JsonValue
 
 from puzzle import artifacts, locks
-from puzzle.artifacts import Manifest
+from puzzle.artifacts import Inputs, Manifest
 from puzzle.assemble import ASSEMBLE
 from puzzle.cost import COST
 from puzzle.errors import Infeasible, UserError
@@ -98,6 +98,8 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
         job.run.progress.say(f"{stage.name}: up to date")
         return earlier
     job.run.progress.say(stage.name)
+    if earlier is not None:
+        job.run.progress.say(f"  made again: {_what_changed(earlier.inputs, inputs)}")
     stage.work().check(job)  # before an earlier result is removed
     artifacts.begin(folder, inputs)
     began = time.perf_counter()
@@ -106,6 +108,15 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
     manifest = artifacts.write_manifest(folder, inputs, seconds)
     job.run.progress.say(f"{stage.name}: done in {duration(seconds)}")
     return manifest
+
+
+def _what_changed(before: Inputs, now: Inputs) -> str:
+    key, one, other = artifacts.first_difference(before, now)
+    if key.startswith("after."):
+        return f"{key.removeprefix('after.')} has changed"
+    if isinstance(one, str | int | float) and isinstance(other, str | int | float):
+        return f"{key} has changed from {one} to {other}"
+    return f"{key} has changed"
 
 
 def narrow(run: Run, first: Run) -> None:

@@ -88,18 +88,13 @@ def _reuse(job: Job, path: Path) -> tuple[CostHeader, list[VariantCost], list[Sc
     expected = header(job)
     theirs, ours = given.as_json(), expected.as_json()
     if theirs != ours:
-        raise UserError(f"cost.table {path}: {_difference(theirs, ours)}; measure again")
+        key, there, here = artifacts.first_difference(theirs, ours)
+        raise UserError(
+            f"cost.table {path}: {key} is {there!r} there but {here!r} here; measure again"
+        )
     variants = table.distinct_variants(job)
     table.check_complete(records, expected.scenarios, variants, f"cost.table {path}")
     return given, records, fits
-
-
-def _difference(theirs: JsonValue, ours: JsonValue, key: str = "") -> str:
-    """In words, the first figure of two different values that differs, by its dotted key."""
-    if isinstance(theirs, dict) and isinstance(ours, dict) and theirs.keys() == ours.keys():
-        name = next(name for name in ours if theirs[name] != ours[name])
-        return _difference(theirs[name], ours[name], f"{key}.{name}" if key else name)
-    return f"{key} is {theirs!r} there but {ours!r} here"
 
 
 def _execute(job: Job, folder: Path) -> None:
