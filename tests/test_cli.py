@@ -146,6 +146,8 @@ def test_a_child_that_was_made_for_an_earlier_wish_is_listed_as_stale(run_copy):
     wish.write_text(wish.read_text().replace("throughput: 1.3x", "throughput: 1.4x"))
     out = puzzle("children", run_copy, "--json")
     assert out.stdout.count("stale") == 2 and not last_line(out)[0]["current"]
+    exported = puzzle("export", run_copy, "--to", "nemotron-nas")
+    assert "child main was made for an earlier wish" in exported.stderr
 
 
 @pytest.mark.training

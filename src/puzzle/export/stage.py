@@ -38,7 +38,12 @@ def source(job: Job) -> Path:
     """The folder of the finished child, or of the one that has not been uptrained yet."""
     for stage in (UPTRAIN, ASSEMBLE):
         folder = job.folder(stage)
-        if artifacts.read_manifest(folder) is not None:
+        manifest = artifacts.read_manifest(folder)
+        if manifest is not None:
+            if not stage.is_current(job, manifest):
+                job.run.progress.say(
+                    f"  child {job.child.name} was made for an earlier wish, or from earlier files"
+                )
             return folder
     raise UserError(
         f"run {job.run.folder}: child {job.child.name} is not made yet; run `puzzle run` first"
