@@ -169,7 +169,7 @@ def test_a_zombie_holds_nothing(tmp_path):
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it ended; nobody has waited for it
     with locks.hold(folder, wait=False, say=print):
-        pass
+        assert locks.Holder.read(locks.lock_path(folder)).pid == os.getpid()
     process.wait()
 
 
@@ -191,7 +191,7 @@ def test_a_later_process_with_the_same_number_does_not_keep_a_lock_alive(tmp_pat
     earlier = this.model_copy(update={"started": "1"})
     earlier.write(locks.lock_path(folder))
     with locks.hold(folder, wait=False, say=print):
-        pass
+        assert locks.Holder.read(locks.lock_path(folder)) == this
 
 
 def test_a_holder_on_another_host_is_dead_when_it_no_longer_touches_its_lock(tmp_path):
