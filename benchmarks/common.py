@@ -174,7 +174,7 @@ def tiny_recipe(root: Path) -> Settings:
         },
         "search": {"parameters": "75%", "points": 3},
         "uptrain": {"tokens": 2048, "batch_sequences": 8, "checkpoint_steps": 2},
-        "evaluate": {"sequences": 4, "pairs": 1},
+        "evaluate": {"sequences": 4},
     }
 
 

@@ -5,11 +5,10 @@ their layers.
 
 If removing half of the layers gives nearly 2x, one layer's work is visible above the engine's
 per-step overhead. The two models of a pair are served side by side by vLLM (--quick: by the
-built-in torch engine) and timed in turn; the ratio is the median over the pairs. The share of a
+built-in torch engine) and timed in turn. The share of a
 step that is not layers follows: overhead = 2 / ratio - 1.
 """
 
-import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from puzzle import engines
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.engines import Engine
-from puzzle.engines.turns import Served, time_in_turn
+from puzzle.engines.turns import Served, measure_pair
 from puzzle.model.architecture import Architecture
 from puzzle.model.parent import describe
 
@@ -57,24 +56,23 @@ def parameters(folder: Path) -> int:
 
 
 def measure(
-    engine: Engine, scenario: ScenarioConfig, candidate: common.LlamaSizes, pairs: int
+    engine: Engine, scenario: ScenarioConfig, candidate: common.LlamaSizes, starts: int
 ) -> dict[str, Any]:
-    """Serve a candidate beside the same with half of the layers."""
+    """Serve a candidate in turn with the same with half of the layers."""
     half = replace(candidate, num_hidden_layers=candidate.num_hidden_layers // 2)
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root) / "full", Path(root) / "half"]
         for folder, llama in zip(folders, (candidate, half), strict=True):
             common.make_parent(folder, llama, torch.bfloat16)
         count = parameters(folders[0])
-        served = [Served(folder, scenario) for folder in folders]
-        timings, _ = time_in_turn(engine, served, pairs, on_batch=lambda: None)
-    full_s, half_s = ([timing.total_s for timing in side] for side in timings)
-    tokens = scenario.batch_size * scenario.output_length
+        sides = [Served(folder, scenario) for folder in folders]
+        measured = measure_pair(engine, *sides, starts, lambda m: True, lambda: None)
+    speeds = [side.throughput_tok_per_s.value for side in (measured.parent, measured.child)]
     return {
         "sizes": vars(candidate),
         "parameters": count,
-        "tok_per_s": [tokens / statistics.median(side) for side in (full_s, half_s)],
-        "ratio": statistics.median(full / half for full, half in zip(full_s, half_s, strict=True)),
+        "tok_per_s": speeds,
+        "ratio": measured.speedup.value,
     }
 
 
@@ -96,14 +94,14 @@ def print_candidate(candidate: common.LlamaSizes, figures: dict[str, Any]) -> No
 
 def main() -> None:
     """Print a line for every candidate."""
-    parser = common.parser(__doc__, quick="one small candidate, two pairs, on the torch engine")
+    parser = common.parser(__doc__, quick="one small candidate, one start, on the torch engine")
     args = common.start(parser)
-    name, scenario, pairs, candidates = "vllm", ScenarioConfig(), 5, CANDIDATES
+    name, scenario, starts, candidates = "vllm", ScenarioConfig(), 3, CANDIDATES
     if args.quick:
-        name, scenario, pairs, candidates = "torch", QUICK_SCENARIO, 2, [common.TINY]
+        name, scenario, starts, candidates = "torch", QUICK_SCENARIO, 1, [common.TINY]
     with tempfile.TemporaryDirectory() as logs:
         engine = engines.make(name, CostConfig(), Path(logs))
-        print(f"{engine.name} {engine.facts.version}, {scenario}, bfloat16, {pairs} pairs")
+        print(f"{engine.name} {engine.facts.version}, {scenario}, bfloat16, {starts} starts")
         common.print_header(
             "hidden",
             "FFN",
@@ -118,7 +116,7 @@ def main() -> None:
         )
         rows = []
         for candidate in candidates:
-            rows.append(measure(engine, scenario, candidate, pairs))
+            rows.append(measure(engine, scenario, candidate, starts))
             print_candidate(candidate, rows[-1])
     common.print_json(args, rows)
 

@@ -36,7 +36,7 @@ def row(child: ChildSummary, seconds: float) -> str:
         child.wish,
         f"{child.predicted_speedup:.2f}x",
         f"{child.measured_speedup:.2f}x",
-        "met" if child.met else "missed",
+        child.verdict or "",
         f"{child.parameters:,}",
         f"{child.kl:.4f}",
         f"{child.retention:.1%}",

@@ -109,7 +109,7 @@ def test_a_second_child_leaves_the_first_and_everything_shared_as_they_were(run_
     shared = ("library", "score", "corpus", "places", "children/main")
     before = {name: checksums(run_copy / name) for name in shared}
     made = last_line(puzzle("child", run_copy, "--name", "fast", "--throughput", "1.5x", "--json"))
-    assert made["name"] == "fast" and made["met"]
+    assert made["name"] == "fast" and made["verdict"] == "met"
     assert {name: checksums(run_copy / name) for name in shared} == before
     rows = last_line(puzzle("status", run_copy, "--json"))
     assert {row["state"] for row in rows} == {"done"}
@@ -225,7 +225,7 @@ def test_a_recipe_can_list_several_children(finished_run, tmp_path):
     children = {row["child"]: row for row in last_line(out)["children"]}
     assert children["small"]["wish"] == "parameters 70%"
     assert children["fast"]["wish"] == "throughput 1.5x"
-    assert all(child["met"] for child in children.values())
+    assert all(child["verdict"] == "met" for child in children.values())
     assert out.stderr.count("library: up to date") == 1 and not (copy / "children/main").exists()
 
 

@@ -22,11 +22,13 @@ pytestmark = pytest.mark.training
 def test_a_run_gives_a_child_that_keeps_its_promise_and_heals(row, text_folder, tmp_path):
     recipe = tiny_recipe(families.make(row, tmp_path / "parent"), text_folder, tmp_path / "run")
     recipe["deploy"] = ["vllm"]  # with our plugin, where the family needs it
+    # A child that loses enough for the few steps of this training to heal, whatever the family
+    recipe["search"] |= {"throughput": "1.37x"}
     run = Run(config.parse(recipe), tmp_path / "run", Progress(quiet=True))
     pipeline.execute(run)
     job = run.child_job("main")
     figures = results.read(job)
-    assert figures.met
+    assert figures.verdict == "met"
     # the parent against itself, through every path a child takes
     assert abs(figures.parent.quality.kl) < 1e-5
     assert figures.uptrained.quality.kl < figures.child.quality.kl
@@ -37,4 +39,4 @@ def test_a_run_gives_a_child_that_keeps_its_promise_and_heals(row, text_folder, 
         assert written.architectures == ["PuzzleForCausalLM"]
     assert "vLLM" in (job.folder(UPTRAIN) / "README.md").read_text()
     card = (job.folder(REPORT) / "README.md").read_text()
-    assert f"{figures.speed.speedup:.2f}x" in card and "modelled" in card
+    assert f"{figures.speedup:.2f}x" in card and "modelled" in card

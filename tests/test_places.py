@@ -55,7 +55,8 @@ def test_costs_are_measured_elsewhere_from_the_parents_description_and_used_here
         "child", run_copy, "--name", "far", "--place", "far", "--parameters", "70%", "--json"
     )
     child = last_line(out)
-    assert child["served"]["scenarios"] == {} and child["served"]["promises"][0]["met"] is None
+    assert child["served"]["scenarios"] == {}
+    assert child["served"]["promises"][0]["verdict"] == "predicted"
     assert "predicted" in out.stdout and "not measured yet" in out.stdout
     listed = {row["child"]: row for row in last_line(puzzle("children", run_copy, "--json"))}
     assert listed["far"]["predicted_speedup"] > 1 and listed["far"]["measured_speedup"] is None
@@ -66,7 +67,7 @@ def test_a_second_place_its_child_and_its_removal_leave_the_first_child_untouche
     before = checksums(run_copy)
     assert puzzle("cost", run_copy, "--place", "gpu", *H100).returncode == 0
     command = ("child", run_copy, "--name", "gpu", "--place", "gpu", "--parameters", "70%")
-    assert last_line(puzzle(*command, "--json"))["met"]
+    assert last_line(puzzle(*command, "--json"))["verdict"] == "met"
     assert puzzle("remove", run_copy, "--child", "gpu").returncode == 0
     shutil.rmtree(run_copy / "places" / "gpu")
     after = checksums(run_copy)
@@ -112,7 +113,8 @@ def test_a_child_is_measured_where_it_will_live_without_the_run(finished_run, tm
         )
     )
     listed = last_line(puzzle("children", finished_run.folder, "--json"))
-    assert result["scenarios"]["main"]["speedup"] == pytest.approx(listed[0]["measured_speedup"])
+    speedup = result["scenarios"]["main"]["speedup"]["value"]
+    assert speedup == pytest.approx(listed[0]["measured_speedup"])
 
 
 # ------------------------------------------------------------------------------------------- locks

@@ -177,6 +177,9 @@ class CostConfig(Section):
     # Seconds of serving for each scenario and batch size; less where `precision` is reached before,
     # more where there are too few samples for a fit.
     seconds: float = Field(default=60.0, gt=0)
+    # Starts of the engines before a measurement of parent and child is looked at. What is not
+    # decided then goes on for as many again, twice at most.
+    starts: Positive = 6
     # The costs.jsonl of another run, taken instead of measuring.
     table: str | None = None
 
@@ -239,9 +242,11 @@ class SearchConfig(Section):
     solutions: Positive = 1
     # In how many layers solutions differ: a share, or a number of layers from 1 on.
     diversity: Annotated[float, Field(gt=0)] = 0.2
-    # Timed constraints are aimed at with this much to spare.
-    margin: float = Field(default=0.05, ge=0, lt=0.5)
-    attempts: Positive = 3
+    # Timed constraints are aimed at with this much to spare; default: what the uncertainty of the
+    # predictions asks for.
+    margin: float | None = Field(default=None, ge=0, lt=0.5)
+    # Children that are assembled and served at most, until one meets the wish from just above.
+    attempts: Positive = 4
     time_limit_s: float = Field(default=60.0, gt=0)
 
 
@@ -307,11 +312,10 @@ class UptrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How the finished child is measured: held-out sequences, and pairs of served batches."""
+    """How the finished child's quality is measured, on held-out sequences."""
 
     sequences: Positive = 128
     batch_sequences: Positive = 8
-    pairs: Positive = 7
 
 
 class PlaceConfig(Section):

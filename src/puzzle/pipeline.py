@@ -60,24 +60,41 @@ def make_child(job: Job) -> None:
 
     if not table.are_from_elsewhere(job):
         execute_stage(COST, job)
-    attempts = job.child.search.attempts if job.child.search.architecture is None else 1
-    for attempt in range(attempts):  # a miss corrects this child's costs
-        execute_stage(SEARCH, job, again=attempt > 0)
-        assembled = execute_stage(ASSEMBLE, job, again=attempt > 0)
-        measured.record(job, assembled.fingerprint, measured.read(job))
-        if measured.read(job).met:
-            break
-        if not measured.read(job).can_be_corrected:
-            raise Infeasible(measured.missed(job, attempt + 1))
-    else:
-        raise Infeasible(measured.missed(job, attempts))
+    search_and_serve(job)
     execute_stage(UPTRAIN, job)
     evaluated = execute_stage(EVALUATE, job)
     execute_stage(REPORT, job)
     served = results.read(job).served
-    measured.record(job, evaluated.fingerprint, served)
-    if not served.met:
+    if served.verdict == "missed":
+        measured.record(job, evaluated.fingerprint, served)
         raise Infeasible(results.missed(job))
+
+
+def search_and_serve(job: Job) -> None:
+    """Search, assemble and serve until a child is met from just above; the best that is met stays.
+
+    Raises `Infeasible` where none is met.
+    """
+    from puzzle.assemble import measured
+    from puzzle.search import answers, neighbours, tried
+
+    attempts = job.child.search.attempts if job.child.search.architecture is None else 1
+    again = False
+    while True:
+        execute_stage(SEARCH, job, again=again)
+        assembled = execute_stage(ASSEMBLE, job, again=again)
+        served, again = measured.read(job), True
+        measured.record(job, assembled.fingerprint, served)
+        if answers.read(job).final or served.verdict == "predicted" or not served.scenarios:
+            return
+        if served.verdict == "met" and (not served.gives_away or attempts == 1):
+            return
+        tries = tried.Tries.of(job)
+        is_last = len(tries.children) >= attempts or not served.can_be_corrected
+        if is_last and tries.best is None:
+            raise Infeasible(measured.missed(job, max(1, len(tries.children))))
+        if not is_last:
+            neighbours.learn(job, tries.children[-1])
 
 
 def execute_stage(stage: Stage, job: Job, *, again: bool = False) -> Manifest:

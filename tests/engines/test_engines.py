@@ -29,19 +29,35 @@ def servable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_engine_times_prefill_and_steps_of_any_layers(servable, name, tmp_path):
+def test_an_engine_serves_batches_step_by_step_with_any_layers(servable, name, tmp_path):
     engine = engines.make(name, COST, tmp_path / "logs")
     assert engine.name == engine.facts.engine == name and engines.unavailable(name) is None
     assert engine.facts.version and engine.facts.device and engine.facts.count > 0
     for folder in servable:
         with engine.probe(folder, SCENARIO) as session:
-            all_layers = session.time_batch(SCENARIO)
-            part = session.time_batch(SCENARIO, [[0], [0, 1], [0, 2, 3]])
-            again = session.time_batch(SCENARIO, [range(4)])
-            assert len(session.pages) == 4
-        for timing in (all_layers, part, again):
-            assert timing.prefill_s > 0 and len(timing.steps_s) == SCENARIO.output_length - 1
-            assert min(timing.steps_s) > 0
+            for layers in ([], [0], [0, 2, 3], range(4)):
+                session.begin(SCENARIO)
+                assert min(session.advance(1, layers)) > 0
+                steps = [*session.advance(3), *session.advance(SCENARIO.output_length - 4)]
+                assert len(steps) == SCENARIO.output_length - 1 and min(steps) > 0
+            session.begin(SCENARIO)
+            session.advance(2)
+            session.begin(SCENARIO)  # drops the one that runs
+            assert len(session.advance(SCENARIO.output_length)) == SCENARIO.output_length
+            session.restart()
+            session.begin(SCENARIO)
+            assert len(session.advance(2)) == 2 and len(session.pages) == 4
+
+
+def test_a_probe_serves_the_layers_it_is_told(servable, tmp_path):
+    """With fewer layers a modelled step takes less, until others are named."""
+    with engines.make("roofline", COST, tmp_path).probe(servable[0], SCENARIO) as session:
+        session.begin(SCENARIO)
+        session.advance(1)
+        (every,), (one,), (same,), (again,) = (
+            session.advance(1, layers) for layers in ([], [0], [], range(4))
+        )
+    assert one == same < every == again
 
 
 def test_an_engine_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
@@ -66,7 +82,8 @@ def test_a_worker_that_dies_is_one_clear_line_with_its_log(tmp_path):
         pytest.raises(UserError, match=r"vllm stopped while serving: .* \(see .*log\)"),
         vllm_engine.make(tmp_path / "logs").serve(tmp_path, SCENARIO) as session,
     ):
-        session.time_batch(SCENARIO)
+        session.begin(SCENARIO)
+        session.advance(1)
 
 
 @pytest.mark.parametrize("sheet", ["H1000", "/nothing.yaml"])

@@ -260,8 +260,8 @@ def test_coupled_training_narrows_the_space_and_improves_on_the_composed_pair(ti
     """Appendix F.1.1: decoupled library, search, then pairs in what the search has left."""
     run = with_library(tiny_run, coupled=2)
     pipeline.execute(run)
-    for layer, options in enumerate(run.space.layers):
-        assert options.blocks[0] == run.parent.shape.widest_block and len(options.blocks) <= 3
+    for layer, options in enumerate(run.space.layers):  # the parent's, two, and the answer's
+        assert options.blocks[0] == run.parent.shape.widest_block and len(options.blocks) <= 4
         assert set(options.blocks) <= set(run.full_space.layers[layer].blocks)
     pairs = trained_of(run)
     assert pairs and all(r.slot == "block" and r.nmse_after < r.nmse_before for r in pairs)

@@ -164,7 +164,7 @@ def test_a_whole_run_makes_a_grandchild(kind, tiny, text_folder, tmp_path):
     run = Run(config.parse(recipe), tmp_path / "run", Progress(quiet=True))
     pipeline.execute(run)
     job = run.child_job("main")
-    assert measured.read(job).met
+    assert measured.read(job).verdict == "met"
     grandchild = tmp_path / "run" / "children" / "main" / "uptrained"
     made = child.read_architecture(grandchild)
     parents = run.parent.shape.parent_blocks

@@ -1,161 +1,96 @@
-"""What serving a child has shown: judged against what was asked, recorded, and what follows."""
+"""What serving a child has shown, judged against what was asked."""
 
 import pytest
+from served import SERVED, answer, give_or_take
 
-from puzzle.engines.turns import Measurement, ServedFigures
-from puzzle.search import SEARCH, answers, promise
-from puzzle.search.answers import Answer, Figures, Solution
+from puzzle.search import promise
 from puzzle.search.constraints import Constraint
-from puzzle.search.promise import REPEATED_MISS, Promise
-
-FIRST = ["gqa_2+gated_96", "gqa_1+no_op"]
-SECOND = ["gqa_1+no_op", "gqa_1+no_op"]
 
 
-def answer(blocks=FIRST, constraints=()):
-    """The child is predicted to be twice as fast, with half the parameters and a quarter cache."""
-    parent = Figures(
-        throughput_tok_per_s=100.0,
-        latency_s=2.0,
-        time_to_first_token_s=0.5,
-        memory_bytes=4400,
-        parameters=1000,
-        kv_cache_bytes=400,
+def judged(name, asked, relative, served=SERVED):
+    constraint = Constraint(
+        name=name, text="2x", value=asked, relative=asked if relative else None, limit=asked
     )
-    child = Figures(
-        throughput_tok_per_s=200.0,
-        latency_s=1.0,
-        time_to_first_token_s=0.25,
-        memory_bytes=2100,
-        parameters=500,
-        kv_cache_bytes=100,
-    )
-    solution = Solution(
-        blocks=blocks, objective=1.0, bound=1.0, gap=0.0, seconds=0.1, predicted={"main": child}
-    )
-    return Answer(
-        constraints=list(constraints),
-        time_factor=1.0,
-        margin=0.0,
-        batch_size=8,
-        sweep=[],
-        parent={"main": parent},
-        solutions=[solution],
-    )
-
-
-def searched(run, name="main", blocks=FIRST):
-    """A job whose search has chosen these blocks."""
-    job = run.job_of(name, run.recipe.all_children()["main"])
-    answer(blocks).write(job.folder(SEARCH) / answers.ANSWER)
-    return job
-
-
-def judged(slower=1.0, *, met):
-    return Promise(
-        constraint="throughput",
-        scenario="main",
-        asked="throughput 2x",
-        measured="in words",
-        value=2 / slower,
-        met=met,
-        slower_than_predicted=slower,
-    )
-
-
-def record(job, source, *promises):
-    promise.record(job, source, {"main": 1.9}, promises)
-
-
-def test_nothing_measured_corrects_nothing(tiny_run):
-    job = searched(tiny_run)
-    assert promise.read_measured(job) == [] and promise.time_factor(job) == 1.0
-
-
-def test_a_repeated_source_is_recorded_once(tiny_run):
-    job = searched(tiny_run)
-    for _ in range(2):
-        record(job, "a", judged(1.1, met=False))
-    (measured,) = promise.read_measured(job)
-    assert (measured.source, measured.blocks, measured.met) == ("a", FIRST, False)
-    assert measured.speedups == {"main": 1.9}
-    assert promise.time_factor(job) == pytest.approx(1.1)
-
-
-def test_a_miss_raises_the_time_factor_to_how_much_slower_the_child_was(tiny_run):
-    job = searched(tiny_run)
-    record(job, "a", judged(1.05, met=False), judged(1.2, met=False), judged(1.4, met=True))
-    assert promise.time_factor(job) == pytest.approx(1.2)  # only what was missed counts
-    searched(tiny_run, blocks=SECOND)
-    record(job, "b", judged(1.1, met=False))
-    assert promise.time_factor(job) == pytest.approx(1.2)  # the largest so far
-    assert [miss.blocks for miss in promise.misses(job)] == [FIRST, SECOND]
-
-
-def test_a_child_that_meets_its_wish_leaves_the_time_factor(tiny_run):
-    job = searched(tiny_run)
-    record(job, "a", judged(1.3, met=True))
-    assert promise.time_factor(job) == 1.0 and promise.misses(job) == []
-    record(job, "b", judged(1.2, met=False))
-    record(job, "c", judged(1.3, met=True))
-    assert promise.time_factor(job) == pytest.approx(1.2)
-    assert [measured.met for measured in promise.read_measured(job)] == [True, False, True]
-
-
-def test_an_architecture_that_misses_again_is_avoided_by_more(tiny_run):
-    """Otherwise the same search would give the same child once more."""
-    job = searched(tiny_run)
-    record(job, "a", judged(1.1, met=False))
-    record(job, "b", judged(1.0, met=False))
-    assert promise.time_factor(job) == pytest.approx(1.1 * REPEATED_MISS)
-
-
-def test_a_miss_corrects_no_other_child(tiny_run):
-    job, other = searched(tiny_run), searched(tiny_run, "other")
-    record(job, "a", judged(1.1, met=False))
-    assert promise.time_factor(other) == 1.0 and promise.read_measured(other) == []
-
-
-# ------------------------------------------------------------------------------------ judging
-
-SERVED = Measurement(  # the ratios are medians over pairs, so not the ratios of the medians
-    parent=ServedFigures(
-        latency_s=2.0, time_to_first_token_s=0.5, throughput_tok_per_s=100.0, kv_cache_bytes=480
-    ),
-    child=ServedFigures(
-        latency_s=1.1, time_to_first_token_s=0.3, throughput_tok_per_s=180.0, kv_cache_bytes=128
-    ),
-    speedup=1.9,
-    speedups=[1.8, 1.9, 2.0],
-    latency_ratio=0.53,
-    time_to_first_token_ratio=0.6,
-)
+    (result,) = promise.judge(answer([constraint]), {"main": served})
+    return result
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "relative", "measured", "slower"),
+    ("name", "relative", "measured", "predicted"),
     [
-        ("throughput", 1.85, True, 1.9, 2.0 / 1.9),
-        ("latency", 0.55, True, 0.53, 0.53 / 0.5),
-        ("time_to_first_token", 0.65, True, 0.6, 0.6 / 0.5),
-        ("throughput", 175.0, False, 180.0, 200.0 / 180.0),
-        ("latency", 1.2, False, 1.1, 1.1 / 1.0),
-        ("time_to_first_token", 0.32, False, 0.3, 0.3 / 0.25),
-        ("parameters", 500.0, False, 500.0, 1.0),  # counted
-        ("kv_cache", 128.0, False, 128.0, 1.0),  # as the engine allocated it, not as predicted
-        ("memory", 2128.0, False, 2128.0, 1.0),  # the weights and what was allocated
+        ("throughput", True, 1.9, 2.0),
+        ("latency", True, 0.53, 0.5),
+        ("time_to_first_token", True, 0.6, 0.5),
+        ("throughput", False, 180.0, 200.0),
+        ("latency", False, 1.1, 1.0),
+        ("time_to_first_token", False, 0.3, 0.25),
     ],
 )
-def test_a_constraint_is_judged_by_what_was_measured(name, asked, relative, measured, slower):
-    tighter = asked * (1.1 if name == "throughput" else 0.9)
-    for value, met in ((asked, True), (tighter, False)):
-        constraint = Constraint(
-            name=name,
-            text="in words",
-            value=value,
-            relative=value if relative else None,
-            limit=value,
-        )
-        (result,) = promise.judge(answer(constraints=[constraint]), {"main": SERVED})
-        assert (result.value, result.met) == (pytest.approx(measured), met)
-        assert result.slower_than_predicted == pytest.approx(slower)
+def test_a_speed_is_met_missed_or_undecided_by_its_whole_interval(
+    name, relative, measured, predicted
+):
+    direction = 1 if name == "throughput" else -1
+    for easier, verdict in ((0.03, "met"), (0.0, "undecided"), (-0.03, "missed")):
+        result = judged(name, measured * (1 - direction * easier), relative)
+        assert (result.figure.value, result.verdict) == (pytest.approx(measured), verdict)
+        assert result.predicted == pytest.approx(predicted)
+    edge = judged(name, measured * (1 - direction * 0.02), relative)
+    assert edge.verdict == "met"  # the interval may touch the wish
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("parameters", 500.0),  # counted
+        ("kv_cache", 128.0),  # as the engine allocated it, not as predicted
+        ("memory", 2128.0),  # the weights and what was allocated
+    ],
+)
+def test_a_size_is_counted_and_has_no_interval(name, measured):
+    for asked, verdict in ((measured, "met"), (0.99 * measured, "missed")):
+        result = judged(name, asked, relative=False)
+        assert (result.figure.value, result.verdict) == (measured, verdict)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "predicted", "gives_away"),
+    [
+        (1.65, 1.53, True),
+        (1.55, 1.53, False),  # its lower bound is not 2 % beyond
+        (1.65, 1.63, False),  # the search knew, and found nothing better
+    ],
+)
+def test_quality_is_given_away_where_a_child_is_surely_faster_than_asked_and_predicted(
+    speedup, predicted, gives_away
+):
+    served = SERVED.model_copy(update={"speedup": give_or_take(speedup)})
+    result = judged("throughput", 1.5, True, served)
+    result = result.model_copy(update={"predicted": predicted})
+    assert result.verdict == "met" and result.gives_away == gives_away
+    slower = result.model_copy(
+        update={
+            "at_least": False,
+            "figure": give_or_take(1 / speedup),
+            "wanted": 1 / 1.5,
+            "predicted": 1 / predicted,
+        }
+    )
+    assert slower.gives_away == gives_away
+
+
+def test_what_cannot_be_measured_here_is_predicted():
+    asked = [
+        Constraint(name="throughput", text="1.8x", value=180.0, relative=1.8, limit=1.0),
+        Constraint(name="memory", text="2000B", value=2000.0, relative=None, limit=2000.0),
+    ]
+    speed, memory = promise.predict(answer(asked))
+    assert speed.in_words == (
+        "asked throughput 1.8x, predicted 2.00x the parent's: not measured yet"
+    )
+    assert (memory.verdict, memory.figure.value) == ("predicted", 2100.0)
+
+
+def test_words_have_the_interval():
+    assert judged("throughput", 1.8, True).in_words == (
+        "asked throughput 2x, measured 1.90x (1.86x to 1.94x) the parent's: met"
+    )

@@ -5,11 +5,9 @@ from puzzle.library import LIBRARY
 from puzzle.search import SEARCH
 from puzzle.stage import Job, Scope, Stage, Work
 
-PAIRS = 7  # batches of parent and child; `evaluate` measures the finished child again
-
 
 def _settings(job: Job) -> Inputs:
-    return {"pairs": PAIRS}
+    return {}
 
 
 def _work() -> Work:

@@ -3,19 +3,22 @@
 `measured.json` is written by `assemble`; `evaluate` measures the finished child the same way.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from puzzle.artifacts import Record
 from puzzle.assemble import ASSEMBLE
 from puzzle.cost.scenarios import served
 from puzzle.cost.table import are_from_elsewhere
-from puzzle.engines.turns import WARM_UPS, Measurement, Served, measure_pair
-from puzzle.search import answers, promise
-from puzzle.search.constraints import KINDS
-from puzzle.search.promise import Promise
+from puzzle.engines.turns import Measurement, Served, measure_pair
+from puzzle.search import answers, promise, tried
+from puzzle.search.answers import Answer
+from puzzle.search.constraints import KINDS, asked_in_words
+from puzzle.search.promise import Promise, Verdict
 from puzzle.stage import Job
 
 MEASURED = "measured.json"
+BUSY = 0.25  # share of disturbed turns from which on a machine is called busy
 
 
 class MeasuredScenario(Record):
@@ -30,72 +33,132 @@ class Measured(Record):
 
     scenarios: dict[str, MeasuredScenario]
     promises: list[Promise]
+    known_before: bool = False  # the same architecture was served earlier, and not again
 
     @property
-    def met(self) -> bool:
-        """Whether no constraint is missed, as far as it was measured."""
-        return all(promise.met is not False for promise in self.promises)
+    def verdict(self) -> Verdict:
+        """Of all that was asked together."""
+        return tried.verdict(self.promises)
+
+    @property
+    def gives_away(self) -> bool:
+        """Whether every constraint is met by more than 2 %: quality that nobody asked to give."""
+        return bool(self.promises) and all(promise.gives_away for promise in self.promises)
 
     @property
     def can_be_corrected(self) -> bool:
         """Whether another search would aim differently: only seconds are corrected."""
-        missed = [promise for promise in self.promises if promise.met is False]
-        return any(KINDS[promise.constraint].timed for promise in missed)
+        failed = [one for one in self.promises if one.verdict in ("missed", "undecided")]
+        return not failed or any(KINDS[promise.constraint].timed for promise in failed)
 
     @property
-    def misses(self) -> str:
+    def failures(self) -> str:
         """In words, what is not met."""
-        return "; ".join(
-            f"asked {promise.asked}, measured {promise.measured}"
-            for promise in self.promises
-            if promise.met is False
-        )
+        failed = (one for one in self.promises if one.verdict in ("missed", "undecided"))
+        return "; ".join(promise.in_words for promise in failed)
 
 
-def measure(job: Job, folder: Path, pairs: int) -> Measured:
+def known(job: Job) -> Mapping[str, Measurement] | None:
+    """What serving the answer's architecture has shown before."""
+    return tried.measured_before(job, answers.read(job).best.blocks)
+
+
+def measure(job: Job, folder: Path, known: Mapping[str, Measurement] | None = None) -> Measured:
     """Serve the checkpoint in `folder` beside the parent in every scenario and judge the promise.
 
-    `main` is served at the batch size that the search chose, the parent at its own.
+    `main` is served at the batch size that the search chose, the parent at the one where it is
+    fastest. Where the architecture's measurements are `known`, nothing is served.
     """
-    cost, answer = job.place.cost, answers.read(job)
+    answer = answers.read(job)
     if are_from_elsewhere(job):
         return Measured(scenarios={}, promises=promise.predict(answer))
-    main = cost.scenario.model_copy(update={"batch_size": answer.batch_size})
-    pairs_of = {"main": (cost.scenario, main)}
-    pairs_of |= {name: (scenario, scenario) for name, scenario in cost.scenarios.items()}
-    job.run.release_models()
-    measurements = {}
-    progress = job.run.progress
-    for name, scenarios in pairs_of.items():
-        parent = Served(job.run.parent.folder, served(job, scenarios[0]))
-        child = Served(folder, served(job, scenarios[1]))
-        title = f"parent against child on {job.engine.name} ({child.scenario})"
-        with job.measuring(), progress.task(title, pairs + WARM_UPS, "pairs") as task:
-            measurements[name] = measure_pair(job.engine, parent, child, pairs, task.advance)
+    measurements = known or _serve(job, folder, answer)
     return Measured(
         scenarios={
             name: MeasuredScenario(
                 measurement=measurement,
-                prediction_error=answer.predicted_speedup(name) / measurement.speedup - 1,
+                prediction_error=answer.predicted_speedup(name) / measurement.speedup.value - 1,
             )
             for name, measurement in measurements.items()
         },
         promises=promise.judge(answer, measurements),
+        known_before=known is not None,
     )
+
+
+def _serve(job: Job, folder: Path, answer: Answer) -> dict[str, Measurement]:
+    cost, progress = job.place.cost, job.run.progress
+    sizes = (answer.parent_batch_size, answer.batch_size)
+    main = [cost.scenario.model_copy(update={"batch_size": size}) for size in sizes]
+    pairs = {"main": main} | {name: [one, one] for name, one in cost.scenarios.items()}
+    job.run.release_models()
+    measurements = {}
+    for name, scenarios in pairs.items():
+        parent, child = (
+            Served(at, served(job, scenario), figures[name].kv_cache_bytes)
+            for at, scenario, figures in zip(
+                (job.run.parent.folder, folder),
+                scenarios,
+                (answer.parent, answer.best.predicted),
+                strict=True,
+            )
+        )
+        title = f"parent against child on {job.engine.name} ({child.scenario})"
+        with job.measuring(), progress.task(title, cost.starts, "starts") as task:
+            decided = _decides(answer, name)
+            measurements[name] = measure_pair(
+                job.engine, parent, child, cost.starts, decided, task.advance
+            )
+    return measurements
+
+
+def _decides(answer: Answer, scenario: str) -> Callable[[Measurement], bool]:
+    """Whether a measurement says of everything that was asked in a scenario: met or missed."""
+    asked = [one for one in answer.constraints if one.scenario == scenario]
+
+    def decided(measurement: Measurement) -> bool:
+        judged = (promise.judge_one(one, measurement, answer) for one in asked)
+        return all(one.verdict != "undecided" for one in judged)
+
+    return decided
 
 
 def describe(measured: Measured) -> list[str]:
     """What to say of a measurement, a line each."""
     told = []
     for name, scenario in measured.scenarios.items():
-        speedup, error = scenario.measurement.speedup, scenario.prediction_error
+        measurement, error = scenario.measurement, scenario.prediction_error
+        speedup = measurement.speedup
         told.append(
-            f"{name}: measured {speedup:.2f}x, predicted {speedup * (1 + error):.2f}x "
-            f"({error * 100:+.1f} %)"
+            f"{name}: measured {speedup.with_unit('.2f', 'x')}, predicted "
+            f"{speedup.value * (1 + error):.2f}x ({error * 100:+.1f} %); {how(measurement)}"
         )
-    for judged in measured.promises:
-        told.append(judged.in_words)
+    told += [judged.in_words for judged in measured.promises]
     return told
+
+
+def compare(first: Measured, last: Measured) -> list[str]:
+    """What to say of two measurements of one architecture: they should agree in their intervals."""
+    told = describe(last)
+    for name in first.scenarios.keys() & last.scenarios.keys():
+        before, now = (m.scenarios[name].measurement.speedup for m in (first, last))
+        if before.high < now.low or now.high < before.low:
+            told.append(
+                f"{name}: the child was {before.with_unit('.2f', 'x')} when it was assembled: the "
+                "machine was too busy for one of the two measurements"
+            )
+    return told
+
+
+def how(measurement: Measurement) -> str:
+    """How it was measured: `72 turns in 3 starts`, and what stood in the way."""
+    starts = "1 start" if measurement.starts == 1 else f"{measurement.starts} starts"
+    words = f"{measurement.turns} turns in {starts}"
+    if not measurement.in_turn:
+        words += ", one after the other, since both do not fit on the device together"
+    if measurement.disturbed >= BUSY:
+        words += f"; the machine was busy: {measurement.disturbed:.0%} of the turns were slowed"
+    return words
 
 
 def read(job: Job) -> Measured:
@@ -104,22 +167,40 @@ def read(job: Job) -> Measured:
 
 
 def record(job: Job, source: str, measured: Measured) -> None:
-    """Append a measurement to the child's record; a miss corrects its next search.
+    """Append a measurement to the child's record, by which its next search is corrected.
 
     `source` is the fingerprint of the stage that measured.
     """
-    if not measured.scenarios:
+    if not measured.scenarios or measured.known_before:
         return
-    speedups = {name: s.measurement.speedup for name, s in measured.scenarios.items()}
-    promise.record(job, source, speedups, measured.promises)
+    cost, answer = job.place.cost, answers.read(job)
+    is_swept = answer.batch_size != cost.scenario.batch_size
+    tables = {name: name for name in measured.scenarios}
+    tables["main"] = f"main@{answer.batch_size}" if is_swept else "main"
+    tried.record_measured(
+        job,
+        tried.MeasuredChild(
+            source=source,
+            costs=tried.costs_fingerprint(job),
+            asked=asked_in_words(job.child.search, ["main", *cost.scenarios]),
+            blocks=answer.best.blocks,
+            objective=answer.best.objective,
+            tables=tables,
+            measurements={name: s.measurement for name, s in measured.scenarios.items()},
+            verdict=measured.verdict,
+            gives_away=measured.gives_away,
+        ),
+    )
 
 
 def missed(job: Job, attempts: int) -> str:
-    """The message of a child that misses after so many attempts."""
+    """The message of a child that does not meet what was asked after so many attempts."""
     hint = "ask for less, or raise search.margin or search.attempts"
     if job.child.search.architecture is not None:
         hint = "ask for less of this architecture"
     elif not read(job).can_be_corrected:
         hint = "ask for less: sizes are as the engine allocates them"
+    elif read(job).verdict == "undecided":
+        hint = "measure on a quieter machine, or more often (cost.starts)"
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-    return f"search: after {times} the measured child still misses: {read(job).misses}; {hint}"
+    return f"search: after {times} the child does not meet its wish: {read(job).failures}; {hint}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from puzzle.artifacts import Inputs
-from puzzle.assemble import PAIRS, measured
+from puzzle.assemble import measured
 from puzzle.library import weights
 from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
@@ -64,10 +64,14 @@ def _execute(job: Job, folder: Path) -> None:
     state = ChildState(run, architecture)
     model_card = card.text(run.recipe.parent, run.parent, architecture)
     child.save(folder, config, architecture, state, run.parent.folder, model_card)
-    result = measured.measure(job, folder, PAIRS)
+    result = measured.measure(job, folder, known=measured.known(job))
     result.write(folder / measured.MEASURED)
+    if result.known_before:
+        run.progress.say("  this architecture was served before")
     for line in measured.describe(result):
         run.progress.say(f"  {line}")
+    if result.verdict == "met" and result.gives_away and not answers.read(job).final:
+        run.progress.say("  more than asked: a child that keeps more quality is looked for")
 
 
 def serving_need(job: Job) -> Need:

@@ -275,7 +275,7 @@ def print_child(job: Job, as_json: bool) -> None:
     results = evaluation.read(job)
     print_results(results, page(job))
     summary: dict[str, JsonValue] = {"run": str(job.run.folder), "name": job.child.name}
-    summary["met"] = results.met
+    summary["verdict"] = results.verdict
     emit(summary | results.as_json(), as_json)
 
 
@@ -295,15 +295,15 @@ def fail_if_missed(stage: Stage, job: Job) -> None:
     """Raise `Infeasible` where a stage has measured a child that misses its wish."""
     from puzzle.assemble import measured
 
-    if stage is ASSEMBLE and not measured.read(job).met:
+    if stage is ASSEMBLE and measured.read(job).verdict in ("missed", "undecided"):
         hint = (
             f"`puzzle child {job.run.folder} --name {job.child.name}` corrects and searches again"
         )
         if job.child.search.architecture is not None:
             hint = "this architecture was given, so nothing is searched"
         raise Infeasible(
-            f"assemble: the measured child misses what was asked: {measured.read(job).misses}; "
+            f"assemble: the child does not meet what was asked: {measured.read(job).failures}; "
             f"{hint}"
         )
-    if stage is EVALUATE and not evaluation.read(job).met:
+    if stage is EVALUATE and evaluation.read(job).verdict == "missed":
         raise Infeasible(evaluation.missed(job))

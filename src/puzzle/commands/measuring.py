@@ -7,13 +7,13 @@ from pathlib import Path
 from puzzle import engines, locks
 from puzzle.config import PlaceConfig
 from puzzle.engines import Engine
-from puzzle.engines.turns import WARM_UPS, Measurement, Served, measure_pair
+from puzzle.engines.turns import Measurement, Served, measure_pair
 from puzzle.model.parent import describe as describe_parent
 from puzzle.progress import Progress
 
 
 def measure(
-    child_folder: Path, parent: str, place: PlaceConfig, pairs: int, progress: Progress
+    child_folder: Path, parent: str, place: PlaceConfig, starts: int, progress: Progress
 ) -> tuple[Engine, dict[str, Measurement]]:
     """(the engine, a measurement by scenario).
 
@@ -21,7 +21,7 @@ def measure(
         child_folder: the child's checkpoint.
         parent: a folder or a hub name.
         place: engine and scenarios.
-        pairs: batches of each that count.
+        starts: of both engines.
         progress: where to report.
     """
     described = describe_parent(parent)
@@ -36,13 +36,10 @@ def measure(
             dtype = described.dtype_name if scenario.dtype == "auto" else scenario.dtype
             served = scenario.model_copy(update={"dtype": dtype})
             title = f"parent against child on {engine.name} ({scenario})"
-            with progress.task(title, pairs + WARM_UPS, "pairs") as task:
+            sides = (Served(described.folder, served), Served(child_folder, served))
+            with progress.task(title, starts, "starts") as task:
                 measurements[name] = measure_pair(
-                    engine,
-                    Served(described.folder, served),
-                    Served(child_folder, served),
-                    pairs,
-                    task.advance,
+                    engine, *sides, starts, lambda measurement: True, task.advance
                 )
     return engine, measurements
 
@@ -51,10 +48,11 @@ def describe(name: str, engine: Engine, measurement: Measurement) -> str:
     """One line for people."""
     word = "measured" if engine.measured else "modelled"
     parent, child = (
-        f"{side.throughput_tok_per_s:,.0f} tok/s"
+        f"{side.throughput_tok_per_s.value:,.0f} tok/s"
         for side in (measurement.parent, measurement.child)
     )
+    speedup = measurement.speedup.with_unit(".2f", "x")
     return (
-        f"{name}: {word} {measurement.speedup:.2f}x the parent's throughput ({parent} -> {child}) "
-        f"on {engine.facts.engine} {engine.facts.version}, {engine.facts.device}"
+        f"{name}: {word} {speedup} the parent's throughput ({parent} -> {child}) on "
+        f"{engine.facts.engine} {engine.facts.version}, {engine.facts.device}"
     )

@@ -75,7 +75,7 @@ def measure(
         Path | None,
         typer.Option(help="A place.yaml, or the folder of one; default: an automatic engine."),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Batches of each, served in turn.", min=1)] = 7,
+    starts: Annotated[int, typer.Option(help="Starts of both engines.", min=1)] = 6,
     set_: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -87,7 +87,7 @@ def measure(
     from puzzle.commands import measuring
 
     progress = Progress(quiet)
-    engine, measurements = measuring.measure(child_folder, parent, wanted, pairs, progress)
+    engine, measurements = measuring.measure(child_folder, parent, wanted, starts, progress)
     for name, measurement in measurements.items():
         print(measuring.describe(name, engine, measurement))
     scenarios: dict[str, JsonValue] = {n: m.as_json() for n, m in measurements.items()}

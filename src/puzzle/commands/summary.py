@@ -14,6 +14,7 @@ from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
 from puzzle.search import SEARCH, answers
+from puzzle.search.promise import Verdict
 from puzzle.stage import Child, Job
 from puzzle.uptrain import UPTRAIN
 
@@ -28,7 +29,7 @@ class ChildSummary(Record):
     parameters: int | None = None
     predicted_speedup: float | None = None  # of throughput in the main scenario
     measured_speedup: float | None = None
-    met: bool | None = None
+    verdict: Verdict | None = None
     kl: float | None = None  # of the finished child, nats per token
     retention: float | None = None  # of top-1 accuracy
     disk_bytes: int = 0
@@ -53,13 +54,13 @@ def summarise(job: Job) -> ChildSummary:
     if artifacts.read_manifest(job.folder(ASSEMBLE)) is not None:
         served = measured.read(job)
         if served.scenarios:
-            updates["measured_speedup"] = served.scenarios["main"].measurement.speedup
-            updates["met"] = served.met
+            updates["measured_speedup"] = served.scenarios["main"].measurement.speedup.value
+            updates["verdict"] = served.verdict
     if artifacts.read_manifest(job.folder(EVALUATE)) is not None:
         results = evaluation.read(job)
         if results.speed is not None:
-            updates["measured_speedup"] = results.speed.speedup
-            updates["met"] = results.met
+            updates["measured_speedup"] = results.speedup
+            updates["verdict"] = results.verdict
         updates["kl"] = results.uptrained.quality.kl
         updates["retention"] = results.uptrained.retention
     for stage in (EVALUATE, UPTRAIN, ASSEMBLE, SEARCH):
@@ -105,15 +106,15 @@ def print_summaries(children: list[ChildSummary]) -> None:
     for child in children:
         name = f"{child.run}: {child.child}" if several_runs else child.child
         place = "" if child.place == "here" else f" at {child.place}"
-        met = {None: "", True: "met", False: "MISSED"}[child.met]
-        if not child.current and child.met is not False:
-            met = "stale"
+        verdict = {None: "", "missed": "MISSED"}.get(child.verdict, child.verdict)
+        if not child.current and child.verdict != "missed":
+            verdict = "stale"
         table.add_row(
             name,
             child.wish + place,
             _figure(child.predicted_speedup, ".2f", "x"),
             _figure(child.measured_speedup, ".2f", "x"),
-            met,
+            verdict,
             _figure(child.kl, ".4f"),
             _figure(child.retention, ".1%"),
             "" if child.parameters is None else f"{child.parameters / 1e6:,.1f}M",

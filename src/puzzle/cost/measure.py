@@ -27,17 +27,16 @@ from puzzle.config import ScenarioConfig
 from puzzle.cost.probe import Probe
 from puzzle.cost.regression import Samples, Vector
 from puzzle.cost.table import CONSTANT, Cost, ScenarioFit, VariantCost
-from puzzle.engines import Page, Session, Timing, cache_bytes
-from puzzle.model.architecture import Subblock
+from puzzle.engines import Page, Session, cache_bytes
+from puzzle.engines.turns import settled, turn_lengths
+from puzzle.model.architecture import Architecture, Subblock
 from puzzle.progress import Task
 
-WARM_UPS = 2  # rounds that do not count
-PARENT_EVERY = 3  # rounds
-STEPS_PER_ARCHITECTURE = 4  # decode steps that one random architecture runs
-SETTLING_STEPS = 2  # how many of them warm its caches and do not count
-LEAST_PARENT_BATCHES = 3
+WARM_UPS = 2  # batches that do not count
+PARENT_EVERY = 4  # prefills and turns
+LEAST_OF_THE_PARENT = 8  # prefills and turns
 LEAST_SAMPLES = 4  # of each phase, for each unknown
-MOST_PREFILLS = 8  # a round, beside the one of its batch
+MOST_PREFILLS = 8  # beside the one of a batch
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,19 @@ class ScenarioMeasurement:
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     prefills: Samples = field(default_factory=Samples)
     steps: Samples = field(default_factory=Samples)
-    parent_batches: list[Timing] = field(default_factory=list)
+    parent: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "step": []})
 
     def run(self, seconds: float, precision: float, task: Task) -> None:
-        """Serve rounds until the standard errors are below `precision`, or `seconds` have passed.
+        """Serve batches until the standard errors are below `precision`, or `seconds` have passed.
 
         Never less than what a fit needs, even where that takes longer than `seconds`.
-
-        A round is a batch of many architectures and prefills of others; every few rounds the
-        parent's own batch comes first.
         """
         began, elapsed = time.monotonic(), 0.0
         for number in itertools.count():
-            self._round(with_parent=number % PARENT_EVERY == 0)
+            self._batch()
             if number < WARM_UPS:
-                self.prefills, self.steps, self.parent_batches = Samples(), Samples(), []
+                self.prefills, self.steps = Samples(), Samples()
+                self.parent = {"prefill": [], "step": []}
             now = min(time.monotonic() - began, seconds)
             task.advance(now - elapsed)
             elapsed = now
@@ -103,42 +100,49 @@ class ScenarioMeasurement:
             if elapsed >= seconds or self.largest_error() < precision:
                 return
 
-    def _round(self, with_parent: bool) -> None:
-        if with_parent:
-            layers = [self.probe.layers_of(self.probe.reference, self.rng)]
-            self.parent_batches.append(self.session.time_batch(self.scenario, layers))
-        timing = self._time_many()
-        only_prefill = self.scenario.model_copy(update={"output_length": 1})
-        as_long = max(1, int(timing.total_s / timing.prefill_s))
-        for _ in range(min(MOST_PREFILLS, as_long)):
-            architecture = self.probe.random_architecture(self.rng)
-            layers = [self.probe.layers_of(architecture, self.rng)]
-            single = self.session.time_batch(only_prefill, layers)
-            self.prefills.add(self.probe.counts(architecture), single.prefill_s)
+    def _batch(self) -> None:
+        """A batch, each turn of its output of another architecture; then more prefills."""
+        prefill_s, decode_s = self._prefill(), 0.0
+        for count in turn_lengths(self.scenario.output_length):
+            decode_s += count * self._turn(count)
+        for _ in range(min(MOST_PREFILLS, int(decode_s / prefill_s))):
+            self._prefill()
 
-    def _time_many(self) -> Timing:
-        """One batch: a random architecture for the prefill, then one per few decode steps."""
-        probe, decode_steps = self.probe, self.scenario.output_length - 1
-        held = max(1, min(STEPS_PER_ARCHITECTURE, decode_steps))
-        architectures = [
-            probe.random_architecture(self.rng) for _ in range(1 + -(-decode_steps // held))
-        ]
-        layers = [probe.layers_of(architecture, self.rng) for architecture in architectures]
-        held_layers = [indices for indices in layers[1:] for _ in range(held)]
-        timing = self.session.time_batch(self.scenario, layers[:1] + held_layers)
-        self.prefills.add(probe.counts(architectures[0]), timing.prefill_s)
-        for index, architecture in enumerate(architectures[1:]):
-            steps_s = timing.steps_s[index * held : (index + 1) * held]
-            settled = steps_s[SETTLING_STEPS:] or steps_s[-1:]
-            if settled:
-                self.steps.add(probe.counts(architecture), min(settled))
-        return timing
+    def _architecture(self, samples: Samples) -> Architecture:
+        """A random one, or now and then the parent, by which all are scaled."""
+        if len(samples.seconds) % PARENT_EVERY == 0:
+            return self.probe.reference
+        return self.probe.random_architecture(self.rng)
+
+    def _prefill(self) -> float:
+        architecture = self._architecture(self.prefills)
+        self.session.begin(self.scenario)
+        (seconds,) = self.session.advance(1, self.probe.layers_of(architecture, self.rng))
+        self._add("prefill", self.prefills, architecture, seconds)
+        return seconds
+
+    def _turn(self, count: int) -> float:
+        architecture = self._architecture(self.steps)
+        steps_s = self.session.advance(count, self.probe.layers_of(architecture, self.rng))
+        self._add("step", self.steps, architecture, settled(steps_s))
+        return settled(steps_s)
+
+    def _add(
+        self, phase: str, samples: Samples, architecture: Architecture, seconds: float
+    ) -> None:
+        samples.add(self.probe.counts(architecture), seconds)
+        if architecture == self.probe.reference:
+            self.parent[phase].append(seconds)
 
     def _has_enough_samples(self) -> bool:
         least = LEAST_SAMPLES * (len(self.probe.places) + 1)
-        enough_steps = self.scenario.output_length == 1 or len(self.steps.seconds) >= least
-        enough_prefills = len(self.prefills.seconds) >= least
-        return len(self.parent_batches) >= LEAST_PARENT_BATCHES and enough_prefills and enough_steps
+        phases = [(self.prefills, "prefill")]
+        if self.scenario.output_length > 1:
+            phases.append((self.steps, "step"))
+        return all(
+            len(samples.seconds) >= least and len(self.parent[phase]) >= LEAST_OF_THE_PARENT
+            for samples, phase in phases
+        )
 
     def fit(self) -> "Fit":
         """What the samples say of every unknown, for a batch."""
@@ -160,9 +164,10 @@ class ScenarioMeasurement:
         """The costs of these variants and of the constant, scaled to the parent's batches."""
         fit = self.fit()
         counts = np.array(self.probe.counts(self.probe.reference))
+        steps = self.scenario.output_length - 1
         scales = (
-            _scale([t.prefill_s for t in self.parent_batches], float(counts @ fit.prefill)),
-            _scale([t.decode_s for t in self.parent_batches], float(counts @ fit.decode)),
+            _scale(self.parent["prefill"], float(counts @ fit.prefill)),
+            _scale([steps * s for s in self.parent["step"]], float(counts @ fit.decode)),
         )
         fit = fit.scaled(*scales)
         unknowns = {variant: index for index, variant in enumerate(self.probe.places)}
@@ -204,17 +209,16 @@ class ScenarioMeasurement:
         )
 
     def _fit_record(self, scales: tuple[float, float]) -> ScenarioFit:
-        totals = [timing.total_s for timing in self.parent_batches]
+        of_parent = self.parent["step"] or self.parent["prefill"]
         return ScenarioFit(
             scenario=self.name,
             prefill_scale=scales[0],
             decode_scale=scales[1],
             prefill_samples=len(self.prefills.seconds),
             decode_samples=len(self.steps.seconds),
-            parent_batches=len(totals),
-            noise=statistics.pstdev(totals) / statistics.fmean(totals),
+            noise=statistics.pstdev(of_parent) / statistics.fmean(of_parent),
         )
 
 
 def _scale(measured_s: list[float], fitted_s: float) -> float:
-    return statistics.median(measured_s) / fitted_s if fitted_s else 1.0
+    return statistics.median(measured_s) / fitted_s if measured_s and fitted_s else 1.0

@@ -61,8 +61,11 @@ class Probe:
     @property
     def reference(self) -> Architecture:
         """The parent, with its widest block in layer 0: what steps are scaled by."""
-        widest = self.shape.widest_block
-        return Architecture((widest, *self.shape.parent_blocks[1:]))
+        return self.with_first_layer(Architecture(tuple(self.shape.parent_blocks)))
+
+    def with_first_layer(self, architecture: Architecture) -> Architecture:
+        """An architecture as the probe can serve it: its layer 0 is the parent's widest block."""
+        return Architecture((self.shape.widest_block, *architecture.blocks[1:]))
 
     def layers_of(self, architecture: Architecture, rng: random.Random) -> list[int]:
         """Layers of the probe that make up an architecture, random copies of each variant.

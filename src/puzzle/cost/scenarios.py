@@ -16,3 +16,8 @@ def served(job: Job, scenario: ScenarioConfig) -> ScenarioConfig:
     """
     dtype = job.run.parent.dtype_name if scenario.dtype == "auto" else scenario.dtype
     return scenario.model_copy(update={"dtype": dtype})
+
+
+def element_bytes(scenario: ScenarioConfig) -> int:
+    """Bytes of a weight in the dtype that a scenario is served in."""
+    return 4 if scenario.dtype == "float32" else 2

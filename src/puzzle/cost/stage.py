@@ -12,7 +12,6 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from pydantic import JsonValue
 
 from puzzle import artifacts
@@ -21,7 +20,7 @@ from puzzle.config import ScenarioConfig
 from puzzle.cost import COST, table
 from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.probe import Probe, write_checkpoint
-from puzzle.cost.scenarios import served_scenarios
+from puzzle.cost.scenarios import element_bytes, served_scenarios
 from puzzle.cost.table import COSTS, FITS, HEADER, CostHeader, ScenarioFit, VariantCost
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
@@ -29,11 +28,6 @@ from puzzle.stage import Job, Need, Work
 
 PROBE = "probe"  # the probe's folder, removed at the end
 ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights
-
-
-def _element_bytes(scenario: ScenarioConfig) -> int:
-    dtype: torch.dtype = getattr(torch, scenario.dtype)
-    return dtype.itemsize
 
 
 def header(job: Job) -> CostHeader:
@@ -119,7 +113,7 @@ def _measure(job: Job, folder: Path) -> None:
     scenarios = served_scenarios(job)
     variants = table.distinct_variants(job)
     parent = job.run.parent
-    probe = Probe.of(variants, parent.shape, _element_bytes(scenarios["main"]))
+    probe = Probe.of(variants, parent.shape, element_bytes(scenarios["main"]))
     header(job).write(folder / HEADER)
     records = artifacts.read_records(folder / COSTS, VariantCost)
     fits = artifacts.read_records(folder / FITS, ScenarioFit)
@@ -150,7 +144,7 @@ def _measure_scenario(
         engine.probe(folder, scenario) as session,
         job.run.progress.task(title, settings.seconds, "s") as task,
     ):
-        measurement = ScenarioMeasurement(name, probe, session, scenario, _element_bytes(scenario))
+        measurement = ScenarioMeasurement(name, probe, session, scenario, element_bytes(scenario))
         measurement.run(settings.seconds, settings.precision, task)
         return measurement.records(table.distinct_variants(job))
 

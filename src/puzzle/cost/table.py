@@ -8,7 +8,7 @@ one for the constant: embedding, head, sampling, scheduling), each figure with i
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -86,12 +86,11 @@ class ScenarioFit(Record):
     """One line of `fits.jsonl`: how one scenario was measured."""
 
     scenario: str
-    prefill_scale: float  # from probe steps to the parent's whole batches
+    prefill_scale: float  # from the regression to the parent as it was measured
     decode_scale: float
     prefill_samples: int
     decode_samples: int
-    parent_batches: int
-    noise: float  # standard deviation of the parent's batches over their mean
+    noise: float  # standard deviation of the parent's steps over their mean
 
 
 class CostHeader(Record):
@@ -111,6 +110,7 @@ class CostTable:
     scenario: ScenarioConfig
     variants: dict[tuple[str, str], Cost]  # by slot and variant name
     constant: Cost
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)  # standard, of seconds
 
     @property
     def tokens(self) -> int:
@@ -172,8 +172,9 @@ def read(job: Job, scenario: str = "main") -> CostTable:
     records = [r for r in artifacts.read_records(path, VariantCost) if r.scenario == scenario]
     check_complete(records, [scenario], distinct_variants(job), str(path))
     variants: dict[tuple[str, str], Cost] = {(r.slot, r.variant): r.cost for r in records}
+    errors: dict[tuple[str, str], float] = {(r.slot, r.variant): r.stderr_s for r in records}
     constant = variants.pop((CONSTANT, CONSTANT))
-    return CostTable(header, header.scenarios[scenario], variants, constant)
+    return CostTable(header, header.scenarios[scenario], variants, constant, errors)
 
 
 def are_from_elsewhere(job: Job) -> bool:

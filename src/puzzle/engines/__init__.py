@@ -1,15 +1,16 @@
 """Engines: ways to serve a checkpoint and measure it. One module per engine, one small contract.
 
-An engine opens a *session* on a checkpoint folder; a session serves one batch of a scenario and
-says how long the prefill and every decode step took. A *probe* session can be told to run only some
-of the checkpoint's layers, others in every step: so one engine start measures any architecture
-whose subblocks the checkpoint holds. Everything else (the probe's model, random architectures, the
-regression) is in `cost` and the same for all engines.
+An engine opens a *session* on a checkpoint folder; a session serves a batch of a scenario step by
+step and says how long every step took, so that several sessions can take turns (`turns.py`). A
+*probe* session can be told to run only some of the checkpoint's layers, others in every step: so
+one engine start measures any architecture whose subblocks the checkpoint holds. Everything else
+(the probe's model, random architectures, the regression) is in `cost` and the same for all engines.
 
 An engine module has `make(...) -> Engine`, from the configuration it needs, and `unavailable()`,
 None or the reason why it cannot run here.
 """
 
+import contextlib
 import os
 import platform
 import random
@@ -31,36 +32,28 @@ class Page(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one batch: until every sequence has its first token, and of every later step."""
-
-    prefill_s: float
-    steps_s: tuple[float, ...]
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds of all steps after the prefill."""
-        return sum(self.steps_s)
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of the whole batch."""
-        return self.prefill_s + self.decode_s
-
-
 class Session(AbstractContextManager["Session"], Protocol):
-    """A checkpoint being served."""
+    """A checkpoint being served, one batch at a time, step by step."""
 
     @property
     def pages(self) -> Sequence[Page]:
         """The page of every layer's KV cache, as allocated; a layer without a cache has 0 bytes."""
 
-    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Serve one batch: random prompts, greedy decoding to the full output length.
+    def restart(self) -> None:
+        """Start the engine anew, with all that it allocates: speed differs from start to start."""
 
-        `layers[0]` are the layers of the checkpoint to run in the prefill, `layers[i]` those of
-        decode step i (the last entry from there on); empty: all layers. Layer 0 must be among them.
+    def begin(self, scenario: ScenarioConfig) -> None:
+        """Drop the batch that runs; the next step is the prefill of another.
+
+        A batch has random prompts and is decoded greedily to its full output length.
+        """
+
+    def advance(self, steps: int, layers: Sequence[int] = ()) -> list[float]:
+        """Take the batch's next steps: seconds of each.
+
+        The first step of a batch lasts until every sequence has its first token; every later one
+        gives each sequence one token. `layers` are those of the checkpoint to run from here on,
+        layer 0 among them; empty: as before, and all of them at first. Only a probe can choose.
         """
 
 
@@ -143,6 +136,18 @@ def cache_bytes(pages: Sequence[Page], scenario: ScenarioConfig) -> int:
     length = scenario.input_length + scenario.output_length
     per_sequence = sum(-(-length // page.tokens) * page.bytes for page in pages)
     return scenario.batch_size * per_sequence
+
+
+def available_bytes() -> int:
+    """The memory that engines can still take: of a GPU, or of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def machine() -> tuple[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page, Timing
+from puzzle.engines import Engine, EngineFacts, Page
 from puzzle.errors import UserError
 from puzzle.model import child, parent
 from puzzle.model.architecture import Architecture, Attention, Subblock
@@ -74,6 +74,8 @@ class RooflineSession:
         self.element_bytes = BYTES.get(stored if scenario.dtype == "auto" else scenario.dtype, 4)
         self.devices = scenario.tensor_parallel
         elements = [self.shape.kv_elements_per_token(block) for block in self.architecture]
+        self.layers = list(range(len(self.architecture)))
+        self.scenario, self.step = scenario, 0
         self.pages = [Page(1, count * self.element_bytes) for count in elements]
 
     def __enter__(self) -> "RooflineSession":
@@ -104,23 +106,35 @@ class RooflineSession:
             attention = 4.0 * batch * new * (context + (new + 1) / 2) * width
         return self._seconds(shape.parameters(variant), batch * new, cache, attention)
 
-    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Every decode step counts as one at the middle of the output.
+    def restart(self) -> None:
+        """Nothing is started; see `Session`."""
 
-        That is exact in sum: attention grows linearly with the context.
+    def begin(self, scenario: ScenarioConfig) -> None:
+        """Start a batch; see `Session`."""
+        self.scenario, self.step = scenario, 0
+
+    def advance(self, steps: int, layers: Sequence[int] = ()) -> list[float]:
+        """Take steps of the batch; see `Session`.
+
+        Every decode step counts as one at the middle of the output. That is exact in sum: attention
+        grows linearly with the context.
         """
-        batch, output = scenario.batch_size, scenario.output_length
+        self.layers = list(layers) or self.layers
+        seconds = []
+        for _ in range(steps):
+            if self.step == 0:
+                seconds.append(self._step(self.scenario.input_length, 0))
+            else:
+                middle = self.scenario.input_length + self.scenario.output_length / 2
+                seconds.append(self._step(1, middle))
+            self.step += 1
+        return seconds
+
+    def _step(self, new: int, context: float) -> float:
+        batch = self.scenario.batch_size
         head = self.shape.vocab_size * self.shape.hidden_size
         constant_s = self._seconds(head, batch, 0, 0) + self.sheet["step_overhead_s"]
-
-        def step(layer_indices: Sequence[int], new: int, context: float) -> float:
-            blocks = [self.architecture.blocks[index] for index in layer_indices]
-            return constant_s + sum(
-                self._subblock(half, batch, new, context) for b in blocks for half in b.subblocks
-            )
-
-        plans = layers or [range(len(self.architecture))]
-        middle = scenario.input_length + output / 2
-        decode = [step(indices, 1, middle) for indices in plans[1:output] or plans[:1]]
-        steps = [decode[min(index, len(decode) - 1)] for index in range(output - 1)]
-        return Timing(step(plans[0], scenario.input_length, 0), tuple(steps))
+        blocks = [self.architecture.blocks[index] for index in self.layers]
+        return constant_s + sum(
+            self._subblock(half, batch, new, context) for b in blocks for half in b.subblocks
+        )

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page, Timing, machine, random_prompts
+from puzzle.engines import Engine, EngineFacts, Page, machine, random_prompts
 from puzzle.errors import UserError
 from puzzle.model import child, parent
 
@@ -66,15 +66,23 @@ class TorchSession:
                 f"{scenario.tensor_parallel}, use vllm"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, scenario.dtype) if scenario.dtype != "auto" else None
-        if (folder / "architecture.json").exists():
-            self.model = child.load(folder, dtype, self.device)
+        self.folder, self.scenario, self.batches = folder, scenario, 0
+        self._load()
+        self.pages = [_page(layer) for layer in self.layers]
+
+    def _load(self) -> None:
+        dtype = getattr(torch, self.scenario.dtype) if self.scenario.dtype != "auto" else None
+        if (self.folder / "architecture.json").exists():
+            self.model = child.load(self.folder, dtype, self.device)
         else:
-            described = parent.describe(str(folder))
+            described = parent.describe(str(self.folder))
             self.model = described.load(dtype or described.dtype, self.device)
         self.layers = list(self.model.model.layers)
-        self.pages = [_page(layer) for layer in self.layers]
-        self.batches = 0
+
+    def restart(self) -> None:
+        """Load the model anew; see `Session`."""
+        del self.model, self.layers
+        self._load()
 
     def __enter__(self) -> "TorchSession":
         return self
@@ -87,28 +95,31 @@ class TorchSession:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @torch.inference_mode()
-    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Serve one batch; see `Session`."""
+    def begin(self, scenario: ScenarioConfig) -> None:
+        """Start a batch; see `Session`."""
         self.batches += 1
         prompts = random_prompts(scenario, self.model.config.vocab_size, self.batches)
-        tokens = torch.tensor(prompts, device=self.device)
+        self.tokens = torch.tensor(prompts, device=self.device)
         length = scenario.input_length + scenario.output_length
-        layer_caches = [FixedLayer(length) for _ in self.layers]
-        cache = Cache(layers=list(layer_caches))
+        self.layer_caches = [FixedLayer(length) for _ in self.layers]
+
+    @torch.inference_mode()
+    def advance(self, steps: int, layers: Sequence[int] = ()) -> list[float]:
+        """Take steps of the batch; see `Session`."""
+        if layers:
+            active = [self.layers[index] for index in layers]
+            self.model.model.layers = torch.nn.ModuleList(active)
+        cache = Cache(layers=list(self.layer_caches))
         clock = [self._clock()]
-        for step in range(scenario.output_length):
-            if layers:
-                indices = layers[min(step, len(layers) - 1)]
-                active = [self.layers[index] for index in indices]
-                self.model.model.layers = torch.nn.ModuleList(active)
-            output = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for layer_cache in layer_caches:
-                layer_cache.position += tokens.shape[1]
-            tokens = output.logits[:, -1].argmax(-1, keepdim=True)
+        for _ in range(steps):
+            output = self.model(
+                self.tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            for layer_cache in self.layer_caches:
+                layer_cache.position += self.tokens.shape[1]
+            self.tokens = output.logits[:, -1].argmax(-1, keepdim=True)
             clock.append(self._clock())
-        seconds = [after - before for before, after in itertools.pairwise(clock)]
-        return Timing(seconds[0], tuple(seconds[1:]))
+        return [after - before for before, after in itertools.pairwise(clock)]
 
 
 def _page(layer: torch.nn.Module) -> Page:

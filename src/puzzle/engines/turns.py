@@ -1,16 +1,33 @@
-"""Parent and child served side by side and timed in turn, so that drift cancels in the ratio."""
+"""Parent and child served side by side, each advanced a few steps in turn.
+
+A turn is a few decode steps, or two prefills; then the other side takes the same of its own batch.
+Drift of seconds is in both times of a turn and cancels in their ratio. The first steps after a
+switch warm caches and threads, and so does the first prefill: they do not count. Where two engines
+do not fit beside each other they take turns whole, one engine after the other, and drift does not
+cancel. What is made of the times is in `intervals.py`.
+"""
 
 import contextlib
-import statistics
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, Timing, cache_bytes
+from puzzle.engines import Engine, Session, available_bytes, cache_bytes
+from puzzle.engines.intervals import Figure, Interval, Phase, Seconds, Start, disturbed, intervals
 
-WARM_UPS = 2  # rounds that do not count
+TURN_STEPS = 8
+SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
+TURNS_PER_START = 14  # at least, of decode steps
+PREFILLS_PER_START = 6  # at least, unless they take longer than the decode steps
+SECTION_TURNS = 8  # of a batch, that are looked at together: their contexts are about as long
+MOST_SECTIONS = 8
+LOOKS = 3  # at a measurement: one that has decided nothing goes on twice
+ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights and KV cache
 
 
 @dataclass(frozen=True)
@@ -19,75 +36,228 @@ class Served:
 
     folder: Path
     scenario: ScenarioConfig
+    kv_cache_bytes: int = 0  # as predicted, to know whether two engines fit
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens of a batch."""
+        return self.scenario.batch_size * self.scenario.output_length
+
+    @property
+    def memory_bytes(self) -> int:
+        """What serving it takes, about."""
+        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return weights + self.kv_cache_bytes + ENGINE_OVERHEAD_BYTES
 
 
 class ServedFigures(Record):
-    """Medians over the batches of one side."""
+    """What serving one side has shown."""
 
-    latency_s: float
-    time_to_first_token_s: float
-    throughput_tok_per_s: float  # output tokens
+    batch_size: int
+    latency_s: Interval
+    time_to_first_token_s: Interval
+    throughput_tok_per_s: Interval  # output tokens
     kv_cache_bytes: int  # of the whole batch, as the engine allocates it
 
 
 class Measurement(Record):
-    """A child against the parent, batch by batch in turn; ratios are medians over the pairs."""
+    """A child against the parent. Ratios are of the seconds of both in the same turns."""
 
     parent: ServedFigures
     child: ServedFigures
-    speedup: float  # of throughput
-    speedups: list[float]  # of every pair
-    latency_ratio: float
-    time_to_first_token_ratio: float
+    speedup: Interval  # of throughput
+    latency_ratio: Interval
+    time_to_first_token_ratio: Interval
+    decode_ratio: Interval | None  # of the seconds after the first token; None for one token
+    starts: int  # of both engines
+    turns: int
+    disturbed: float  # the share of the turns that other work on the machine has slowed
+    in_turn: bool  # False where the two did not fit beside each other
 
-
-def time_in_turn(
-    engine: Engine, served: Sequence[Served], repeats: int, on_batch: Callable[[], None]
-) -> tuple[list[list[Timing]], list[int]]:
-    """(timings of every checkpoint's batches, bytes of KV cache of a whole batch of each).
-
-    The first rounds warm up and do not count. `on_batch` is called after every round.
-    """
-    with contextlib.ExitStack() as sessions:
-        opened = [sessions.enter_context(engine.serve(one.folder, one.scenario)) for one in served]
-        timings: list[list[Timing]] = [[] for _ in served]
-        for repeat in range(repeats + WARM_UPS):
-            for session, counted, one in zip(opened, timings, served, strict=True):
-                timing = session.time_batch(one.scenario)
-                if repeat >= WARM_UPS:
-                    counted.append(timing)
-            on_batch()
-        caches = [
-            cache_bytes(session.pages, one.scenario)
-            for session, one in zip(opened, served, strict=True)
-        ]
-    return timings, caches
+    @property
+    def same_batch(self) -> bool:
+        """Whether both served as many sequences; with a sweep of batch sizes they may not."""
+        return self.parent.batch_size == self.child.batch_size
 
 
 def measure_pair(
-    engine: Engine, parent: Served, child: Served, pairs: int, on_batch: Callable[[], None]
+    engine: Engine,
+    parent: Served,
+    child: Served,
+    starts: int,
+    decided: Callable[[Measurement], bool],
+    on_start: Callable[[], None],
 ) -> Measurement:
-    """The child against the parent; with a sweep of batch sizes their scenarios may differ."""
-    timings, caches = time_in_turn(engine, (parent, child), pairs, on_batch)
-    tokens = [s.scenario.batch_size * s.scenario.output_length for s in (parent, child)]
-    latencies = [c.total_s / p.total_s for p, c in zip(*timings, strict=True)]
-    firsts = [c.prefill_s / p.prefill_s for p, c in zip(*timings, strict=True)]
-    speedups = [tokens[1] / tokens[0] / ratio for ratio in latencies]
+    """Start both engines anew, again and again, and time turns of their steps.
+
+    Args:
+        engine: what serves. A modelled one is started once.
+        parent: one side.
+        child: the other; with a sweep of batch sizes their scenarios may differ.
+        starts: of the engines, before the measurement is looked at.
+        decided: whether it decides what is asked; if not, it goes on for as many starts again, up
+            to `LOOKS` times.
+        on_start: called after every start.
+    """
+    looks = LOOKS if engine.measured else 1
+    starts = starts if engine.measured else 1
+    in_turn = parent.memory_bytes + child.memory_bytes < available_bytes()
+    served = _beside(engine, (parent, child)) if in_turn else _alone(engine, (parent, child))
+    shown: list[Start] = []
+    with contextlib.closing(served):
+        for look in range(1, looks + 1):
+            while len(shown) < look * starts:
+                start, caches = next(served)
+                shown.append(start)
+                on_start()
+            measurement = _measurement(shown, (parent, child), caches, looks, in_turn)
+            if decided(measurement):
+                break
+    return measurement
+
+
+def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[int]]]:
+    """Start after start of all sides together, for ever: (turns, bytes of KV cache of a batch)."""
+    scenarios = [side.scenario for side in sides]
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(engine.serve(s.folder, s.scenario)) for s in sides]
+        while True:
+            caches = [cache_bytes(s.pages, c) for s, c in zip(opened, scenarios, strict=True)]
+            yield serve_in_turn(opened, scenarios), caches
+            for session in opened:
+                session.restart()
+
+
+def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[int]]]:
+    """The same, one side after the other."""
+    while True:
+        parts = []
+        for side in sides:
+            with contextlib.closing(_beside(engine, [side])) as served:
+                parts.append(next(served))
+        phases = zip(*(start for start, _ in parts), strict=True)
+        yield [_side_by_side(each) for each in phases], [cache for _, (cache,) in parts]
+
+
+def _side_by_side(phases: Sequence[Phase]) -> Phase:
+    """As many turns as all have: alone, a faster side has the time for more prefills."""
+    count = min(len(phase.turns) for phase in phases)
+    turns = np.concatenate([phase.turns[:count] for phase in phases], axis=1)
+    return Phase(phases[0].steps, turns, phases[0].positions[:count])
+
+
+def serve_in_turn(sessions: Sequence[Session], scenarios: Sequence[ScenarioConfig]) -> Start:
+    """Batches of every session, step by step in turn; a phase has a column for each of them.
+
+    The output lengths must be equal. The first prefill and the first turn do not count.
+    """
+    turns = turn_lengths(scenarios[0].output_length)
+    rounds = max(1, -(-TURNS_PER_START // max(1, len(turns))))
+    prefills: list[list[float]] = []
+    steps: list[list[list[float]]] = [[] for _ in turns]
+    _prefill(sessions, scenarios)
+    if turns:
+        _turn(sessions, turns[0])
+    per_round = -(-PREFILLS_PER_START // rounds)
+    for number in range(rounds):
+        prefills.append(_prefill(sessions, scenarios))
+        for index, count in enumerate(turns):
+            steps[index].append(_turn(sessions, count))
+        if number == 0:  # more prefills, as many as take no longer than the decode steps
+            decode_s = sum(sum(turn[0]) * count for turn, count in zip(steps, turns, strict=True))
+            per_round = max(1, min(per_round, int(decode_s / sum(prefills[0]))))
+        prefills += [_prefill(sessions, scenarios) for _ in range(per_round - 1)]
+    phases = [Phase.of(1, prefills)]
+    sections = max(1, min(MOST_SECTIONS, len(turns) // SECTION_TURNS)) if turns else 0
+    for section in np.array_split(np.arange(len(turns)), sections) if sections else []:
+        shown = [turn for index in section for turn in steps[index]]
+        positions = np.repeat(section.astype(float), rounds)
+        phases.append(Phase(sum(turns[index] for index in section), np.array(shown), positions))
+    return phases
+
+
+def turn_lengths(output_length: int) -> list[int]:
+    """The decode steps of a batch, cut into turns; a remainder goes to the last turn."""
+    count = output_length - 1
+    whole = [TURN_STEPS] * (count // TURN_STEPS)
+    if not whole:
+        return [count] if count else []
+    return [*whole[:-1], TURN_STEPS + count % TURN_STEPS]
+
+
+def _prefill(sessions: Sequence[Session], scenarios: Sequence[ScenarioConfig]) -> list[float]:
+    """Begin a batch in every session: seconds until all of its sequences have a token.
+
+    The prefill of another batch comes before it and does not count.
+    """
+    seconds = []
+    for session, scenario in zip(sessions, scenarios, strict=True):
+        for _ in range(2):
+            session.begin(scenario)
+            (prefill_s,) = session.advance(1)
+        seconds.append(prefill_s)
+    return seconds
+
+
+def _turn(sessions: Sequence[Session], count: int) -> list[float]:
+    """Seconds of a settled step of every session, the mean over one turn each."""
+    return [settled(session.advance(count)) for session in sessions]
+
+
+def settled(steps_s: Sequence[float]) -> float:
+    """The mean of a turn's steps that count; of a turn too short to settle, its last step."""
+    counted = steps_s[SETTLING_STEPS:] or steps_s[-1:]
+    return sum(counted) / len(counted)
+
+
+def _measurement(
+    shown: Sequence[Start],
+    sides: tuple[Served, Served],
+    caches: Sequence[int],
+    looks: int,
+    in_turn: bool,
+) -> Measurement:
+    more_tokens = sides[1].tokens / sides[0].tokens
+    figures: dict[str, Figure] = {
+        "speedup": lambda s: more_tokens * s.total[0] / s.total[1],
+        "latency_ratio": lambda s: s.total[1] / s.total[0],
+        "time_to_first_token_ratio": lambda s: s.prefill[1] / s.prefill[0],
+    }
+    if len(shown[0]) > 1:
+        figures["decode_ratio"] = lambda s: s.decode[1] / s.decode[0]
+    for side, (one, served) in enumerate(zip(("parent", "child"), sides, strict=True)):
+        figures |= _figures_of(one, side, served.tokens)
+    known = intervals(shown, figures, looks)
+
+    def side_figures(one: str, side: Served, cache: int) -> ServedFigures:
+        return ServedFigures(
+            batch_size=side.scenario.batch_size,
+            latency_s=known[f"{one}.latency_s"],
+            time_to_first_token_s=known[f"{one}.time_to_first_token_s"],
+            throughput_tok_per_s=known[f"{one}.throughput_tok_per_s"],
+            kv_cache_bytes=cache,
+        )
+
     return Measurement(
-        parent=_figures(timings[0], tokens[0], caches[0]),
-        child=_figures(timings[1], tokens[1], caches[1]),
-        speedup=statistics.median(speedups),
-        speedups=speedups,
-        latency_ratio=statistics.median(latencies),
-        time_to_first_token_ratio=statistics.median(firsts),
+        parent=side_figures("parent", sides[0], caches[0]),
+        child=side_figures("child", sides[1], caches[1]),
+        speedup=known["speedup"],
+        latency_ratio=known["latency_ratio"],
+        time_to_first_token_ratio=known["time_to_first_token_ratio"],
+        decode_ratio=known.get("decode_ratio"),
+        starts=len(shown),
+        turns=sum(len(phase.turns) for phase in itertools.chain(*shown)),
+        disturbed=disturbed(shown),
+        in_turn=in_turn,
     )
 
 
-def _figures(timings: Sequence[Timing], tokens: int, kv_cache_bytes: int) -> ServedFigures:
-    total_s = statistics.median(timing.total_s for timing in timings)
-    return ServedFigures(
-        latency_s=total_s,
-        time_to_first_token_s=statistics.median(timing.prefill_s for timing in timings),
-        throughput_tok_per_s=tokens / total_s,
-        kv_cache_bytes=kv_cache_bytes,
-    )
+def _figures_of(name: str, side: int, tokens: int) -> dict[str, Figure]:
+    def latency(s: Seconds) -> float:
+        return float(s.total[side])
+
+    return {
+        f"{name}.latency_s": latency,
+        f"{name}.time_to_first_token_s": lambda s: s.prefill[side],
+        f"{name}.throughput_tok_per_s": lambda s: tokens / latency(s),
+    }

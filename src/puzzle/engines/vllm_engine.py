@@ -6,7 +6,9 @@ are timed in turn, A B A B, and the machine's drift cancels out of their ratio. 
 come out: neither tokenising nor detokenising is timed.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,11 +18,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page, Timing, machine
-from puzzle.engines.vllm_messages import REPLY, BatchReply, BatchRequest, Ready
+from puzzle.engines import Engine, EngineFacts, Page, machine
+from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 from puzzle.errors import UserError
 
-ENVIRONMENT = {
+# By default glibc maps large activations anew in every step, or not, as it happens from start to
+# start: a prefill then takes up to 1.3x as long (docs/log.md). With huge pages, kept, it is stable.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+ENVIRONMENT = MALLOC | {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -48,6 +57,12 @@ def make(logs: Path) -> Engine:
 def unavailable() -> str | None:
     """Why vLLM cannot run here, or None."""
     return None if find_spec("vllm") else "the vllm package is not installed (pip install vllm)"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _version() -> str:
@@ -80,23 +95,31 @@ class VllmSession:
     def __init__(self, folder: Path, scenario: ScenarioConfig, logs: Path, *, probe: bool) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"vllm-{folder.name}.log"
+        self.command = [sys.executable, "-m", "puzzle.engines.vllm_worker", str(folder)]
+        self.command += [scenario.model_dump_json(), *(["--probe"] if probe else [])]
+        self.forks = not _has_gpu()  # a GPU's state does not survive a fork
+        self.command += ["--forks"] if self.forks else []
+        self._start()
+
+    def _start(self) -> None:
         self._pages: list[Page] | None = None
-        command = [sys.executable, "-m", "puzzle.engines.vllm_worker", str(folder)]
-        command += [scenario.model_dump_json(), *(["--probe"] if probe else [])]
+        self._next: ScenarioConfig | None = None
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=os.environ | ENVIRONMENT,
+                start_new_session=True,
             )
 
     def __enter__(self) -> "VllmSession":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
@@ -110,18 +133,35 @@ class VllmSession:
             self._pages = [Page(tokens, size) for tokens, size in ready.pages]
         return self._pages
 
-    def time_batch(self, scenario: ScenarioConfig, layers: Sequence[Sequence[int]] = ()) -> Timing:
-        """Serve one batch; see `Session`."""
+    def restart(self) -> None:
+        """Start the engine anew; see `Session`."""
+        if not self.forks:
+            self.__exit__()
+            self._start()
+            return
         self._wait_until_ready()
-        request = BatchRequest(scenario=scenario, layers=[list(indices) for indices in layers])
+        self._send(StepsRequest(restart=True, steps=0, layers=[]))
+        self._pages = self._next = None
+
+    def begin(self, scenario: ScenarioConfig) -> None:
+        """Start a batch; see `Session`."""
+        self._next = scenario
+
+    def advance(self, steps: int, layers: Sequence[int] = ()) -> list[float]:
+        """Take steps of the batch; see `Session`."""
+        self._wait_until_ready()
+        request = StepsRequest(begin=self._next, steps=steps, layers=list(layers))
+        self._next = None
+        self._send(request)
+        return StepsReply.parse(self._reply(), "vllm's worker").seconds
+
+    def _send(self, request: StepsRequest) -> None:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write((request.model_dump_json() + "\n").encode())
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        reply = BatchReply.parse(self._reply(), "vllm's worker")
-        return Timing(reply.prefill_s, tuple(reply.steps_s))
 
     def _wait_until_ready(self) -> None:
         """The worker's first line tells its pages; only then does it take requests."""
@@ -182,5 +222,5 @@ def serve_openai(server: Server, extra: Sequence[str]) -> None:
     command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # as it was measured
     address = f"http://{server.host}:{server.port}/v1"
     print(f"serving {server.folder} as {server.name!r} at {address} once vLLM is up", flush=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | MALLOC | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.execvpe(command[0], [*command, *extra], environment)

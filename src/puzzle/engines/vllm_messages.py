@@ -12,15 +12,19 @@ class Ready(Record):
     pages: list[tuple[int, int]]
 
 
-class BatchRequest(Record):
-    """Serve one batch. `layers`: see `Session.time_batch`."""
+class StepsRequest(Record):
+    """Take steps of a batch, or start the engine anew, which `Ready` answers.
 
-    scenario: ScenarioConfig
-    layers: list[list[int]]
+    `begin`: of a new batch, whatever was running is dropped.
+    """
+
+    restart: bool = False
+    begin: ScenarioConfig | None = None
+    steps: int
+    layers: list[int]  # to run, of the checkpoint's; empty: as before
 
 
-class BatchReply(Record):
-    """Seconds of a batch."""
+class StepsReply(Record):
+    """Seconds of every step; the first of a batch is its prefill."""
 
-    prefill_s: float
-    steps_s: list[float]
+    seconds: list[float]

@@ -1,12 +1,13 @@
 """The worker of a vLLM session: one in-process engine that is driven step by step.
 
-    python -m puzzle.engines.vllm_worker FOLDER SCENARIO [--probe]
+    python -m puzzle.engines.vllm_worker FOLDER SCENARIO [--probe] [--forks]
 
 Driving the engine step by step makes prefill and decode times of one and the same batch. A probe
 exchanges the model's list of layers between steps; it therefore runs without CUDA graphs.
 """
 
 import argparse
+import os
 import sys
 import time
 from functools import partial
@@ -17,8 +18,9 @@ from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
 from puzzle.engines import random_prompts
 from puzzle.engines.vllm_engine import register
-from puzzle.engines.vllm_messages import REPLY, BatchReply, BatchRequest, Ready
+from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 
+RESTART = 64  # exit status of an engine that is to be started anew
 EXTRA_TOKENS = 256  # per sequence: room for whole cache pages
 EXTRA_CACHE_BYTES = 64 << 20
 
@@ -90,10 +92,32 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     )
     pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
     reply(Ready(pages=[(tokens, size * scenario.tensor_parallel) for tokens, size in pages]))
-    for count, line in enumerate(sys.stdin):
-        request = BatchRequest.parse(line, "request")
-        prompts = random_prompts(request.scenario, config.vocab_size, count)
-        reply(serve_batch(llm, prompts, request))
+    batch = Batch(llm, config.vocab_size)
+    for line in sys.stdin:
+        request = StepsRequest.parse(line, "request")
+        if request.restart:
+            os._exit(RESTART)
+        if request.layers and request.layers != batch.layers:
+            llm.apply_model(partial(choose_layers, request.layers))
+            batch.layers = request.layers
+        if request.begin is not None:
+            batch.begin(request.begin)
+        reply(StepsReply(seconds=[batch.step() for _ in range(request.steps)]))
+
+
+def serve_in_forks(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
+    """Serve in a child process, and in another whenever the engine is to be started anew.
+
+    What is imported is shared, so that a start takes two seconds instead of ten; all that an engine
+    allocates is new.
+    """
+    import vllm.entrypoints.llm  # noqa: F401
+
+    while (pid := os.fork()) != 0:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status != RESTART:
+            sys.exit(abs(status))
+    serve(folder, scenario, probe)
 
 
 def reply(message: Record) -> None:
@@ -101,33 +125,41 @@ def reply(message: Record) -> None:
     print(REPLY + message.model_dump_json(), flush=True)
 
 
-def serve_batch(llm: Any, prompts: list[list[int]], request: BatchRequest) -> BatchReply:
-    """Generate for one batch, step by step, exchanging layers where they change."""
-    engine, layers = llm.llm_engine, request.layers
-    active = layers[0] if layers else None
-    if active is not None:
-        llm.apply_model(partial(choose_layers, active))
-    began, prefill_s = time.perf_counter(), 0.0
-    for index, prompt in enumerate(prompts):
-        parameters = sampling(request.scenario.output_length)
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
-    waiting = {str(index) for index in range(len(prompts))}
-    steps_s: list[float] = []
-    while engine.has_unfinished_requests():
-        if layers and not waiting:
-            next_active = layers[min(len(steps_s) + 1, len(layers) - 1)]
-            if next_active != active:
-                llm.apply_model(partial(choose_layers, next_active))
-                active = next_active
-        started = time.perf_counter()
-        outputs = engine.step()
-        if waiting:
-            begun = [out for out in outputs if out.outputs and out.outputs[0].token_ids]
-            waiting -= {out.request_id for out in begun}
-            prefill_s = time.perf_counter() - began
-        else:
-            steps_s.append(time.perf_counter() - started)
-    return BatchReply(prefill_s=prefill_s, steps_s=steps_s)
+class Batch:
+    """One batch at a time, advanced step by step."""
+
+    def __init__(self, llm: Any, vocab_size: int) -> None:
+        self.engine, self.vocab_size = llm.llm_engine, vocab_size
+        self.layers: list[int] = []  # that run; empty: all
+        self.number, self.ids = 0, list[str]()
+        self.prompts: list[list[int]] = []  # not yet given to the engine
+
+    def begin(self, scenario: ScenarioConfig) -> None:
+        """Drop the batch that runs, and let the next step be the prefill of another."""
+        self.engine.abort_request(self.ids)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        self.number += 1
+        self.parameters = sampling(scenario.output_length)
+        self.prompts = random_prompts(scenario, self.vocab_size, self.number)
+        self.ids = [f"{self.number}.{index}" for index in range(len(self.prompts))]
+
+    def step(self) -> float:
+        """Seconds of one more token of every sequence; of a new batch, until all have their first.
+
+        Sequences that wait for others in a prefill of several engine steps may be a token ahead.
+        """
+        began = time.perf_counter()
+        if not self.prompts:
+            self.engine.step()
+            return time.perf_counter() - began
+        for name, prompt in zip(self.ids, self.prompts, strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, self.parameters)
+        self.prompts, waiting = [], set(self.ids)
+        while waiting:
+            outputs = self.engine.step()
+            waiting -= {o.request_id for o in outputs if o.outputs and o.outputs[0].token_ids}
+        return time.perf_counter() - began
 
 
 def sampling(output_length: int) -> Any:
@@ -150,5 +182,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenario", type=ScenarioConfig.model_validate_json)
     parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--forks", action="store_true")
     arguments = parser.parse_args()
-    serve(arguments.folder, arguments.scenario, arguments.probe)
+    run = serve_in_forks if arguments.forks else serve
+    run(arguments.folder, arguments.scenario, arguments.probe)

@@ -7,6 +7,7 @@ from puzzle.engines.turns import Measurement
 from puzzle.evaluate import EVALUATE
 from puzzle.model.architecture import Architecture
 from puzzle.search.answers import Figures
+from puzzle.search.promise import Verdict
 from puzzle.stage import Job
 
 RESULTS, QUALITY = "results.json", "quality.json"
@@ -65,7 +66,7 @@ class Results(Record):
     def speedup(self) -> float:
         """Of throughput in the main scenario: measured, or else predicted."""
         if self.speed is not None:
-            return self.speed.speedup
+            return self.speed.speedup.value
         parent = self.predicted_parent.throughput_tok_per_s
         return self.predicted_child.throughput_tok_per_s / parent
 
@@ -82,9 +83,9 @@ class Results(Record):
         return Architecture.from_names(self.architecture)
 
     @property
-    def met(self) -> bool:
-        """Whether the finished child meets every constraint."""
-        return self.served.met
+    def verdict(self) -> Verdict:
+        """Whether the finished child meets what was asked."""
+        return self.served.verdict
 
 
 def read(job: Job) -> Results:
@@ -96,5 +97,5 @@ def missed(job: Job) -> str:
     """The message of a finished child that misses what was asked."""
     return (
         f"run {job.run.folder}: the finished child {job.child.name} misses what was asked: "
-        f"{read(job).served.misses}; raise search.margin"
+        f"{read(job).served.failures}; the same command looks for another"
     )

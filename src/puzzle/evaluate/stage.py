@@ -50,7 +50,7 @@ def _execute(job: Job, folder: Path) -> None:
     qualities = Qualities.read(folder / QUALITY)
     architecture = child.read_architecture(job.folder(ASSEMBLE))
     parent_architecture = Architecture.of_parent(run.parent.shape)
-    served = measured.measure(job, job.folder(UPTRAIN), job.child.evaluate.pairs)
+    served = measured.measure(job, job.folder(UPTRAIN))
     parent_top1 = qualities.parent.top1
 
     def result(quality: Quality, blocks: Architecture) -> ModelResult:
@@ -75,6 +75,8 @@ def _execute(job: Job, folder: Path) -> None:
         costs=read_header(job),
     )
     results.write(folder / RESULTS)
+    for line in measured.compare(measured.read(job), served):
+        run.progress.say(f"  {line}")
 
 
 def _qualities(job: Job, tokens_NS: torch.Tensor) -> Qualities:

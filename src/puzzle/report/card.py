@@ -1,9 +1,7 @@
 """The model card with figures: `model/card.py` and what evaluation has shown."""
 
-from puzzle.engines.turns import ServedFigures
 from puzzle.evaluate.results import ModelResult, Results
 from puzzle.model import card
-from puzzle.search.answers import Figures
 from puzzle.stage import Job
 
 
@@ -18,14 +16,17 @@ def _figures(results: Results) -> str:
     lines = ["## What it kept", "| | parent | this model |", "| --- | ---: | ---: |"]
     parent, child = _cells(results.parent), _cells(results.uptrained)
     lines += [f"| {label} | {parent[label]} | {child[label]} |" for label in parent]
-    sides: tuple[ServedFigures | Figures, ...] = (
-        results.predicted_parent,
-        results.predicted_child,
-    )
+    rates = [
+        f"{side.throughput_tok_per_s:,.0f}"
+        for side in (results.predicted_parent, results.predicted_child)
+    ]
+    speedup = f"{results.speedup:.2f}x"
     if results.speed is not None:
         sides = (results.speed.parent, results.speed.child)
-    rates = [f"{side.throughput_tok_per_s:,.0f}" for side in sides]
-    lines.append(f"| output tokens/s | {rates[0]} | {rates[1]} ({results.speedup:.2f}x) |")
+        rates = [f"{side.throughput_tok_per_s.value:,.0f}" for side in sides]
+        speedup = results.speed.speedup.with_unit(".2f", "x")
+    lines.append(f"| output tokens/s | {rates[0]} | {rates[1]} |")
+    lines.append(f"| speed-up | 1.00x | {speedup} |")
     engine, retention = header.engine, results.uptrained.retention
     kept = ""
     if retention is not None:

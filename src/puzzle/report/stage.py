@@ -11,7 +11,7 @@ import jinja2
 
 from puzzle import artifacts
 from puzzle.artifacts import Inputs
-from puzzle.assemble import ASSEMBLE
+from puzzle.assemble import ASSEMBLE, measured
 from puzzle.cost import COST
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
@@ -66,6 +66,7 @@ def _execute(job: Job, folder: Path) -> None:
         scenarios=job.place.cost.measured,
         results=results,
         rows=table.rows(results),
+        how=measured.how,
         pictures=drawn,
         space=job.run.space,
         times=[(name, duration(seconds)) for name, seconds in stage_seconds(job).items()],

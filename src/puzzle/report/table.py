@@ -48,14 +48,14 @@ def _speed_rows(results: Results) -> list[Row]:
     table, word = [], results.speed_word
     error = ""
     if results.speed is not None:
-        parent, child = (
-            f"{side.throughput_tok_per_s:,.0f}"
-            for side in (results.speed.parent, results.speed.child)
-        )
-        engine = results.costs.engine.engine
+        sides = (results.speed.parent, results.speed.child)
+        parent, child = (f"{side.throughput_tok_per_s.value:,.0f}" for side in sides)
+        engine, measured = results.costs.engine.engine, results.speed.speedup
         table.append(Row(f"output tok/s, {word} ({engine})", parent, "", child))
-        name = f"speed-up, {word} (median of pairs)"
-        table.append(Row(name, "1.00x", "", f"{results.speedup:.2f}x"))
+        table.append(Row(f"speed-up, {word}", "1.00x", "", f"{measured.value:.2f}x"))
+        if measured.low < measured.high:
+            interval = f"{measured.low:.2f}x to {measured.high:.2f}x"
+            table.append(Row("  its 95 % interval", "", "", interval))
         share = results.served.scenarios["main"].prediction_error
         error = f" ({share * 100:+.1f} %)"
     predicted = [

@@ -1,5 +1,7 @@
 """Room of the stage `search`: one block per layer within the constraints (paper: section 4.1)."""
 
+from pydantic import JsonValue
+
 from puzzle.artifacts import Inputs
 from puzzle.cost import COST
 from puzzle.score import SCORE
@@ -7,17 +9,16 @@ from puzzle.stage import Job, Scope, Stage, Work
 
 
 def _settings(job: Job) -> Inputs:
-    from puzzle.search import promise
+    from puzzle.search import tried
 
     score, child = job.run.recipe.score, job.child
-    misses = [] if child.search.architecture is not None else promise.misses(job)
     return {
-        "misses": [miss.as_json() for miss in misses],
         "search": child.search.model_dump(mode="json"),
         "metric": score.metric,
         "granularity": score.granularity,
         "batch_sizes": list(job.place.cost.batch_sizes),
         "place": child.place,
+        "served": list[JsonValue](tried.corrections(job)),
     }
 
 

@@ -64,9 +64,11 @@ class Answer(Record):
     """`solutions.json`: what was asked and the best architectures for it."""
 
     constraints: list[Constraint]
-    time_factor: float  # by which predicted seconds are corrected
-    margin: float
+    margin: float  # by which timed constraints were aimed at beyond what was asked
+    uncertainty: float  # standard error of the best solution's seconds, as a share of them
+    final: bool  # the best of those that were served; nothing better will be tried
     batch_size: int  # of the main scenario
+    parent_batch_size: int  # where it is fastest, of those swept
     sweep: list[SweepPoint]
     parent: dict[str, Figures]  # by scenario
     solutions: list[Solution]  # best first

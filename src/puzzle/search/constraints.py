@@ -73,6 +73,14 @@ class Constraint(Record):
         """`throughput`, or `chat throughput` for another scenario than main."""
         return self.name if self.scenario == "main" else f"{self.scenario} {self.name}"
 
+    def in_unit(self, value: float) -> str:
+        """A value of the constraint's figure in the unit that was asked: `13.4x`, `38.2GiB`."""
+        unit = QUANTITY.fullmatch(self.text)[2]  # type: ignore[index]
+        if self.relative is not None:
+            share = value / self.value * self.relative
+            return f"{share * 100:.3g}%" if unit == "%" else f"{share:.3g}x"
+        return f"{value / UNITS[self.kind.unit][unit]:.6g}{unit}"
+
 
 def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     """(number in base units, whether it is relative to the parent). `UserError` where unclear."""
@@ -119,6 +127,14 @@ def _requests(settings: SearchConfig, scenarios: Sequence[str]) -> Iterator[tupl
             yield name, scenario, str(text)
 
 
+def asked_in_words(settings: SearchConfig, scenarios: Sequence[str]) -> list[str]:
+    """What is asked, in words: `throughput 2x`, `chat latency 3s`. Needs no costs."""
+    return [
+        f"{name} {text}" if scenario == "main" else f"{scenario} {name} {text}"
+        for name, scenario, text in _requests(settings, scenarios)
+    ]
+
+
 def constraints(
     settings: SearchConfig, tables: Tables, reference: CostTable, parent: Architecture
 ) -> list[Constraint]:
@@ -127,8 +143,8 @@ def constraints(
     Args:
         settings: what was asked.
         tables: costs by scenario.
-        reference: of `main` at its own batch size, where the parent is served that "2x" compares
-            with.
+        reference: of `main` at the batch size, of those swept, where the parent is fastest: that
+            is how the parent would be served that "2x" compares with.
         parent: the parent's architecture.
     """
     limits = []

@@ -15,6 +15,7 @@ import numpy as np
 
 from puzzle.config import SearchConfig
 from puzzle.cost.table import CostTable
+from puzzle.errors import UserError
 from puzzle.model.architecture import Block
 from puzzle.search.constraints import Constraint, Kind, Tables
 from puzzle.search.mip import nearest
@@ -46,6 +47,19 @@ class Choices:
     def starts(self) -> np.ndarray:
         """The first column of every layer, and the number of columns."""
         return starts_of([len(layer) for layer in self.layers])
+
+    def columns(self, names: Sequence[str]) -> np.ndarray:
+        """The column of every layer's block [G]. Raises `UserError` for one without a score."""
+        columns = []
+        for index, (name, layer) in enumerate(zip(names, self.layers, strict=True)):
+            known = [block.name for block in layer]
+            if name not in known:
+                raise UserError(
+                    f"search.architecture: layer {index}: got {name!r}, which has no score; "
+                    f"expected one of {', '.join(known)}"
+                )
+            columns.append(int(self.starts[index]) + known.index(name))
+        return np.array(columns)
 
     def names(self, columns: np.ndarray) -> list[str]:
         """The blocks' names of one column per layer."""
@@ -101,26 +115,29 @@ def homogeneous(program: Program, choices: Choices) -> np.ndarray | None:
 def explain_infeasible(
     program: Program, constraints: Sequence[Constraint], tables: Tables, time_limit_s: float
 ) -> str:
-    """One line: which constraint cannot be met, the best attainable of each alone, the nearest."""
+    """One line: which constraint cannot be met, the best attainable of each alone, the nearest.
+
+    Every figure is in the unit that was asked: `13.4x` where `20x` was.
+    """
     lines = []
 
-    def value(constraint: Constraint, used: float) -> float:
+    def value(constraint: Constraint, used: float) -> str:
         table = tables[constraint.scenario]
         used += constraint.kind.resource(table.constant)
-        return table.tokens / used if constraint.kind.at_least else used
+        return constraint.in_unit(table.tokens / used if constraint.kind.at_least else used)
 
     for row, constraint in enumerate(constraints):
         least = float(program.least[row])
         reachable = "reachable alone" if least <= program.limits[row] else "out of reach"
         lines.append(
             f"{constraint.label} {constraint.text} is {reachable} "
-            f"(best attainable: {value(constraint, least):.6g} {constraint.kind.unit})"
+            f"(best attainable: {value(constraint, least)})"
         )
     columns = nearest(program, time_limit_s)
     if columns is not None:
         used = program.resources[:, columns].sum(axis=1)
         totals = [
-            f"{constraint.label} {value(constraint, float(used[row])):.6g}"
+            f"{constraint.label} {value(constraint, float(used[row]))}"
             for row, constraint in enumerate(constraints)
         ]
         lines.append(f"the nearest that is possible: {', '.join(totals)}")

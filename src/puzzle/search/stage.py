@@ -11,8 +11,8 @@ Reads: scores and costs. Writes: `search/solutions.json`, `frontier.jsonl`, `bas
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,13 @@ from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.config import SearchConfig
 from puzzle.cost import table as costs
+from puzzle.cost.refit import CostModel
+from puzzle.cost.table import CostTable
 from puzzle.errors import Infeasible, UserError
 from puzzle.model.architecture import Architecture
 from puzzle.score import SCORE
 from puzzle.score import results as scores
-from puzzle.search import mip, promise
+from puzzle.search import mip, tried
 from puzzle.search.answers import (
     ANSWER,
     BASELINES,
@@ -41,15 +43,21 @@ from puzzle.search.program import Program
 from puzzle.search.space_program import Choices, Limit, build, explain_infeasible, homogeneous
 from puzzle.stage import Job, Need, Work
 
+# A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
+# left undecided.
+LEAST_MARGIN = 0.01
+
 
 @dataclass(frozen=True)
 class Searched:
-    """One batch size of the main scenario, searched."""
+    """One batch size of the main scenario, searched; `name` is that of its table."""
 
+    name: str
     tables: Tables
     constraints: list[Constraint]
     limits: list[Limit]
     program: Program
+    margin: float
     solutions: list[Solution]
 
     @property
@@ -104,27 +112,41 @@ def read_choices(job: Job) -> Choices:
 def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
     """The answer to what the job's child asks, from tables only; nothing is written.
 
+    What serving this child has shown corrects the tables. Once its tries for this wish are used up,
+    or no further one would be better, the answer is the best of those that are met.
+
     Raises `Infeasible` where no architecture meets the constraints.
     """
     settings, cost = job.child.search, job.place.cost
     _check(job)
-    tables = {name: costs.read(job, name) for name in cost.measured}
-    swept = [_search_one(job, name, tables, choices) for name in cost.sweep]
+    parent, seen = Architecture.of_parent(job.run.parent.shape), tried.observations(job)
+    models = {
+        name: CostModel.of(costs.read(job, name), parent, seen.get(name, ()))
+        for name in cost.measured
+    }
+    swept = [_search_one(job, name, models, choices) for name in cost.sweep]
     solved = [one for one in swept if one.solutions]
-    if not solved:
+    earlier = tried.Tries.of(job)
+    if not solved and earlier.best is None:
         first = swept[0]
         raise Infeasible(
             explain_infeasible(
                 first.program, first.constraints, first.tables, settings.time_limit_s
             )
         )
-    best = min(solved, key=lambda one: one.solutions[0].objective)
-    parent = Architecture.of_parent(job.run.parent.shape)
+    best = min(solved, key=lambda one: one.solutions[0].objective, default=swept[0])
+    final = earlier.settle(best.solutions[0].objective if solved else None, settings.attempts)
+    if final is not None:
+        best = next(one for one in swept if one.name == final.tables["main"])
+        best = replace(best, solutions=[_given(choices, final.blocks, best.tables)])
+    tables = {name: model.table for name, model in models.items()}
     answer = Answer(
         constraints=best.constraints,
-        time_factor=promise.time_factor(job),
-        margin=settings.margin,
+        margin=best.margin,
+        uncertainty=models[best.name].uncertainty(best.solutions[0].architecture),
+        final=final is not None,
         batch_size=best.batch_size,
+        parent_batch_size=best_of_parent(tables, cost.sweep, parent).scenario.batch_size,
         sweep=[
             SweepPoint(
                 batch_size=one.batch_size,
@@ -132,10 +154,15 @@ def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
             )
             for one in swept
         ],
-        parent=predict(best.tables | {"main": tables["main"]}, parent),
+        parent=predict(best.tables | {"main": best_of_parent(tables, cost.sweep, parent)}, parent),
         solutions=best.solutions,
     )
     return answer, best
+
+
+def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -> CostTable:
+    """The main scenario at the batch size, of those swept, where the parent is fastest."""
+    return max((tables[name] for name in swept), key=lambda t: t.tokens / t.predict(parent).total_s)
 
 
 def summary(answer: Answer) -> str:
@@ -152,27 +179,52 @@ def summary(answer: Answer) -> str:
     )
 
 
-def _search_one(job: Job, name: str, all_tables: Tables, choices: Choices) -> Searched:
+def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: Choices) -> Searched:
     """Search with the table called `name` as the main scenario's."""
-    settings, factor = job.child.search, promise.time_factor(job)
-    tables = {"main": all_tables[name]}
-    tables |= {other: all_tables[other] for other in job.place.cost.scenarios}
+    settings, cost = job.child.search, job.place.cost
+    tables = {"main": models[name].table}
+    tables |= {other: models[other].table for other in cost.scenarios}
     parent = Architecture.of_parent(job.run.parent.shape)
-    asked = constraints(settings, tables, all_tables["main"], parent)
-    limits = [Limit(c.kind, tables[c.scenario], _aimed_limit(c, settings, factor)) for c in asked]
-    program = build(choices, limits, settings)
-    if settings.architecture is not None:
-        solutions = [_given(choices, settings.architecture, tables)]
-    else:
-        solutions = _solve(program, choices, settings, tables)
-    return Searched(tables, asked, limits, program, solutions)
+    swept = {other: models[other].table for other in cost.sweep}
+    asked = constraints(settings, tables, best_of_parent(swept, swept, parent), parent)
+    refused = [choices.columns(names) for names in tried.Tries.of(job).refused]
+
+    def searched(margin: float) -> Searched:
+        limits = [Limit(c.kind, tables[c.scenario], _aimed_limit(c, margin)) for c in asked]
+        program = build(choices, limits, settings)
+        rows = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in refused)
+        program = replace(program, extra=(*program.extra, *rows))
+        if settings.architecture is not None:
+            solutions = [_given(choices, settings.architecture, tables)]
+        else:
+            solutions = _solve(program, choices, settings, tables)
+        return Searched(name, tables, asked, limits, program, margin, solutions)
+
+    if settings.architecture is not None or not any(c.kind.timed for c in asked):
+        return searched(0.0)
+    if settings.margin is not None:
+        return _first_feasible(searched, settings.margin)
+    if models[name].is_exact:
+        return searched(0.0)
+    answer = _first_feasible(searched, LEAST_MARGIN)
+    if not answer.solutions:
+        return answer
+    margin = LEAST_MARGIN + models[name].uncertainty(answer.solutions[0].architecture)
+    return _first_feasible(searched, margin)
 
 
-def _aimed_limit(constraint: Constraint, settings: SearchConfig, factor: float) -> float:
-    """Timed constraints are aimed at with a margin, from corrected predictions."""
-    if not constraint.kind.timed:
-        return constraint.limit
-    return constraint.limit * (1 - settings.margin) / factor
+def _first_feasible(searched: Callable[[float], Searched], margin: float) -> Searched:
+    """Near the best attainable there may be no room for a margin: then with less, at last none."""
+    for share in (1.0, 0.5):
+        answer = searched(share * margin)
+        if answer.solutions:
+            return answer
+    return searched(0.0)
+
+
+def _aimed_limit(constraint: Constraint, margin: float) -> float:
+    """Timed constraints are aimed at with a margin."""
+    return constraint.limit / (1 + margin) if constraint.kind.timed else constraint.limit
 
 
 def _solve(
@@ -212,17 +264,7 @@ def _solution(optimum: mip.Optimum, choices: Choices, tables: Tables) -> Solutio
 
 def _given(choices: Choices, names: Sequence[str], tables: Tables) -> Solution:
     """Exactly this architecture, with its sum of scores."""
-    columns = []
-    starts = choices.starts
-    for index, (name, layer) in enumerate(zip(names, choices.layers, strict=True)):
-        known = [block.name for block in layer]
-        if name not in known:
-            raise UserError(
-                f"search.architecture: layer {index}: got {name!r}, which has no score; expected "
-                f"one of {', '.join(known)}"
-            )
-        columns.append(int(starts[index]) + known.index(name))
-    chosen = np.array(columns)
+    chosen = choices.columns(names)
     loss = float(choices.losses[chosen].sum())
     return _solution(mip.Optimum(chosen, loss, loss, 0.0), choices, tables)
 

@@ -1,0 +1,149 @@
+"""A cost model that knows what serving has shown: corrected variant by variant.
+
+The table is where it starts: every variant's seconds, give or take what the table may be off. What
+was served is linear in them: a child that took r times the parent's seconds says
+
+    counts(child) . seconds - r counts(parent) . seconds = 0
+
+give or take its interval. The posterior of this Gaussian model is the corrected table, for the
+prefill and for the decode steps, and how uncertain a prediction still is. The parent's own seconds
+stay as they are: they are what all others are relative to. Near what was served the prediction
+follows it; far from it the table is as before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle.artifacts import Record
+from puzzle.cost.table import Cost, CostTable
+from puzzle.engines.intervals import Interval
+from puzzle.model.architecture import Architecture
+
+# What a table may be off, beside its standard errors (benchmarks/promise.py, docs/log.md).
+VARIANT_ERROR = 0.025  # of a variant's seconds
+CONSTANT_ERROR = 0.012  # of the parent's seconds
+CURVATURE = 0.007  # of a model's seconds: what no sum of variants says
+INTERVAL_SIGMAS = 2 * 1.96  # standard errors in the width of an interval
+Vector = NDArray[np.float64]
+Variant = tuple[str, str]  # slot and name
+
+
+class Observation(Record):
+    """An architecture served in turn with another: its seconds over the other's."""
+
+    scenario: str  # the table it is served in: `main`, `main@32` or another scenario
+    blocks: list[str]
+    compared_with: list[str]
+    prefill: Interval
+    decode: Interval | None  # None where one token is put out
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The prefill or the decode steps: seconds of every unknown [U] and their covariance [U, U]."""
+
+    seconds: Vector
+    covariance: NDArray[np.float64]
+
+    def corrected(self, rows: Vector, sigmas: Vector) -> "Phase":
+        """With rows [R, U] that were seen to be 0, give or take `sigmas` [R] seconds.
+
+        Where they are farther from it than the table may be off, the table is off by more.
+        """
+        seen, noise = rows @ self.seconds, np.diag(sigmas**2)
+        expected = rows @ self.covariance @ rows.T + noise
+        surprise = float(seen @ np.linalg.pinv(expected) @ seen) / len(seen)
+        prior = max(1.0, surprise) * self.covariance
+        gain = prior @ rows.T @ np.linalg.pinv(rows @ prior @ rows.T + noise)
+        return Phase(self.seconds - gain @ seen, prior - gain @ rows @ prior)
+
+    def variance(self, row: Vector) -> float:
+        """Of the seconds of a model with these counts [U]."""
+        return max(0.0, float(row @ self.covariance @ row))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A table, corrected by observations, and the uncertainty of what it predicts."""
+
+    table: CostTable
+    unknowns: list[Variant]  # the last is the constant
+    prefill: Phase
+    decode: Phase
+    is_exact: bool  # modelled, and nothing served has said otherwise
+
+    @classmethod
+    def of(
+        cls, table: CostTable, parent: Architecture, observations: Sequence[Observation] = ()
+    ) -> "CostModel":
+        """The table's model, corrected by what was observed in its scenario."""
+        unknowns = [*table.variants, ("constant", "constant")]
+        counts = _counts(unknowns, parent)
+        costs = [*table.variants.values(), table.constant]
+        errors = np.array([table.errors.get(unknown, 0.0) for unknown in unknowns])
+        phases = []
+        for name in ("prefill", "decode"):
+            seconds = np.array([getattr(cost, f"{name}_s") for cost in costs])
+            of_parent = float(counts @ seconds)
+            sigmas = np.hypot(errors, VARIANT_ERROR * seconds)
+            sigmas[-1] = np.hypot(errors[-1], CONSTANT_ERROR * of_parent)
+            free = Phase(seconds, np.diag(sigmas**2))
+            # The parent's seconds are what everything is relative to.
+            gain = free.covariance @ counts / max(free.variance(counts), 1e-300)
+            covariance = free.covariance - np.outer(gain, counts @ free.covariance)
+            phase = Phase(seconds, covariance)
+            phases.append(_observed(phase, unknowns, name, observations))
+        is_exact = not table.header.measured and not observations
+        prefill, decode = phases
+        return cls(_with_seconds(table, prefill, decode), unknowns, prefill, decode, is_exact)
+
+    def uncertainty(self, architecture: Architecture) -> float:
+        """The standard error of a model's predicted seconds, as a share of them."""
+        if self.is_exact:
+            return 0.0
+        counts = _counts(self.unknowns, architecture)
+        variance = self.prefill.variance(counts) + self.decode.variance(counts)
+        share = variance**0.5 / self.table.predict(architecture).total_s
+        return float(np.hypot(share, CURVATURE))
+
+
+def _observed(
+    phase: Phase, unknowns: Sequence[Variant], name: str, observations: Sequence[Observation]
+) -> Phase:
+    rows, sigmas = [], []
+    for seen in observations:
+        ratio: Interval | None = getattr(seen, name)
+        if ratio is None:
+            continue
+        ours, others = (
+            _counts(unknowns, Architecture.from_names(names))
+            for names in (seen.blocks, seen.compared_with)
+        )
+        rows.append(ours - ratio.value * others)
+        error = float(np.hypot((ratio.high - ratio.low) / INTERVAL_SIGMAS / ratio.value, CURVATURE))
+        sigmas.append(error * float(ours @ phase.seconds))
+    if not rows:
+        return phase
+    return phase.corrected(np.array(rows), np.array(sigmas))
+
+
+def _counts(unknowns: Sequence[Variant], architecture: Architecture) -> Vector:
+    """How often each unknown occurs in a model, [U]."""
+    parts: list[Variant] = [
+        (half.slot, half.name) for block in architecture for half in block.subblocks
+    ]
+    counts: Vector = np.array([*map(parts.count, unknowns[:-1]), 1], dtype=float)
+    return counts
+
+
+def _with_seconds(table: CostTable, prefill: Phase, decode: Phase) -> CostTable:
+    def corrected(cost: Cost, unknown: int, least: float) -> Cost:
+        prefill_s, decode_s = (max(least, float(p.seconds[unknown])) for p in (prefill, decode))
+        return replace(cost, prefill_s=prefill_s, decode_s=decode_s)
+
+    costs = enumerate(table.variants.items())
+    variants = {variant: corrected(cost, index, 0.0) for index, (variant, cost) in costs}
+    return replace(table, variants=variants, constant=corrected(table.constant, -1, -np.inf))

@@ -1,0 +1,170 @@
+"""From turns of steps to seconds with a 95 % interval.
+
+Parent and child take turns (`turns.py`), so every turn is a pair of times of the same second. Other
+work on the machine makes a turn slower, often several times so and not by the same factor on both
+sides. Hence the estimator: of all pairs of a phase, from all engine starts, only the quiet ones
+count, in which both sides together took at most a tenth more than in the fastest tenth; a side's
+seconds are their mean. That is the time on a quiet machine, and drift that both sides share cancels
+in a ratio.
+
+The interval is bootstrapped over engine starts, since the same child differs by some per cent from
+start to start, and then over the quiet turns of each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle.artifacts import Record
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+FASTEST = 0.1  # the share of the turns by which the others are judged
+QUIET = 1.1  # times the fastest: turns that count
+DISTURBED = 1.25  # times the fastest: turns that other work on the machine has slowed
+Vector = NDArray[np.float64]
+Pairs = NDArray[np.float64]  # [turns, sides]: seconds of a step of the parent and of the child
+
+
+class Interval(Record):
+    """An estimate, and the interval that holds the true value with a confidence of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    def with_unit(self, form: str, unit: str) -> str:
+        """`1.66x (1.64x to 1.69x)`; without the interval where it has no width."""
+        if self.low == self.high:
+            return f"{self.value:{form}}{unit}"
+        return f"{self.value:{form}}{unit} ({self.low:{form}}{unit} to {self.high:{form}}{unit})"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a batch: so many steps of it, and the turns that show what one of them takes.
+
+    The prefill is a phase of one step; the output is cut into a few. Within one, steps take longer
+    as the context grows: `positions` [turns] says where each turn stands.
+    """
+
+    steps: int
+    turns: Pairs
+    positions: Vector
+
+    @classmethod
+    def of(cls, steps: int, turns: Sequence[Sequence[float]] | Pairs) -> "Phase":
+        """A phase whose turns all stand at the same place, as prefills do."""
+        return cls(steps, np.array(turns), np.zeros(len(turns)))
+
+    def expected(self) -> Pairs:
+        """What an undisturbed turn at each turn's position takes, about: [turns, sides].
+
+        A straight line through the fastest tenths of the early and of the late turns.
+        """
+        late = self.positions > np.median(self.positions)
+        if not late.any():
+            return np.broadcast_to(np.quantile(self.turns, FASTEST, axis=0), self.turns.shape)
+        (x0, y0), (x1, y1) = (
+            (self.positions[half].mean(), np.quantile(self.turns[half], FASTEST, axis=0))
+            for half in (~late, late)
+        )
+        line = y0 + (self.positions[:, None] - x0) / (x1 - x0) * (y1 - y0)
+        expected: Pairs = np.maximum(line, np.minimum(y0, y1) / 2)
+        return expected
+
+
+Start = Sequence[Phase]  # what one start of the engines has shown; the first phase is the prefill
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of a batch of every side: until the first tokens, and after them; [sides] each."""
+
+    prefill: Vector
+    decode: Vector
+
+    @property
+    def total(self) -> Vector:
+        """Of the whole batch."""
+        return self.prefill + self.decode
+
+
+Figure = Callable[[Seconds], float]
+
+
+@dataclass(frozen=True)
+class QuietPhase:
+    """The quiet turns of a phase, by start: each over what is expected at its position."""
+
+    seconds: Vector  # [sides]: of all its steps, were every turn as expected
+    by_start: list[Pairs]
+    slowness: Vector  # of every turn, quiet or not, against the fastest tenth
+
+    @classmethod
+    def of(cls, phases: Sequence[Phase]) -> "QuietPhase":
+        """From the turns of all starts together."""
+        turns = np.concatenate([phase.turns for phase in phases])
+        positions = np.concatenate([phase.positions for phase in phases])
+        expected = Phase(1, turns, positions).expected()
+        relative = turns / expected
+        slowness = relative.sum(axis=1) / np.quantile(relative.sum(axis=1), FASTEST)
+        ends = np.cumsum([len(phase.turns) for phase in phases])[:-1]
+        split = zip(np.split(relative, ends), np.split(slowness <= QUIET, ends), strict=True)
+        seconds = phases[0].steps * expected.mean(axis=0)
+        return cls(seconds, [rows[quiet] for rows, quiet in split], slowness)
+
+    def mean(self, starts: Sequence[int], rng: np.random.Generator | None = None) -> Vector:
+        """Seconds of all its steps, [sides], from these starts; with `rng`, of resampled turns.
+
+        Where none of these starts has a quiet turn, all of them stand in.
+        """
+        rows = [self.by_start[index] for index in starts if len(self.by_start[index])]
+        if rng is not None:
+            rows = [turns[rng.integers(len(turns), size=len(turns))] for turns in rows]
+        mean: Vector = np.concatenate(rows or self.by_start).mean(axis=0)
+        return self.seconds * mean
+
+
+def disturbed(starts: Sequence[Start]) -> float:
+    """The share of the turns that other work on the machine has slowed."""
+    phases = [QuietPhase.of(phases) for phases in zip(*starts, strict=True)]
+    return float((np.concatenate([phase.slowness for phase in phases]) > DISTURBED).mean())
+
+
+def intervals(
+    starts: Sequence[Start], figures: Mapping[str, Figure], looks: int
+) -> dict[str, Interval]:
+    """Every figure with its interval.
+
+    Args:
+        starts: what every start of the engines has shown.
+        figures: what is computed from the seconds of a batch.
+        looks: at how many numbers of starts the interval may be looked at before the measurement
+            ends. Each look gets its share of the 5 % (Bonferroni), so the one that it ends with
+            holds as if it had been the only one.
+    """
+    phases = [QuietPhase.of(phases) for phases in zip(*starts, strict=True)]
+    count, rng = len(starts), np.random.default_rng(0)
+    estimate = _seconds(phases, range(count))
+    # One start fewer than there are: then the variance between few starts is not underestimated.
+    resampled = [
+        _seconds(phases, rng.integers(count, size=max(1, count - 1)).tolist(), rng)
+        for _ in range(RESAMPLES)
+    ]
+    tail = (1 - CONFIDENCE) / looks / 2
+    result = {}
+    for name, figure in figures.items():
+        value = float(figure(estimate))
+        low, high = np.quantile([figure(sample) for sample in resampled], [tail, 1 - tail])
+        result[name] = Interval(value=value, low=min(value, low), high=max(value, high))
+    return result
+
+
+def _seconds(
+    phases: Sequence[QuietPhase], starts: Sequence[int], rng: np.random.Generator | None = None
+) -> Seconds:
+    prefill, *decode = (phase.mean(starts, rng) for phase in phases)
+    return Seconds(prefill, np.sum(decode, axis=0) if decode else 0 * prefill)

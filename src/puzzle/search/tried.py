@@ -1,0 +1,185 @@
+"""What serving has shown for a child: kept beside it, it corrects the child's next search.
+
+`measured.jsonl` holds the architectures that were served as children beside the parent, and
+`neighbours.jsonl` those that were served beside a child in the probe's engine. Both join the cost
+model of this child's searches (`cost/refit.py`), as long as they are of the costs of now.
+
+A child is searched, assembled and served until one is met from just above: less than 2 % beyond
+what was asked. The child that goes on is the best in score that is met.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.cost import COST
+from puzzle.cost.refit import Observation
+from puzzle.engines.turns import Measurement
+from puzzle.model.architecture import Architecture
+from puzzle.search.constraints import asked_in_words
+from puzzle.search.promise import Promise, Verdict
+from puzzle.stage import Job
+
+LEAST_GAIN = 0.01  # in the sum of scores, for which another child is assembled and served
+MEASURED, NEIGHBOURS = "measured.jsonl", "neighbours.jsonl"  # in the child's folder
+
+
+class MeasuredChild(Record):
+    """One line of `measured.jsonl`: an architecture that was served beside the parent."""
+
+    source: str  # fingerprint of the stage that measured it
+    costs: str  # fingerprint of the costs that it was predicted from
+    asked: list[str]  # the constraints, in words
+    blocks: list[str]
+    objective: float  # the sum of its scores
+    tables: dict[str, str]  # by scenario: the name of its costs
+    measurements: dict[str, Measurement]  # by scenario
+    verdict: Verdict
+    gives_away: bool  # more than 2 % beyond every constraint
+
+    @property
+    def is_accepted(self) -> bool:
+        """Met, from just above."""
+        return self.verdict == "met" and not self.gives_away
+
+
+class NeighbourRow(Record):
+    """One line of `neighbours.jsonl`."""
+
+    source: str  # of the child that they are neighbours of
+    observation: Observation
+
+
+def verdict(promises: Sequence[Promise]) -> Verdict:
+    """Of all constraints together: the worst."""
+    verdicts = {promise.verdict for promise in promises}
+    order: tuple[Verdict, ...] = ("missed", "undecided", "predicted")
+    return next((one for one in order if one in verdicts), "met")
+
+
+def costs_fingerprint(job: Job) -> str:
+    """Of the costs that the child's searches are made from."""
+    manifest = artifacts.read_manifest(job.folder(COST))
+    return "" if manifest is None else manifest.fingerprint
+
+
+def read_measured(job: Job) -> list[MeasuredChild]:
+    """Every architecture that was served for this child, with the costs of now."""
+    records = artifacts.read_records(job.child.folder / MEASURED, MeasuredChild)
+    costs = costs_fingerprint(job)
+    return [record for record in records if record.costs == costs]
+
+
+def _correcting(job: Job) -> list[MeasuredChild]:
+    """Those that correct the next search: served for what is asked now, and not accepted.
+
+    None where the architecture is given. Another wish starts from the table, so that a question has
+    the same answer whichever child it is put to.
+    """
+    search = job.child.search
+    if search.architecture is not None:
+        return []
+    wanted = asked_in_words(search, ["main", *job.place.cost.scenarios])
+    return [c for c in read_measured(job) if c.asked == wanted and not c.is_accepted]
+
+
+def _neighbours_of(job: Job, children: Sequence[MeasuredChild]) -> list[NeighbourRow]:
+    sources = {child.source for child in children}
+    rows = artifacts.read_records(job.child.folder / NEIGHBOURS, NeighbourRow)
+    return [row for row in rows if row.source in sources]
+
+
+def record_measured(job: Job, measured: MeasuredChild) -> None:
+    """Append what a stage has measured, once."""
+    path = job.child.folder / MEASURED
+    known = artifacts.read_records(path, MeasuredChild)
+    if all(record.source != measured.source for record in known):
+        artifacts.append_record(path, measured)
+
+
+def record_neighbours(job: Job, source: str, seen: Sequence[Observation]) -> None:
+    """Append what was served beside a child in the probe's engine."""
+    for observation in seen:
+        row = NeighbourRow(source=source, observation=observation)
+        artifacts.append_record(job.child.folder / NEIGHBOURS, row)
+
+
+def has_neighbours(job: Job, child: MeasuredChild) -> bool:
+    """Whether the neighbours of a measured child are known."""
+    return bool(_neighbours_of(job, [child]))
+
+
+def observations(job: Job) -> dict[str, list[Observation]]:
+    """By scenario's table: all that corrects the costs of this child's next search."""
+    children = _correcting(job)
+    parent = Architecture.of_parent(job.run.parent.shape).names
+    seen = [observation for child in children for observation in _of_child(child, parent)]
+    seen += [row.observation for row in _neighbours_of(job, children)]
+    by_table: dict[str, list[Observation]] = {}
+    for observation in seen:
+        by_table.setdefault(observation.scenario, []).append(observation)
+    return by_table
+
+
+def _of_child(child: MeasuredChild, parent: list[str]) -> list[Observation]:
+    return [
+        Observation(
+            scenario=child.tables[name],
+            blocks=child.blocks,
+            compared_with=parent,
+            prefill=measurement.time_to_first_token_ratio,
+            decode=measurement.decode_ratio,
+        )
+        for name, measurement in child.measurements.items()
+        if measurement.same_batch  # otherwise the two are of different tables
+    ]
+
+
+@dataclass(frozen=True)
+class Tries:
+    """The architectures that were served for what is asked now, in their order."""
+
+    children: list[MeasuredChild]
+
+    @classmethod
+    def of(cls, job: Job) -> "Tries":
+        """Those of this wish that were not accepted; none where the architecture is given."""
+        return cls(_correcting(job))
+
+    @property
+    def best(self) -> MeasuredChild | None:
+        """The best in score that is met, and that nothing measured later has refused."""
+        met = [c for c in self.children if c.verdict == "met" and c.blocks not in self.refused]
+        return min(met, key=lambda child: child.objective, default=None)
+
+    def settle(self, objective: float | None, attempts: int) -> MeasuredChild | None:
+        """The child that goes on, where no further try is worth it; None where one is.
+
+        Args:
+            objective: the sum of scores of the architecture that would be tried next.
+            attempts: how many are tried at most.
+        """
+        best = self.best
+        if best is None or not best.gives_away or len(self.children) >= attempts:
+            return best
+        better = objective is not None and objective <= best.objective * (1 - LEAST_GAIN)
+        return None if better else best
+
+    @property
+    def refused(self) -> list[list[str]]:
+        """The blocks of those that were not met: they are not taken again."""
+        return [child.blocks for child in self.children if child.verdict != "met"]
+
+
+def corrections(job: Job) -> list[str]:
+    """Fingerprints of what corrects this child's next search: a part of its settings."""
+    children = _correcting(job)
+    rows = _neighbours_of(job, children)
+    return [artifacts.fingerprint(record.as_json()) for record in [*children, *rows]]
+
+
+def measured_before(job: Job, blocks: list[str]) -> Mapping[str, Measurement] | None:
+    """What serving this architecture has shown before: speed does not depend on the weights."""
+    known = (child for child in read_measured(job) if child.blocks == blocks)
+    return next((child.measurements for child in known), None)

@@ -1,0 +1,211 @@
+"""Turns of steps: what is asked of the engines, and what is made of the times."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import DEVICE_SHEET
+from numpy.random import default_rng
+
+from puzzle import engines
+from puzzle.config import CostConfig, ScenarioConfig
+from puzzle.engines import Engine, EngineFacts, Page, intervals, turns
+from puzzle.engines.intervals import Phase
+from puzzle.engines.turns import SETTLING_STEPS, Served, measure_pair, serve_in_turn, turn_lengths
+
+SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=64)
+
+
+class ScriptedSession:
+    """Takes the seconds that a function gives for its side and its count of steps."""
+
+    def __init__(self, side, log, seconds, on_start=lambda: None):
+        self.side, self.log, self.seconds, self.on_start = side, log, seconds, on_start
+        self.pages = [Page(1, 100)]
+        on_start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception): ...
+
+    def restart(self):
+        self.on_start()
+
+    def begin(self, scenario):
+        self.position = 0
+
+    def advance(self, steps, layers=()):
+        spent = []
+        for index in range(steps):
+            self.log.append((self.side, self.position))
+            spent.append(self.seconds(self.side, self.position, index))
+            self.position += 1
+        return spent
+
+
+def scripted(seconds, measured=True, log=None):
+    """An engine whose parent is served from a folder `0` and whose child from a folder `1`."""
+    log = [] if log is None else log
+
+    def serve(folder, scenario):
+        return ScriptedSession(int(folder.name), log, seconds)
+
+    facts = EngineFacts(engine="scripted", version="1", device="none", count=1)
+    return Engine("scripted", measured=measured, facts=facts, serve=serve, probe=serve)
+
+
+def measured(engine, tmp_path, starts=6, decided=lambda m: True, output=64):
+    scenario = SCENARIO.model_copy(update={"output_length": output})
+    sides = []
+    for name in "01":
+        (tmp_path / name).mkdir(exist_ok=True)
+        sides.append(Served(tmp_path / name, scenario))
+    return measure_pair(engine, *sides, starts, decided, on_start=lambda: None)
+
+
+@pytest.mark.parametrize("output", [1, 2, 7, 8, 9, 16, 64, 100, 1024])
+def test_turns_make_up_a_batch(output):
+    lengths = turn_lengths(output)
+    assert sum(lengths) == output - 1
+    assert all(length > SETTLING_STEPS for length in lengths) or len(lengths) <= 1
+
+
+def test_sides_take_turns_and_a_batch_is_served_in_order(tmp_path):
+    log = []
+    measured(scripted(lambda *_: 1.0, log=log), tmp_path, starts=1)
+    assert {side for side, _ in log} == {0, 1}
+    switches = [a[0] != b[0] for a, b in itertools.pairwise(log)]
+    assert sum(switches) > 40  # not batch by batch
+    for side in (0, 1):
+        positions = [position for at, position in log if at == side]
+        assert all(b in (a + 1, 0) for a, b in itertools.pairwise(positions))
+        assert positions.count(63) >= 2  # whole batches
+
+
+def test_steps_after_a_switch_and_the_first_prefill_do_not_count(tmp_path):
+    def seconds(side, position, index):
+        settles = 5.0 if index < SETTLING_STEPS and position > 0 else 1.0
+        return (2.0 - side) * settles
+
+    assert measured(scripted(seconds), tmp_path).speedup.value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("output", [1, 5, 64, 1000])
+def test_drift_and_longer_contexts_cancel_and_a_batch_is_summed(tmp_path, output):
+    """A step takes longer as the context grows; on both sides the machine slows from step to step.
+
+    The prefill is three times as fast in the child, a decode step twice.
+    """
+    clock = itertools.count()
+
+    def seconds(side, position, index):
+        drift = 1 + 1e-7 * next(clock)
+        quiet = 30.0 if position == 0 else 1 + position / 1000
+        return drift * quiet / (1 + side * (2 if position == 0 else 1))
+
+    parent = 30.0 + sum(1 + p / 1000 for p in range(1, output))
+    child = 10.0 + sum(1 + p / 1000 for p in range(1, output)) / 2
+    result = measured(scripted(seconds), tmp_path, output=output)
+    assert result.speedup.value == pytest.approx(parent / child, rel=0.005)
+    assert result.time_to_first_token_ratio.value == pytest.approx(1 / 3, rel=0.005)
+    assert result.parent.latency_s.value == pytest.approx(parent, rel=0.01)
+    assert (result.decode_ratio is None) == (output == 1)
+    tokens = SCENARIO.batch_size * output
+    throughput = result.child.throughput_tok_per_s.value
+    assert throughput == pytest.approx(tokens / result.child.latency_s.value)
+    assert result.child.kv_cache_bytes == 4 * (16 + output) * 100
+
+
+def noisy(seed, true=2.0, start_sd=0.01, step_sd=0.03, contended=0.5):
+    """A child `true` times as fast, on a machine that other work slows now and then.
+
+    Every start of the engines has a speed of its own; a contended turn is slowed by 2 to 6, on
+    either side by another factor.
+    """
+    rng = default_rng(seed)
+    left, slow, starts = 0, False, {}
+
+    def seconds(side, position, index):
+        nonlocal left, slow
+        if left == 0:
+            slow, left = rng.random() < contended, int(rng.integers(20, 200))
+        left -= 1
+        own = starts[side] * (true if side == 0 else 1.0)
+        return own * (rng.uniform(2, 6) if slow else 1.0) * rng.normal(1, step_sd)
+
+    def serve(folder, scenario):
+        side = int(folder.name)
+
+        def start():
+            starts[side] = rng.normal(1, start_sd)
+
+        return ScriptedSession(side, [], seconds, start)
+
+    facts = EngineFacts(engine="scripted", version="1", device="none", count=1)
+    return Engine("scripted", measured=True, facts=facts, serve=serve, probe=serve)
+
+
+def test_under_contention_the_figure_is_that_of_a_quiet_machine(tmp_path):
+    """Nine of ten intervals hold the quiet value, and their centres scatter little."""
+    results = [measured(noisy(seed), tmp_path) for seed in range(20)]
+    values = np.array([result.speedup.value for result in results])
+    assert values.std() / 2.0 < 0.015 and abs(values.mean() / 2.0 - 1) < 0.006
+    held = sum(result.speedup.low <= 2.0 <= result.speedup.high for result in results)
+    assert held >= 18
+    assert all(result.disturbed > 0.1 for result in results)
+    assert measured(noisy(0, contended=0.0), tmp_path).disturbed < 0.02
+
+
+def test_an_interval_narrows_with_more_starts_and_widens_with_their_differences(tmp_path):
+    def width(**changes):
+        starts = changes.pop("starts", 3)
+        widths = []
+        for seed in range(5):
+            speedup = measured(noisy(seed, contended=0, **changes), tmp_path, starts=starts).speedup
+            widths.append(speedup.high - speedup.low)
+        return float(np.mean(widths))
+
+    assert width(starts=9) < 0.8 * width(starts=3)
+    assert width(start_sd=0.04) > 2 * width(start_sd=0.005)
+
+
+def test_a_measurement_goes_on_until_it_decides_or_the_looks_are_used_up(tmp_path):
+    engine = scripted(lambda side, *_: 2.0 - side)
+    for decides_at in (2, 4, 6, 100):
+        result = measured(engine, tmp_path, starts=2, decided=lambda m, n=decides_at: m.starts >= n)
+        assert result.starts == min(decides_at, 2 * turns.LOOKS)
+
+
+def test_each_look_has_its_share_of_the_error(tmp_path):
+    phases = [[Phase.of(1, default_rng(s).normal(1, 0.1, size=(40, 2)))] for s in range(3)]
+    figures = {"ratio": lambda s: s.prefill[0] / s.prefill[1]}
+    one, three = (intervals.intervals(phases, figures, looks)["ratio"] for looks in (1, 3))
+    assert one.value == three.value and three.low < one.low < one.high < three.high
+
+
+def test_a_modelled_engine_is_started_once_and_has_no_interval(tmp_path):
+    engine = engines.make("roofline", CostConfig(device_sheet=str(DEVICE_SHEET)), tmp_path)
+    assert not engine.measured
+    result = measured(scripted(lambda side, *_: 2.0 - side, measured=False), tmp_path)
+    assert result.starts == 1 and result.speedup.low == result.speedup.high == 2.0
+    assert result.speedup.with_unit(".2f", "x") == "2.00x"
+
+
+def test_two_that_do_not_fit_take_turns_whole(tmp_path, monkeypatch):
+    log = []
+    engine = scripted(lambda side, *_: 2.0 - side, log=log)
+    monkeypatch.setattr(turns, "available_bytes", lambda: turns.ENGINE_OVERHEAD_BYTES)
+    result = measured(engine, tmp_path, starts=2)
+    assert not result.in_turn and result.speedup.value == pytest.approx(2.0)
+    sides = [side for side, _ in log]
+    assert sum(a != b for a, b in itertools.pairwise(sides)) == 3  # 0, 1, 0, 1
+
+
+def test_a_faster_side_alone_may_have_more_prefills(tmp_path):
+    slow, fast = (
+        serve_in_turn([ScriptedSession(0, [], lambda *_, f=f: f)], [SCENARIO]) for f in (9.0, 1.0)
+    )
+    fast[0] = Phase.of(1, np.ones((30, 1)))
+    joined = turns._side_by_side([slow[0], fast[0]])
+    assert joined.turns.shape == (len(slow[0].turns), 2)
