@@ -11,16 +11,20 @@ def answer(constraints=()):
     """The child is predicted to be twice as fast, with half the parameters and a quarter cache."""
     parent = Figures(
         throughput_tok_per_s=100.0,
+        user_throughput_tok_per_s=10.0,
         latency_s=2.0,
         time_to_first_token_s=0.5,
+        inter_token_latency_s=0.1,
         memory_bytes=4400,
         parameters=1000,
         kv_cache_bytes=400,
     )
     child = Figures(
         throughput_tok_per_s=200.0,
+        user_throughput_tok_per_s=20.0,
         latency_s=1.0,
         time_to_first_token_s=0.25,
+        inter_token_latency_s=0.05,
         memory_bytes=2100,
         parameters=500,
         kv_cache_bytes=100,
@@ -50,6 +54,7 @@ def side(batch, latency, first, throughput, cache):
         batch_size=batch,
         latency_s=give_or_take(latency),
         time_to_first_token_s=give_or_take(first),
+        inter_token_latency_s=give_or_take((latency - first) / 15),
         throughput_tok_per_s=give_or_take(throughput),
         kv_cache_bytes=cache,
     )

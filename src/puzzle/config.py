@@ -206,12 +206,15 @@ class CostConfig(Section):
 
 CONSTRAINTS = (
     "throughput",
+    "user_throughput",
     "latency",
     "time_to_first_token",
+    "inter_token_latency",
     "memory",
     "parameters",
     "kv_cache",
 )
+TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
 # One text for every scenario, or a text by the scenario's name.
 Quantity = str | dict[str, str] | None
 
@@ -223,18 +226,42 @@ class SearchConfig(Section):
     ("2x", "50%").
     """
 
-    throughput: Quantity = None
-    latency: Quantity = None
-    time_to_first_token: Quantity = None
+    throughput: Quantity = None  # output tokens per second of the whole batch
+    user_throughput: Quantity = None  # of one sequence, while the batch is full
+    latency: Quantity = None  # seconds per batch
+    time_to_first_token: Quantity = None  # until every sequence has one
+    inter_token_latency: Quantity = None  # the mean over the output
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None
+    # The other direction: the best of one figure within a loss of quality, `kl`: the sum of scores,
+    # which is the predicted KL before uptraining, in nats per token.
+    maximize: Literal["throughput", "user_throughput"] | None = None
+    minimize: (
+        Literal[
+            "latency",
+            "time_to_first_token",
+            "inter_token_latency",
+            "memory",
+            "parameters",
+            "kv_cache",
+        ]
+        | None
+    ) = None
+    kl: float | None = Field(default=None, gt=0)
     # At most so many layers may differ from the parent's.
     changed_layers: int | None = Field(default=None, ge=0)
     homogeneous: bool = False  # one block everywhere, as in Minitron
     monotone: bool = False  # FFN widths never grow with depth
     frontier: Literal[
-        "throughput", "latency", "time_to_first_token", "memory", "parameters", "kv_cache"
+        "throughput",
+        "user_throughput",
+        "latency",
+        "time_to_first_token",
+        "inter_token_latency",
+        "memory",
+        "parameters",
+        "kv_cache",
     ] = "throughput"
     points: Positive = 25
     architecture: list[str] | None = None  # make exactly this child; nothing is searched
@@ -248,6 +275,24 @@ class SearchConfig(Section):
     # Children that are assembled and served at most, until one meets the wish from just above.
     attempts: Positive = 4
     time_limit_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "SearchConfig":
+        if self.maximize and self.minimize:
+            raise ValueError("maximize and minimize are both set; set one of them")
+        if (self.target is None) != (self.kl is None):
+            raise ValueError(
+                "kl and one of maximize and minimize go together, for example "
+                "{maximize: throughput, kl: 0.15}"
+            )
+        if self.target is not None and self.architecture is not None:
+            raise ValueError("architecture is given, so nothing is maximized or minimized")
+        return self
+
+    @property
+    def target(self) -> str | None:
+        """The figure that is maximized or minimized, instead of the loss of quality."""
+        return self.maximize or self.minimize
 
 
 class LengthStage(Section):
@@ -412,11 +457,11 @@ def with_constraints(
 ) -> dict[str, JsonValue]:
     """The settings of a search with changes.
 
-    Naming a constraint drops all constraints that were there, and an architecture that was given.
+    Naming a constraint or a target drops all that were there, and an architecture that was given.
     """
     kept = dict(search)
-    if any(changes.get(name) is not None for name in CONSTRAINTS):
-        kept |= dict.fromkeys((*CONSTRAINTS, "architecture"))
+    if any(changes.get(name) is not None for name in (*CONSTRAINTS, *TARGETS)):
+        kept |= dict.fromkeys((*CONSTRAINTS, *TARGETS, "architecture"))
     return kept | dict(changes)
 
 

@@ -21,6 +21,10 @@ def judged(name, asked, relative, served=SERVED):
         ("throughput", True, 1.9, 2.0),
         ("latency", True, 0.53, 0.5),
         ("time_to_first_token", True, 0.6, 0.5),
+        ("user_throughput", True, 2.0, 2.0),  # one over the ratio of the decode steps
+        ("inter_token_latency", True, 0.5, 0.5),
+        ("user_throughput", False, 18.75, 20.0),
+        ("inter_token_latency", False, 0.8 / 15, 0.05),
         ("throughput", False, 180.0, 200.0),
         ("latency", False, 1.1, 1.0),
         ("time_to_first_token", False, 0.3, 0.25),
@@ -29,12 +33,12 @@ def judged(name, asked, relative, served=SERVED):
 def test_a_speed_is_met_missed_or_undecided_by_its_whole_interval(
     name, relative, measured, predicted
 ):
-    direction = 1 if name == "throughput" else -1
+    direction = 1 if "throughput" in name else -1
     for easier, verdict in ((0.03, "met"), (0.0, "undecided"), (-0.03, "missed")):
         result = judged(name, measured * (1 - direction * easier), relative)
         assert (result.figure.value, result.verdict) == (pytest.approx(measured), verdict)
         assert result.predicted == pytest.approx(predicted)
-    edge = judged(name, measured * (1 - direction * 0.02), relative)
+    edge = judged(name, measured * (1 - direction * 0.0201), relative)
     assert edge.verdict == "met"  # the interval may touch the wish
 
 

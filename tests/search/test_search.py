@@ -2,7 +2,9 @@ import itertools
 import random
 import re
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from served import SERVED, give_or_take
 from typer.testing import CliRunner
@@ -402,3 +404,108 @@ def test_what_is_attainable_is_said_in_the_unit_that_was_asked(finished_run):
     for asked, unit in (("1%", "%"), ("0.01x", "x"), ("1KiB", "KiB"), ("0.001MB", "MB")):
         with pytest.raises(Infeasible, match=rf"best attainable: [0-9.]+{unit}\)"):
             ask(finished_run, memory=asked)
+
+
+# --------------------------------------------------------------- what operators ask, both ways
+
+
+def test_user_throughput_and_inter_token_latency_are_of_the_decode_steps(finished_run):
+    free = ask(finished_run, throughput="1.01x")
+    steps = finished_run.recipe.cost.scenario.output_length - 1
+    answer = ask(finished_run, user_throughput="1.3x")
+    child, parent = answer.best.predicted["main"], answer.parent["main"]
+    assert child.user_throughput_tok_per_s >= 1.3 * parent.user_throughput_tok_per_s * (1 - 1e-9)
+    assert child.user_throughput_tok_per_s == pytest.approx(1 / child.inter_token_latency_s)
+    decode_s = child.latency_s - child.time_to_first_token_s
+    assert child.inter_token_latency_s == pytest.approx(decode_s / steps)
+    assert answer.best.objective > free.best.objective
+    millis = 1000 * parent.inter_token_latency_s / 1.3
+    same = ask(finished_run, inter_token_latency=f"{millis:.9f}ms")
+    assert same.best.objective == pytest.approx(answer.best.objective)
+
+
+def test_one_token_has_no_latency_between_tokens(finished_run):
+    cost = finished_run.recipe.cost
+    scenario = cost.scenario.model_copy(update={"output_length": 1})
+    recipe = finished_run.recipe.model_copy(
+        update={"cost": cost.model_copy(update={"scenario": scenario})}
+    )
+    run = Run(recipe, finished_run.folder / "nowhere", finished_run.progress)
+    (job,) = run.recipe_jobs()
+    asking = question(run, user_throughput="2x")
+    asking = replace(asking, at=job.at)
+    with pytest.raises(UserError, match="scenario main puts out one token"):
+        SEARCH.work().check(asking)
+
+
+def by_brute_force(job, kl, figure):
+    """The best figure of all architectures whose losses add up to at most `kl`."""
+    choices, costs = stage.read_choices(job), table.read(job)
+    losses, used = np.zeros(1), np.zeros(1)
+    for layer, first in zip(choices.layers, choices.starts, strict=False):
+        resources = np.array([figure(costs.block(block)) for block in layer], dtype=float)
+        losses = np.add.outer(losses, choices.losses[first : first + len(layer)]).ravel()
+        used = np.add.outer(used, resources).ravel()
+    return used[losses <= kl].min() + figure(costs.constant)
+
+
+@pytest.mark.parametrize(
+    ("target", "figure"),
+    [
+        ({"maximize": "throughput"}, lambda cost: cost.total_s),
+        ({"minimize": "latency"}, lambda cost: cost.total_s),
+        ({"minimize": "time_to_first_token"}, lambda cost: cost.prefill_s),
+        ({"minimize": "memory"}, lambda cost: cost.memory_bytes),
+        ({"minimize": "parameters"}, lambda cost: cost.parameters),
+    ],
+)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 1.0])
+def test_the_other_direction_is_the_best_within_a_loss_of_quality(
+    finished_run, target, figure, share
+):
+    most = max(scores.losses(finished_run).values())
+    kl = max(1e-6, share * most)
+    job = question(finished_run, kl=kl, gap=0.0, **target)
+    answer, _ = stage.search(job, stage.read_choices(job))
+    found = figure(table.read(job).predict(answer.best.architecture))
+    assert found == pytest.approx(by_brute_force(job, kl, figure), rel=1e-6)
+    assert answer.best.objective <= kl * (1 + 1e-6)
+    amount = KINDS[job.child.search.target].amount(job.place.cost.scenario)
+    assert answer.best.target == pytest.approx(found / amount)
+    assert answer.best.bound == pytest.approx(answer.best.target, rel=1e-6)
+
+
+def test_the_other_direction_keeps_constraints_too(finished_run):
+    free = ask(finished_run, minimize="parameters", kl=0.3)
+    fast = ask(finished_run, minimize="parameters", kl=0.3, throughput="1.2x")
+    assert fast.predicted_speedup() >= 1.2 * (1 - 1e-9)
+    assert fast.best.target >= free.best.target
+    with pytest.raises(Infeasible, match="throughput 99x is out of reach"):
+        ask(finished_run, minimize="parameters", kl=0.3, throughput="99x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maximize": "throughput"}, "kl and one of maximize and minimize go together"),
+        ({"kl": 0.1}, "kl and one of maximize and minimize go together"),
+        ({"maximize": "throughput", "minimize": "memory", "kl": 0.1}, "are both set"),
+        ({"maximize": "memory", "kl": 0.1}, "Input should be 'throughput' or 'user_throughput'"),
+    ],
+)
+def test_a_target_that_is_unclear_is_refused(finished_run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        question(finished_run, **changes)
+
+
+def test_a_target_is_asked_on_the_command_line_and_a_child_is_made_of_it(copied_run):
+    asked = puzzle("search", copied_run.folder, "--maximize", "throughput", "--kl", 0.2)
+    assert asked.exit_code == 0 and "score sum 0.1" in asked.stdout, asked.output
+    made = puzzle(
+        "child", copied_run.folder, "--name", "fast", "--maximize", "throughput", "--kl", 0.2
+    )
+    assert made.exit_code == 0, made.output
+    job = copied_run.child_job("fast")
+    assert answers.read(job).best.objective <= 0.2 and measured.read(job).verdict == "met"
+    listed = puzzle("children", copied_run.folder)
+    assert "maximize" in listed.stdout and "kl 0.2" in listed.stdout, listed.stdout

@@ -184,7 +184,7 @@ def record(job: Job, source: str, measured: Measured) -> None:
             costs=tried.costs_fingerprint(job),
             asked=asked_in_words(job.child.search, ["main", *cost.scenarios]),
             blocks=answer.best.blocks,
-            objective=answer.best.objective,
+            objective=answer.best.rank,
             tables=tables,
             measurements={name: s.measurement for name, s in measured.scenarios.items()},
             verdict=measured.verdict,

@@ -13,6 +13,9 @@ from puzzle.assemble import ASSEMBLE
 from puzzle.commands.options import (
     Json,
     Limit,
+    Maximize,
+    Minimize,
+    PredictedKL,
     Quiet,
     RunArgument,
     Set,
@@ -20,6 +23,7 @@ from puzzle.commands.options import (
     constraint_changes,
     emit,
     open_run,
+    target_changes,
 )
 from puzzle.commands.summary import print_summaries, summaries
 from puzzle.config import ChildConfig, PlaceConfig
@@ -88,11 +92,16 @@ def child(
     run_directory: RunArgument,
     name: Annotated[str, typer.Option(help="The child's name; also its folder's.")],
     throughput: Limit = None,
+    user_throughput: Limit = None,
     latency: Limit = None,
     time_to_first_token: Limit = None,
+    inter_token_latency: Limit = None,
     memory: Limit = None,
     parameters: Limit = None,
     kv_cache: Limit = None,
+    maximize: Maximize = None,
+    minimize: Minimize = None,
+    kl: PredictedKL = None,
     place: Annotated[str | None, typer.Option(help="Where it will be served.")] = None,
     solution: Annotated[
         int | None, typer.Option(help="Make this one of the solutions, from 0.", min=0)
@@ -109,12 +118,15 @@ def child(
     """Make one more child from the same library, scores and costs; others are not touched."""
     changes = constraint_changes(
         throughput=throughput,
+        user_throughput=user_throughput,
         latency=latency,
         time_to_first_token=time_to_first_token,
+        inter_token_latency=inter_token_latency,
         memory=memory,
         parameters=parameters,
         kv_cache=kv_cache,
     )
+    changes |= target_changes(maximize, minimize, kl)
     run = open_run(run_directory, quiet, wait)
     if solution is not None and architecture is not None:
         raise UserError("child: give --solution or --architecture, not both")

@@ -37,6 +37,27 @@ Limit = Annotated[
 ]
 
 
+Maximize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Make this as large as --kl allows: throughput. With --table: a key.",
+    ),
+]
+Minimize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Make this as small as --kl allows: memory... With --table: a key."
+    ),
+]
+PredictedKL = Annotated[
+    float | None,
+    typer.Option(
+        "--kl", help="With --maximize or --minimize: the predicted KL, nats per token, at most."
+    ),
+]
+
+
 def open_run(folder: Path, quiet: bool, wait: bool = False) -> Run:
     """An existing run. Raises `UserError` where there is none."""
     return Run.open(folder, Progress(quiet), wait=wait)
@@ -46,6 +67,14 @@ def emit(result: JsonValue, as_json: bool) -> None:
     """The last line of `--json`."""
     if as_json:
         print(json.dumps(result))
+
+
+def target_changes(
+    maximize: str | None, minimize: str | None, kl: float | None
+) -> dict[str, JsonValue]:
+    """The target that was given on the command line."""
+    given: dict[str, JsonValue] = {"maximize": maximize, "minimize": minimize, "kl": kl}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def constraint_changes(**texts: str | None) -> dict[str, JsonValue]:

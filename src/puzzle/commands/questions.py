@@ -11,11 +11,15 @@ from puzzle.commands.options import (
     ChildOption,
     Json,
     Limit,
+    Maximize,
+    Minimize,
+    PredictedKL,
     Quiet,
     Set,
     constraint_changes,
     emit,
     open_run,
+    target_changes,
 )
 from puzzle.errors import UserError
 from puzzle.run import Run
@@ -27,8 +31,10 @@ def search(
         Path | None, typer.Argument(metavar="[RUN]", help="A run directory.")
     ] = None,
     throughput: Limit = None,
+    user_throughput: Limit = None,
     latency: Limit = None,
     time_to_first_token: Limit = None,
+    inter_token_latency: Limit = None,
     memory: Limit = None,
     parameters: Limit = None,
     kv_cache: Limit = None,
@@ -44,12 +50,9 @@ def search(
         Path | None,
         typer.Option(help="Search a published block-library table instead of a run."),
     ] = None,
-    minimize: Annotated[
-        str | None, typer.Option(metavar="KEY", help="With --table: what to minimise.")
-    ] = None,
-    maximize: Annotated[
-        str | None, typer.Option(metavar="KEY", help="With --table: what to maximise.")
-    ] = None,
+    minimize: Minimize = None,
+    maximize: Maximize = None,
+    kl: PredictedKL = None,
     max_: Annotated[
         list[str] | None,
         typer.Option("--max", metavar="KEY=VALUE", help="With --table: an upper bound of a sum."),
@@ -65,14 +68,16 @@ def search(
     """Ask which architecture would meet constraints; nothing is changed. `child` makes it."""
     changes = constraint_changes(
         throughput=throughput,
+        user_throughput=user_throughput,
         latency=latency,
         time_to_first_token=time_to_first_token,
+        inter_token_latency=inter_token_latency,
         memory=memory,
         parameters=parameters,
         kv_cache=kv_cache,
     )
     if table is not None:
-        if run_directory is not None or set_ or changes:
+        if run_directory is not None or set_ or changes or kl is not None:
             raise UserError(
                 "search --table: takes --minimize or --maximize, --max, --min, --gap, "
                 "--solutions, --diversity"
@@ -80,7 +85,8 @@ def search(
         target = _target(minimize, maximize)
         _ask_table(table, target, max_ or [], min_ or [], (gap, solutions, diversity), as_json)
         return
-    if run_directory is None or minimize or maximize or max_ or min_:
+    changes |= target_changes(maximize, minimize, kl)
+    if run_directory is None or max_ or min_:
         raise UserError(
             "search: give a run directory, or --table FILE with --minimize KEY --max KEY=VALUE"
         )

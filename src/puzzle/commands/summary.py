@@ -14,6 +14,7 @@ from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
 from puzzle.search import SEARCH, answers
+from puzzle.search.constraints import target_in_words
 from puzzle.search.promise import Verdict
 from puzzle.stage import Child, Job
 from puzzle.uptrain import UPTRAIN
@@ -80,6 +81,7 @@ def wish(child: Child) -> str:
             parts.append(f"{name} {asked}")
         elif asked:
             parts += [f"{name} {text} ({scenario})" for scenario, text in asked.items()]
+    parts += target_in_words(child.search)
     if child.search.architecture is not None:
         parts.append("a given architecture")
     return ", ".join(parts)
@@ -99,8 +101,8 @@ def print_summaries(children: list[ChildSummary]) -> None:
     """Children side by side, on standard output."""
     several_runs = len({child.run for child in children}) > 1
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("child", "asked"):
-        table.add_column(column)
+    table.add_column("child", overflow="fold")
+    table.add_column("asked", min_width=len("throughput"), overflow="fold")
     for column in ("predicted", "measured", "", "KL", "kept", "params", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     for child in children:

@@ -35,6 +35,11 @@ class Interval(Record):
     low: float
     high: float
 
+    @property
+    def inverse(self) -> "Interval":
+        """Of one over it."""
+        return Interval(value=1 / self.value, low=1 / self.high, high=1 / self.low)
+
     def with_unit(self, form: str, unit: str) -> str:
         """`1.66x (1.64x to 1.69x)`; without the interval where it has no width."""
         if self.low == self.high:

@@ -18,7 +18,7 @@ import numpy as np
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
 from puzzle.engines import Engine, Session, available_bytes, cache_bytes
-from puzzle.engines.intervals import Figure, Interval, Phase, Seconds, Start, disturbed, intervals
+from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
 
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
@@ -56,8 +56,20 @@ class ServedFigures(Record):
     batch_size: int
     latency_s: Interval
     time_to_first_token_s: Interval
+    inter_token_latency_s: Interval | None  # the mean over the output; None for one token
     throughput_tok_per_s: Interval  # output tokens
     kv_cache_bytes: int  # of the whole batch, as the engine allocates it
+
+    @property
+    def inter_token_latency(self) -> Interval:
+        """Of more than one token."""
+        assert self.inter_token_latency_s is not None, "the scenario puts out one token"
+        return self.inter_token_latency_s
+
+    @property
+    def user_throughput_tok_per_s(self) -> Interval:
+        """Output tokens of one sequence, while the batch is full."""
+        return self.inter_token_latency.inverse
 
 
 class Measurement(Record):
@@ -73,6 +85,17 @@ class Measurement(Record):
     turns: int
     disturbed: float  # the share of the turns that other work on the machine has slowed
     in_turn: bool  # False where the two did not fit beside each other
+
+    @property
+    def inter_token_latency_ratio(self) -> Interval:
+        """The child's over the parent's, of more than one token."""
+        assert self.decode_ratio is not None, "the scenario puts out one token"
+        return self.decode_ratio
+
+    @property
+    def user_throughput_ratio(self) -> Interval:
+        """The child's over the parent's."""
+        return self.inter_token_latency_ratio.inverse
 
     @property
     def same_batch(self) -> bool:
@@ -226,7 +249,7 @@ def _measurement(
     if len(shown[0]) > 1:
         figures["decode_ratio"] = lambda s: s.decode[1] / s.decode[0]
     for side, (one, served) in enumerate(zip(("parent", "child"), sides, strict=True)):
-        figures |= _figures_of(one, side, served.tokens)
+        figures |= _figures_of(one, side, served)
     known = intervals(shown, figures, looks)
 
     def side_figures(one: str, side: Served, cache: int) -> ServedFigures:
@@ -234,6 +257,7 @@ def _measurement(
             batch_size=side.scenario.batch_size,
             latency_s=known[f"{one}.latency_s"],
             time_to_first_token_s=known[f"{one}.time_to_first_token_s"],
+            inter_token_latency_s=known.get(f"{one}.inter_token_latency_s"),
             throughput_tok_per_s=known[f"{one}.throughput_tok_per_s"],
             kv_cache_bytes=cache,
         )
@@ -252,12 +276,13 @@ def _measurement(
     )
 
 
-def _figures_of(name: str, side: int, tokens: int) -> dict[str, Figure]:
-    def latency(s: Seconds) -> float:
-        return float(s.total[side])
-
-    return {
-        f"{name}.latency_s": latency,
+def _figures_of(name: str, side: int, served: Served) -> dict[str, Figure]:
+    steps = served.scenario.output_length - 1
+    figures: dict[str, Figure] = {
+        f"{name}.latency_s": lambda s: s.total[side],
         f"{name}.time_to_first_token_s": lambda s: s.prefill[side],
-        f"{name}.throughput_tok_per_s": lambda s: tokens / latency(s),
+        f"{name}.throughput_tok_per_s": lambda s: served.tokens / s.total[side],
     }
+    if steps:
+        figures[f"{name}.inter_token_latency_s"] = lambda s: s.decode[side] / steps
+    return figures

@@ -17,8 +17,10 @@ class Figures(Record):
     """Predicted figures of a whole model in one scenario."""
 
     throughput_tok_per_s: float
+    user_throughput_tok_per_s: float  # of one sequence after its first token; 0 for one token
     latency_s: float
     time_to_first_token_s: float
+    inter_token_latency_s: float  # the mean; 0 for one token
     memory_bytes: int
     parameters: int
     kv_cache_bytes: int
@@ -26,11 +28,13 @@ class Figures(Record):
     @classmethod
     def of(cls, table: CostTable, architecture: Architecture) -> "Figures":
         """What a table predicts of an architecture."""
-        total = table.predict(architecture)
+        total, steps = table.predict(architecture), table.scenario.output_length - 1
         return cls(
             throughput_tok_per_s=table.tokens / total.total_s,
+            user_throughput_tok_per_s=steps / total.decode_s if steps else 0.0,
             latency_s=total.total_s,
             time_to_first_token_s=total.prefill_s,
+            inter_token_latency_s=total.decode_s / steps if steps else 0.0,
             memory_bytes=total.memory_bytes,
             parameters=total.parameters,
             kv_cache_bytes=total.kv_cache_bytes,
@@ -42,10 +46,16 @@ class Solution(Record):
 
     blocks: list[str]
     objective: float  # the sum of the blocks' losses
-    bound: float  # proven: no choice has a smaller sum
-    gap: float  # (objective - bound) / |objective|
+    target: float | None = None  # the least of what is maximized or minimized; seconds or bytes
+    bound: float  # proven: no choice has less of the target, or else of the objective
+    gap: float  # of the same, relative
     seconds: float = Field(default=0.0, exclude=True)  # not in the file: no part of the result
     predicted: dict[str, Figures]  # by scenario
+
+    @property
+    def rank(self) -> float:
+        """What is least in the best solution."""
+        return self.objective if self.target is None else self.target
 
     @property
     def architecture(self) -> Architecture:

@@ -5,11 +5,11 @@ A constraint is absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative t
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from puzzle.artifacts import Record
-from puzzle.config import SearchConfig
+from puzzle.config import ScenarioConfig, SearchConfig
 from puzzle.cost.table import Cost, CostTable
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
@@ -33,20 +33,61 @@ QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/%]*)
 Tables = dict[str, CostTable]  # by scenario; `main` at the batch size that is looked at
 
 
+def _once(scenario: ScenarioConfig) -> float:
+    return 1.0
+
+
+def _tokens(scenario: ScenarioConfig) -> float:
+    return float(scenario.batch_size * scenario.output_length)
+
+
+def _steps(scenario: ScenarioConfig) -> float:
+    return float(scenario.output_length - 1)
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A constraint people can ask for: its unit and which resource of a `Cost` it limits."""
+    """A constraint people can ask for: its unit and which resource of a `Cost` it limits.
+
+    The figure that is asked for is the resource per `amount` (seconds per step), or where more is
+    better the amount per resource (tokens per second).
+    """
 
     unit: str
     resource: Callable[[Cost], float]
-    at_least: bool = False  # throughput: more is better; it becomes a limit on seconds
+    at_least: bool = False  # more is better; it becomes a limit on seconds
     timed: bool = False  # measured on the engine, so corrections and the margin apply
+    amount: Callable[[ScenarioConfig], float] = _once
+
+    def figure(self, table: CostTable, resource: float) -> float:
+        """What is asked for, of a whole model that uses so much."""
+        amount = self.amount(table.scenario)
+        return amount / resource if self.at_least else resource / amount
+
+    def limit(self, table: CostTable, figure: float) -> float:
+        """The resource at which a whole model has this figure."""
+        amount = self.amount(table.scenario)
+        return amount / figure if self.at_least else figure * amount
 
 
 KINDS = {
-    "throughput": Kind("tokens per second", lambda cost: cost.total_s, at_least=True, timed=True),
+    "throughput": Kind(
+        "tokens per second",
+        lambda cost: cost.total_s,
+        at_least=True,
+        timed=True,
+        amount=_tokens,
+    ),
+    "user_throughput": Kind(
+        "tokens per second",
+        lambda cost: cost.decode_s,
+        at_least=True,
+        timed=True,
+        amount=_steps,
+    ),
     "latency": Kind("seconds", lambda cost: cost.total_s, timed=True),
     "time_to_first_token": Kind("seconds", lambda cost: cost.prefill_s, timed=True),
+    "inter_token_latency": Kind("seconds", lambda cost: cost.decode_s, timed=True, amount=_steps),
     "memory": Kind("bytes", lambda cost: cost.memory_bytes),
     "parameters": Kind("parameters", lambda cost: cost.parameters),
     "kv_cache": Kind("bytes", lambda cost: cost.kv_cache_bytes),
@@ -98,10 +139,12 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     return number * units[unit], False
 
 
-def check(settings: SearchConfig, scenarios: Sequence[str]) -> None:
+def check(settings: SearchConfig, scenarios: Mapping[str, ScenarioConfig]) -> None:
     """Raise `UserError` where nothing is asked for or a quantity is unclear; needs no costs."""
-    requests = list(_requests(settings, scenarios))
-    if not requests and settings.architecture is None:
+    requests = list(_requests(settings, list(scenarios)))
+    if settings.target is not None:
+        requests.append((settings.target, "main", "1x"))
+    elif not requests and settings.architecture is None:
         names = ", ".join(KINDS)
         raise UserError(
             f"search: no constraint is set; set at least one of {names}, for example throughput: 2x"
@@ -111,6 +154,11 @@ def check(settings: SearchConfig, scenarios: Sequence[str]) -> None:
             known = ", ".join(scenarios)
             raise UserError(f"search.{name}: no scenario {scenario!r}; expected one of {known}")
         parse_quantity(name, text)
+        if KINDS[name].amount(scenarios[scenario]) == 0:
+            raise UserError(
+                f"search.{name}: scenario {scenario} puts out one token, so there is none after "
+                "the first; raise its output_length"
+            )
 
 
 def _requests(settings: SearchConfig, scenarios: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -129,10 +177,19 @@ def _requests(settings: SearchConfig, scenarios: Sequence[str]) -> Iterator[tupl
 
 def asked_in_words(settings: SearchConfig, scenarios: Sequence[str]) -> list[str]:
     """What is asked, in words: `throughput 2x`, `chat latency 3s`. Needs no costs."""
-    return [
+    words = [
         f"{name} {text}" if scenario == "main" else f"{scenario} {name} {text}"
         for name, scenario, text in _requests(settings, scenarios)
     ]
+    return words + target_in_words(settings)
+
+
+def target_in_words(settings: SearchConfig) -> list[str]:
+    """`maximize throughput` and `kl 0.15`, where the search goes in that direction."""
+    if settings.target is None:
+        return []
+    direction = "maximize" if settings.maximize else "minimize"
+    return [f"{direction} {settings.target}", f"kl {settings.kl:g}"]
 
 
 def constraints(
@@ -152,8 +209,7 @@ def constraints(
         kind, table = KINDS[name], tables[scenario]
         compared = reference if scenario == "main" else table
         number, is_relative = parse_quantity(name, text)
-        resource = kind.resource(compared.predict(parent))
-        of_parent = compared.tokens / resource if kind.at_least else resource
+        of_parent = kind.figure(compared, kind.resource(compared.predict(parent)))
         value = number * of_parent if is_relative else number
         limits.append(
             Constraint(
@@ -161,7 +217,7 @@ def constraints(
                 text=text,
                 value=value,
                 relative=number if is_relative else None,
-                limit=table.tokens / value if kind.at_least else value,
+                limit=kind.limit(table, value),
                 scenario=scenario,
             )
         )

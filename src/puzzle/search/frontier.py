@@ -105,7 +105,7 @@ def baseline_choices(
         records.append(
             BaselineChoice(
                 name=name,
-                objective=float(program.costs[columns].sum()),
+                objective=float(choices.losses[columns].sum()),
                 blocks=blocks,
                 figures=Figures.of(table, Architecture.from_names(blocks)),
             )

@@ -18,6 +18,8 @@ from puzzle.search.constraints import Constraint
 GIVEN_AWAY = 0.02  # beyond the wish: more is quality that nobody asked to give
 FIGURES = {  # the field of `Figures` that a constraint limits
     "throughput": "throughput_tok_per_s",
+    "user_throughput": "user_throughput_tok_per_s",
+    "inter_token_latency": "inter_token_latency_s",
     "latency": "latency_s",
     "time_to_first_token": "time_to_first_token_s",
     "memory": "memory_bytes",
@@ -28,11 +30,15 @@ RATIOS: dict[str, Callable[[Measurement], Interval]] = {
     "throughput": lambda measurement: measurement.speedup,
     "latency": lambda measurement: measurement.latency_ratio,
     "time_to_first_token": lambda measurement: measurement.time_to_first_token_ratio,
+    "user_throughput": lambda measurement: measurement.user_throughput_ratio,
+    "inter_token_latency": lambda measurement: measurement.inter_token_latency_ratio,
 }
 ABSOLUTE: dict[str, Callable[[Measurement], Interval]] = {
     "throughput": lambda measurement: measurement.child.throughput_tok_per_s,
     "latency": lambda measurement: measurement.child.latency_s,
     "time_to_first_token": lambda measurement: measurement.child.time_to_first_token_s,
+    "user_throughput": lambda measurement: measurement.child.user_throughput_tok_per_s,
+    "inter_token_latency": lambda measurement: measurement.child.inter_token_latency,
 }
 Verdict = Literal["met", "missed", "undecided", "predicted"]
 

@@ -9,7 +9,7 @@ earlier solution are added to a built program (`mip.overlap_row`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,6 +91,21 @@ def build(
     return Program(starts, choices.losses, resources, np.array(rights, dtype=float), extra)
 
 
+def for_target(program: Program, choices: Choices, target: Limit, kl: float) -> Program:
+    """The other direction: the least of a resource, with a sum of losses of at most `kl`.
+
+    `target` names the resource; its limit does not count.
+    """
+    resource = target.kind.resource
+    costs = {b: resource(target.table.block(b)) for b in dict.fromkeys(choices.blocks)}
+    return replace(
+        program,
+        costs=np.array([costs[block] for block in choices.blocks], dtype=float),
+        resources=np.vstack([program.resources, choices.losses]),
+        limits=np.append(program.limits, kl),
+    )
+
+
 def _never_wider(starts: np.ndarray, widths: np.ndarray, layer: int) -> Row:
     """width(layer + 1) - width(layer) <= 0, in units of the widest."""
     columns = np.arange(starts[layer], starts[layer + 2])
@@ -124,7 +139,7 @@ def explain_infeasible(
     def value(constraint: Constraint, used: float) -> str:
         table = tables[constraint.scenario]
         used += constraint.kind.resource(table.constant)
-        return constraint.in_unit(table.tokens / used if constraint.kind.at_least else used)
+        return constraint.in_unit(constraint.kind.figure(table, used))
 
     for row, constraint in enumerate(constraints):
         least = float(program.least[row])

@@ -1,6 +1,8 @@
 """Stage `search`: one block per layer, the best sum of scores within the constraints.
 
-Solved exactly on HiGHS (`mip.py`; the rows are built in `space_program.py`). Every solution carries
+Or the other direction: the best of one figure within a sum of scores (`search.maximize`,
+`search.minimize`, `search.kl`). Solved exactly on HiGHS (`mip.py`; the rows are built in
+`space_program.py`). Every solution carries
 its objective, proven bound, gap and seconds. Where no architecture meets the constraints,
 `Infeasible` says what binds, the best attainable value of each and the nearest possible relaxation.
 With `cost.batch_sizes` there is one program per batch size of the main scenario, and the best sum
@@ -37,10 +39,17 @@ from puzzle.search.answers import (
     SweepPoint,
     predict,
 )
-from puzzle.search.constraints import Constraint, Tables, check, constraints
+from puzzle.search.constraints import KINDS, Constraint, Tables, check, constraints
 from puzzle.search.frontier import baseline_choices, frontier
 from puzzle.search.program import Program
-from puzzle.search.space_program import Choices, Limit, build, explain_infeasible, homogeneous
+from puzzle.search.space_program import (
+    Choices,
+    Limit,
+    build,
+    explain_infeasible,
+    for_target,
+    homogeneous,
+)
 from puzzle.stage import Job, Need, Work
 
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
@@ -71,7 +80,12 @@ def _facts(job: Job) -> Inputs:
 
 
 def _check(job: Job) -> None:
-    check(job.child.search, ["main", *job.place.cost.scenarios])
+    cost, settings = job.place.cost, job.child.search
+    check(settings, {"main": cost.scenario} | cost.scenarios)
+    if settings.target is not None and job.run.recipe.score.metric != "kl":
+        raise UserError(
+            f"search.kl: the scores are of {job.run.recipe.score.metric}; expected score.metric=kl"
+        )
     if job.child.search.architecture is not None:
         given = Architecture.from_names(job.child.search.architecture)
         expected = job.run.parent.shape.num_hidden_layers
@@ -134,11 +148,11 @@ def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
                 first.program, first.constraints, first.tables, settings.time_limit_s
             )
         )
-    best = min(solved, key=lambda one: one.solutions[0].objective, default=swept[0])
-    final = earlier.settle(best.solutions[0].objective if solved else None, settings.attempts)
+    best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
+    final = earlier.settle(best.solutions[0].rank if solved else None, settings.attempts)
     if final is not None:
         best = next(one for one in swept if one.name == final.tables["main"])
-        best = replace(best, solutions=[_given(choices, final.blocks, best.tables)])
+        best = replace(best, solutions=[_given(choices, final.blocks, best.tables, settings)])
     tables = {name: model.table for name, model in models.items()}
     answer = Answer(
         constraints=best.constraints,
@@ -150,7 +164,7 @@ def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
         sweep=[
             SweepPoint(
                 batch_size=one.batch_size,
-                objective=one.solutions[0].objective if one.solutions else None,
+                objective=one.solutions[0].rank if one.solutions else None,
             )
             for one in swept
         ],
@@ -194,8 +208,11 @@ def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: C
         program = build(choices, limits, settings)
         rows = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in refused)
         program = replace(program, extra=(*program.extra, *rows))
+        if settings.target is not None and settings.kl is not None:
+            target = Limit(KINDS[settings.target], tables["main"], 0.0)
+            program = for_target(program, choices, target, settings.kl)
         if settings.architecture is not None:
-            solutions = [_given(choices, settings.architecture, tables)]
+            solutions = [_given(choices, settings.architecture, tables, settings)]
         else:
             solutions = _solve(program, choices, settings, tables)
         return Searched(name, tables, asked, limits, program, margin, solutions)
@@ -247,26 +264,42 @@ def _solve(
             gap=settings.gap,
             time_limit_s=settings.time_limit_s,
         )
-    return [_solution(optimum, choices, tables) for optimum in optima]
+    return [_solution(optimum, choices, tables, settings) for optimum in optima]
 
 
-def _solution(optimum: mip.Optimum, choices: Choices, tables: Tables) -> Solution:
+def _solution(
+    optimum: mip.Optimum, choices: Choices, tables: Tables, settings: SearchConfig
+) -> Solution:
     blocks = choices.names(optimum.columns)
+    predicted = predict(tables, Architecture.from_names(blocks))
+    target, bound = None, optimum.bound
+    if settings.target is not None:
+        # of the whole model, and comparable between batch sizes
+        kind, table = KINDS[settings.target], tables["main"]
+        constant, per = kind.resource(table.constant), kind.amount(table.scenario)
+        target, bound = ((least + constant) / per for least in (optimum.objective, optimum.bound))
     return Solution(
         blocks=blocks,
-        objective=optimum.objective,
-        bound=optimum.bound,
+        objective=float(choices.losses[optimum.columns].sum()),
+        target=target,
+        bound=bound,
         gap=optimum.gap,
         seconds=optimum.seconds,
-        predicted=predict(tables, Architecture.from_names(blocks)),
+        predicted=predicted,
     )
 
 
-def _given(choices: Choices, names: Sequence[str], tables: Tables) -> Solution:
+def _given(
+    choices: Choices, names: Sequence[str], tables: Tables, settings: SearchConfig
+) -> Solution:
     """Exactly this architecture, with its sum of scores."""
     chosen = choices.columns(names)
-    loss = float(choices.losses[chosen].sum())
-    return _solution(mip.Optimum(chosen, loss, loss, 0.0), choices, tables)
+    least = float(choices.losses[chosen].sum())
+    if settings.target is not None:
+        kind, table = KINDS[settings.target], tables["main"]
+        blocks = [choices.blocks[column] for column in chosen]
+        least = sum(kind.resource(table.block(block)) for block in blocks)
+    return _solution(mip.Optimum(chosen, least, least, 0.0), choices, tables, settings)
 
 
 def _need(job: Job) -> Need:

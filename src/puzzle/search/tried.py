@@ -32,7 +32,7 @@ class MeasuredChild(Record):
     costs: str  # fingerprint of the costs that it was predicted from
     asked: list[str]  # the constraints, in words
     blocks: list[str]
-    objective: float  # the sum of its scores
+    objective: float  # what the search makes least: the sum of scores, or a target
     tables: dict[str, str]  # by scenario: the name of its costs
     measurements: dict[str, Measurement]  # by scenario
     verdict: Verdict
@@ -157,7 +157,7 @@ class Tries:
         """The child that goes on, where no further try is worth it; None where one is.
 
         Args:
-            objective: the sum of scores of the architecture that would be tried next.
+            objective: what the search makes least, of the architecture that would be tried next.
             attempts: how many are tried at most.
         """
         best = self.best
