@@ -1,6 +1,6 @@
 """Do promises hold on a noisy machine, and is anything given away? On the embedded parent.
 
-    python benchmarks/promise.py [--run runs/promise] [--parts noise wishes prediction]
+    python benchmarks/promise.py [--run runs/promise] [--parts noise wishes prediction memory]
                                  [--quick] [--json]
 
 The library and the scores are the demo's, made in the run directory if they are not there (about
@@ -8,14 +8,16 @@ six minutes); costs are measured in a place of this benchmark. What is served ha
 where only speed is looked at. Every finished part is kept in `RUN/promise/` and not run again.
 
 noise       One pair, the parent and a child of about 1.5x. First in quiet, with many starts of the
-            engines: the value to hit. Then ten measurements as the product makes them, while a
-            neighbour multiplies matrices on one core, on and off at random for 0.2 to 5 s.
+            engines: the value to hit. Then ten measurements with half of the product's starts,
+            while a neighbour multiplies matrices on one core, on and off at random for 0.2 to 5 s.
 wishes      Five children, each searched, assembled, served and corrected as `puzzle child` does.
             Beside each the child of the rule before: the first one that is met with a margin of
             5 %. The KL of both, before uptraining, on held-out sequences that scored no block.
 prediction  20 random architectures and 10 that a search takes from 1.25x to 3x: the speed-up that
             the table predicts against the one that is served. The spread between starts of the
             engines is that of the yardstick.
+memory      A parent of 1.2 GB with random weights: the memory that the engine takes for six
+            random children, predicted and served.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from typing import Any
 
 import common
 import numpy as np
+import torch
 
 from puzzle import artifacts, config, pipeline, settings
 from puzzle.config import ChildConfig, SearchConfig
@@ -53,7 +56,15 @@ from puzzle.search import stage, tried
 from puzzle.search.validate import AssembledKL
 from puzzle.stage import Job
 
-PARTS = ("noise", "wishes", "prediction")
+LARGE = common.LlamaSizes(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=10,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+)
+PARTS = ("noise", "wishes", "prediction", "memory")
 WISHES = ("1.25x", "1.5x", "1.75x", "2.17x", "3x")
 SEARCHED = (1.25, 1.35, 1.5, 1.6, 1.75, 1.9, 2.0, 2.17, 2.5, 3.0)
 NEIGHBOUR_S = (0.2, 5.0)
@@ -66,16 +77,18 @@ class Size:
 
     measurements: int  # under noise
     quiet_starts: int
+    noisy_starts: int
     starts: int  # of a measurement, as the product makes it
     wishes: tuple[str, ...]
     searched: tuple[float, ...]
     random: int
     together: int  # architectures that are served beside the parent at once
     prediction_starts: int
+    memory: int  # children
 
 
-FULL = Size(10, 18, 6, WISHES, SEARCHED, 20, 5, 4)
-QUICK = Size(1, 1, 1, ("1.1x",), (1.1,), 1, 2, 2)
+FULL = Size(10, 12, 3, 6, WISHES, SEARCHED, 20, 5, 3, 6)
+QUICK = Size(1, 1, 1, 1, ("1.1x",), (1.1,), 1, 2, 2, 1)
 
 
 # ------------------------------------------------------------------------------------- preparation
@@ -164,39 +177,50 @@ def noise(run: Run, size: Size) -> dict[str, Any]:
     """Ten measurements beside a neighbour against one long one in quiet."""
     job, architecture = job_of(run), searched(run, 1.5 if size is FULL else 1.1, margin=0.0)
     common.print_header("measurement", "speed-up", "95 % interval", "slowed turns", "quiet within")
-    rows = []
+    path = run.folder / "promise" / "noise.jsonl"  # every finished measurement
+    known = artifacts.read_records(path, Measurement)
     with checkpoint(run, architecture) as folder:
-        quiet = measure(job, folder, size.quiet_starts)
-        true = quiet.speedup.value
-        print_measurement(f"quiet, {size.quiet_starts} starts", quiet, "")
-        for seed in range(size.measurements):
-            with noisy_neighbour(seed):
-                measurement = measure(job, folder, size.starts)
-            holds = measurement.speedup.low <= true <= measurement.speedup.high
-            print_measurement(f"neighbour {seed}", measurement, "yes" if holds else "NO")
-            rows.append((measurement.speedup, holds, measurement.disturbed))
-    values = np.array([speedup.value for speedup, _, _ in rows])
+        for number in range(size.measurements + 1):
+            if number < len(known):
+                continue
+            beside = noisy_neighbour(number) if number else contextlib.nullcontext()
+            with beside:
+                starts = size.noisy_starts if number else size.quiet_starts
+                known.append(measure(job, folder, starts))
+            artifacts.append_record(path, known[-1])
+            print_noise(number, known)
+    quiet, *noisy = known
+    true = quiet.speedup.value
+    values = np.array([measurement.speedup.value for measurement in noisy])
     figures = {
         "quiet": quiet.speedup.as_json(),
-        "noisy": [speedup.as_json() for speedup, _, _ in rows],
+        "noisy": [measurement.speedup.as_json() for measurement in noisy],
         "deviation": float(values.std() / values.mean()),
-        "held": sum(holds for _, holds, _ in rows),
-        "measurements": len(rows),
+        "held": sum(m.speedup.low <= true <= m.speedup.high for m in noisy),
+        "measurements": len(noisy),
     }
     print(
-        f"standard deviation of {len(rows)} noisy measurements: {figures['deviation']:.1%} (goal "
+        f"standard deviation of {len(noisy)} noisy measurements: {figures['deviation']:.1%} (goal "
         f"3 %); mean against quiet {values.mean() / true - 1:+.1%}; the quiet value lies in "
-        f"{figures['held']} of {len(rows)} intervals (goal 9 of 10)"
+        f"{figures['held']} of {len(noisy)} intervals (goal 9 of 10)"
     )
     return figures
 
 
-def print_measurement(name: str, measurement: Measurement, holds: str) -> None:
+def print_noise(number: int, known: Sequence[Measurement]) -> None:
     """A row of the table."""
+    quiet, measurement = known[0].speedup, known[number]
     speedup = measurement.speedup
-    interval = f"{speedup.low:.3f}x to {speedup.high:.3f}x"
-    slowed = f"{measurement.disturbed:.0%}"
-    common.print_row(name, f"{speedup.value:.3f}x", interval, slowed, holds)
+    holds = "yes" if speedup.low <= quiet.value <= speedup.high else "NO"
+    common.print_row(
+        f"neighbour {number}, {measurement.starts} starts"
+        if number
+        else f"quiet, {measurement.starts} starts",
+        f"{speedup.value:.3f}x",
+        f"{speedup.low:.3f}x to {speedup.high:.3f}x",
+        f"{measurement.disturbed:.0%}",
+        holds if number else "",
+    )
 
 
 # ------------------------------------------------------------------------------------------ wishes
@@ -335,12 +359,73 @@ def serve_group(
     return speedups
 
 
+# ------------------------------------------------------------------------------------------ memory
+
+
+def memory(run: Run, size: Size) -> dict[str, Any]:
+    """Predicted against taken memory, on a parent large enough for it to matter."""
+    with tempfile.TemporaryDirectory() as root:
+        sizes = LARGE if size is FULL else common.TINY
+        common.make_parent(Path(root) / "parent", sizes, torch.bfloat16)
+        cost = {
+            "engine": run.recipe.cost.engine,
+            "seconds": 20.0,
+            "scenario": {"batch_size": 16, "input_length": 64, "output_length": 16},
+        }
+        recipe = {
+            "parent": str(Path(root) / "parent"),
+            "library": {"ffn_percent": [50, 25], "ffn_replacements": ["no_op"]},
+            "deploy": run.recipe.deploy,
+        }
+        large = common.open_run(Path(root) / "run", recipe, cost=cost)
+        job = large.child_job("main")
+        pipeline.execute_stage(COST, job)
+        return _memory_rows(job, size.memory)
+
+
+def memory_of(job: Job, architecture: Architecture) -> int | None:
+    """What the engine takes to serve two batches."""
+    scenario = served_scenarios(job)["main"]
+    with (
+        checkpoint(job.run, architecture) as folder,
+        job.engine.serve(folder, scenario) as session,
+    ):
+        for _ in range(2):
+            session.begin(scenario)
+            session.advance(scenario.output_length)
+        return session.memory_bytes()
+
+
+def _memory_rows(job: Job, count: int) -> dict[str, Any]:
+    costs, rng = table.read(job), random.Random(0)
+    common.print_header("architecture", "weights", "KV cache", "predicted", "taken", "error")
+    rows = []
+    for index in range(count + 1):
+        layers = [layer.blocks for layer in job.run.space.layers]
+        blocks = [rng.choice(each) if index else each[0] for each in layers]
+        predicted = costs.predict(Architecture(tuple(blocks)))
+        taken = memory_of(job, Architecture(tuple(blocks)))
+        if taken is None:
+            print("this engine cannot tell")
+            return {"rows": []}
+        error = predicted.memory_bytes / taken - 1
+        rows.append({"predicted": predicted.memory_bytes, "taken": taken, "error": error})
+        figures = (predicted.parameter_bytes, predicted.kv_cache_bytes)
+        figures += (predicted.memory_bytes, taken)
+        cells = [f"{value / 2**20:,.0f} MiB" for value in figures]
+        common.print_row(f"random {index}" if index else "parent", *cells, f"{error:+.1%}")
+    worst = max(abs(row["error"]) for row in rows)
+    print(f"worst error {worst:.1%}")
+    return {"rows": rows, "worst": worst}
+
+
 # -------------------------------------------------------------------------------------------- main
 
 MEASURE: dict[str, Callable[[Run, Size], dict[str, Any]]] = {
     "noise": noise,
     "wishes": wishes,
     "prediction": prediction,
+    "memory": memory,
 }
 
 

@@ -57,6 +57,7 @@ def side(batch, latency, first, throughput, cache):
         inter_token_latency_s=give_or_take((latency - first) / 15),
         throughput_tok_per_s=give_or_take(throughput),
         kv_cache_bytes=cache,
+        memory_bytes=None,
     )
 
 

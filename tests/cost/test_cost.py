@@ -85,7 +85,7 @@ def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
     assert np.abs(fitted - true).max() < 0.03 and (np.abs(fitted - true) < 5 * error).all()
 
 
-def test_memory_is_weights_plus_cache(costed):
+def test_memory_is_weights_plus_cache_where_nothing_else_is_taken(costed):
     parent = Architecture.of_parent(costed.run.parent.shape)
     predicted = table.read(costed).predict(parent)
     parameters = parent.parameters(costed.run.parent.shape)
@@ -93,6 +93,19 @@ def test_memory_is_weights_plus_cache(costed):
     # batch, tokens, layers, K and V, KV heads, head_dim, bytes
     cache = 8 * (16 + 16) * 4 * 2 * 2 * 16 * 4
     assert predicted.memory_bytes == 4 * parameters + cache
+
+
+def test_what_serving_takes_besides_is_the_probes_peak_less_what_is_counted(costed, monkeypatch):
+    real = roofline_engine.RooflineSession.memory_bytes
+    more = lambda session: real(session) + 12_345  # noqa: E731
+    monkeypatch.setattr(roofline_engine.RooflineSession, "memory_bytes", more)
+    costed.run.write_place("other", PlaceConfig(deploy=costed.place.deploy, cost=costed.place.cost))
+    other = costed.run.place_job("other")
+    pipeline.execute_stage(COST, other)
+    parent = Architecture.of_parent(costed.run.parent.shape)
+    without, with_workspace = (table.read(job).predict(parent) for job in (costed, other))
+    assert with_workspace.workspace_bytes == 12_345
+    assert with_workspace.memory_bytes == without.memory_bytes + 12_345
 
 
 # ------------------------------------------------------------------------ a table that is given
@@ -203,9 +216,9 @@ def test_a_missing_variant_is_one_clear_line(costed):
 
 
 def test_costs_add_up():
-    a, b = Cost(1.0, 2.0, 3, 4, 5), Cost(0.5, 0.25, 1, 1, 1)
-    assert dataclasses.astuple(a + b) == (1.5, 2.25, 4, 5, 6)
-    assert (a + b).total_s == 3.75
+    a, b = Cost(1.0, 2.0, 3, 4, 5, 6), Cost(0.5, 0.25, 1, 1, 1, 2)
+    assert dataclasses.astuple(a + b) == (1.5, 2.25, 4, 5, 6, 8)
+    assert ((a + b).total_s, (a + b).memory_bytes) == (3.75, 5 + 6 + 8)
 
 
 def test_wider_and_more_heads_never_cost_less(costed):

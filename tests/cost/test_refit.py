@@ -109,6 +109,19 @@ def test_a_neighbour_is_known_relative_to_its_child(costs):
     assert seconds(corrected, HALF) == pytest.approx(1.05 * seconds(costs, HALF), rel=0.015)
 
 
+def test_a_child_that_took_more_memory_than_predicted_corrects_what_serving_takes_besides(costs):
+    half, narrow = Architecture.from_names(HALF), Architecture.from_names(NARROW)
+    expected = costs.predict(half).memory_bytes
+    rows = [
+        seen(costs, HALF, 1.0).model_copy(update={"memory_bytes": expected + more})
+        for more in (1000, 3000)
+    ]
+    corrected = model(costs, *rows).table
+    assert corrected.predict(half).memory_bytes == expected + 3000
+    assert corrected.predict(narrow).memory_bytes == costs.predict(narrow).memory_bytes + 3000
+    assert model(costs, seen(costs, HALF, 1.0)).table.constant.workspace_bytes == 0
+
+
 def test_no_variant_gets_a_cost_below_zero(costs):
     rows = [seen(costs, ["gqa_2+gated_96", *["no_op+linear"] * 3], factor) for factor in (0.5, 0.4)]
     corrected = model(costs, *rows).table

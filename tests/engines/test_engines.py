@@ -44,6 +44,9 @@ def test_an_engine_serves_batches_step_by_step_with_any_layers(servable, name, t
             session.advance(2)
             session.begin(SCENARIO)  # drops the one that runs
             assert len(session.advance(SCENARIO.output_length)) == SCENARIO.output_length
+            taken = session.memory_bytes()
+            weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            assert taken is None if name == "torch" else taken > 0.9 * weights
             session.restart()
             session.begin(SCENARIO)
             assert len(session.advance(2)) == 2 and len(session.pages) == 4

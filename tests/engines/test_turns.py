@@ -29,6 +29,9 @@ class ScriptedSession:
 
     def __exit__(self, *exception): ...
 
+    def memory_bytes(self):
+        return 1000 + self.side
+
     def restart(self):
         self.on_start()
 
@@ -115,6 +118,7 @@ def test_drift_and_longer_contexts_cancel_and_a_batch_is_summed(tmp_path, output
     throughput = result.child.throughput_tok_per_s.value
     assert throughput == pytest.approx(tokens / result.child.latency_s.value)
     assert result.child.kv_cache_bytes == 4 * (16 + output) * 100
+    assert (result.parent.memory_bytes, result.child.memory_bytes) == (1000, 1001)
 
 
 def noisy(seed, true=2.0, start_sd=0.01, step_sd=0.03, contended=0.5):

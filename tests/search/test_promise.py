@@ -56,6 +56,13 @@ def test_a_size_is_counted_and_has_no_interval(name, measured):
         assert (result.figure.value, result.verdict) == (measured, verdict)
 
 
+def test_memory_is_what_the_engine_took_where_it_can_tell():
+    child = SERVED.child.model_copy(update={"memory_bytes": 3000})
+    served = SERVED.model_copy(update={"child": child})
+    assert judged("memory", 2999.0, False, served).verdict == "missed"
+    assert judged("memory", 3000.0, False, served).verdict == "met"
+
+
 @pytest.mark.parametrize(
     ("speedup", "predicted", "gives_away"),
     [

@@ -47,9 +47,10 @@ class Measured(Record):
 
     @property
     def can_be_corrected(self) -> bool:
-        """Whether another search would aim differently: only seconds are corrected."""
+        """Whether another search would aim differently: seconds and memory are corrected."""
         failed = [one for one in self.promises if one.verdict in ("missed", "undecided")]
-        return not failed or any(KINDS[promise.constraint].timed for promise in failed)
+        kinds = [KINDS[promise.constraint] for promise in failed]
+        return not failed or any(kind.timed or kind is KINDS["memory"] for kind in kinds)
 
     @property
     def failures(self) -> str:

@@ -178,7 +178,13 @@ class ScenarioMeasurement:
             records.append(self._variant_record(variant, seconds))
         constant = self.probe.shape.constant_parameters
         prefill_s, decode_s, stderr_s = fit.seconds(-1)
-        cost = Cost(prefill_s, decode_s, constant, constant * self.element_bytes)
+        cost = Cost(
+            prefill_s,
+            decode_s,
+            constant,
+            constant * self.element_bytes,
+            workspace_bytes=self._workspace_bytes(),
+        )
         records.append(
             VariantCost(
                 scenario=self.name,
@@ -189,6 +195,15 @@ class ScenarioMeasurement:
             )
         )
         return records, self._fit_record(scales)
+
+    def _workspace_bytes(self) -> int:
+        """What serving the probe has taken besides its weights and its KV cache."""
+        used = self.session.memory_bytes()
+        if used is None:
+            return 0
+        parameters = self.probe.architecture.parameters(self.probe.shape)
+        weights = parameters * self.element_bytes
+        return max(0, used - weights - cache_bytes(self.session.pages, self.scenario))
 
     def _variant_record(
         self, variant: Subblock, seconds: tuple[float, float, float]

@@ -39,6 +39,7 @@ class Observation(Record):
     compared_with: list[str]
     prefill: Interval
     decode: Interval | None  # None where one token is put out
+    memory_bytes: int | None = None  # of the architecture, as the engine had it
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class CostModel:
             phases.append(_observed(phase, unknowns, name, observations))
         is_exact = not table.header.measured and not observations
         prefill, decode = phases
-        return cls(_with_seconds(table, prefill, decode), unknowns, prefill, decode, is_exact)
+        corrected = _with_memory(_with_seconds(table, prefill, decode), observations)
+        return cls(corrected, unknowns, prefill, decode, is_exact)
 
     def uncertainty(self, architecture: Architecture) -> float:
         """The standard error of a model's predicted seconds, as a share of them."""
@@ -128,6 +130,20 @@ def _observed(
     if not rows:
         return phase
     return phase.corrected(np.array(rows), np.array(sigmas))
+
+
+def _with_memory(table: CostTable, observations: Sequence[Observation]) -> CostTable:
+    """Weights and KV cache are counted; what serving takes besides is the most that was seen."""
+    constant = replace(table.constant, workspace_bytes=0)
+    counted = replace(table, constant=constant)
+    besides = [
+        seen.memory_bytes - counted.predict(Architecture.from_names(seen.blocks)).memory_bytes
+        for seen in observations
+        if seen.memory_bytes is not None
+    ]
+    if not besides:
+        return table
+    return replace(table, constant=replace(constant, workspace_bytes=max(0, *besides)))
 
 
 def _counts(unknowns: Sequence[Variant], architecture: Architecture) -> Vector:

@@ -36,6 +36,7 @@ class Cost:
     parameters: int = 0
     parameter_bytes: int = 0
     kv_cache_bytes: int = 0  # of the whole batch at full length
+    workspace_bytes: int = 0  # activations, graphs, buffers: what serving takes besides
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -44,6 +45,7 @@ class Cost:
             self.parameters + other.parameters,
             self.parameter_bytes + other.parameter_bytes,
             self.kv_cache_bytes + other.kv_cache_bytes,
+            self.workspace_bytes + other.workspace_bytes,
         )
 
     @property
@@ -53,8 +55,8 @@ class Cost:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights and KV cache."""
-        return self.parameter_bytes + self.kv_cache_bytes
+        """Weights, KV cache and workspace."""
+        return self.parameter_bytes + self.kv_cache_bytes + self.workspace_bytes
 
 
 class VariantCost(Record):
@@ -68,6 +70,7 @@ class VariantCost(Record):
     parameters: int
     parameter_bytes: int
     kv_cache_bytes: int
+    workspace_bytes: int = 0  # of the constant only
     stderr_s: float  # of prefill and decode seconds together
 
     @property
@@ -79,6 +82,7 @@ class VariantCost(Record):
             self.parameters,
             self.parameter_bytes,
             self.kv_cache_bytes,
+            self.workspace_bytes,
         )
 
 

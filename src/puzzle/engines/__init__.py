@@ -39,6 +39,13 @@ class Session(AbstractContextManager["Session"], Protocol):
     def pages(self) -> Sequence[Page]:
         """The page of every layer's KV cache, as allocated; a layer without a cache has 0 bytes."""
 
+    def memory_bytes(self) -> int | None:
+        """The most memory it has taken since its start, above an idle engine of no model.
+
+        Weights, KV cache, activations, graphs and workspace, of all its devices together; None
+        where this engine cannot tell.
+        """
+
     def restart(self) -> None:
         """Start the engine anew, with all that it allocates: speed differs from start to start."""
 

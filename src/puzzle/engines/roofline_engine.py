@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page
+from puzzle.engines import Engine, EngineFacts, Page, cache_bytes
 from puzzle.errors import UserError
 from puzzle.model import child, parent
 from puzzle.model.architecture import Architecture, Attention, Subblock
@@ -105,6 +105,11 @@ class RooflineSession:
             width = shape.num_attention_heads * shape.head_dim
             attention = 4.0 * batch * new * (context + (new + 1) / 2) * width
         return self._seconds(shape.parameters(variant), batch * new, cache, attention)
+
+    def memory_bytes(self) -> int:
+        """Weights and KV cache; see `Session`."""
+        parameters = self.architecture.parameters(self.shape)
+        return parameters * self.element_bytes + cache_bytes(self.pages, self.scenario)
 
     def restart(self) -> None:
         """Nothing is started; see `Session`."""

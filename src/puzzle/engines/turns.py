@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,7 @@ class ServedFigures(Record):
     inter_token_latency_s: Interval | None  # the mean over the output; None for one token
     throughput_tok_per_s: Interval  # output tokens
     kv_cache_bytes: int  # of the whole batch, as the engine allocates it
+    memory_bytes: int | None  # at the peak, above an idle engine; None where it cannot tell
 
     @property
     def inter_token_latency(self) -> Interval:
@@ -130,28 +132,41 @@ def measure_pair(
     with contextlib.closing(served):
         for look in range(1, looks + 1):
             while len(shown) < look * starts:
-                start, caches = next(served)
+                start, sizes = next(served)
                 shown.append(start)
                 on_start()
-            measurement = _measurement(shown, (parent, child), caches, looks, in_turn)
+            measurement = _measurement(shown, (parent, child), sizes, looks, in_turn)
             if decided(measurement):
                 break
     return measurement
 
 
-def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[int]]]:
-    """Start after start of all sides together, for ever: (turns, bytes of KV cache of a batch)."""
+class Sizes(NamedTuple):
+    """Bytes of one side: the KV cache of a batch, and the peak above an idle engine."""
+
+    kv_cache: int
+    memory: int | None
+
+
+def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
+    """Start after start of all sides together, for ever."""
     scenarios = [side.scenario for side in sides]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(engine.serve(s.folder, s.scenario)) for s in sides]
         while True:
-            caches = [cache_bytes(s.pages, c) for s, c in zip(opened, scenarios, strict=True)]
-            yield serve_in_turn(opened, scenarios), caches
+            start = serve_in_turn(opened, scenarios)
+            yield (
+                start,
+                [
+                    Sizes(cache_bytes(session.pages, scenario), session.memory_bytes())
+                    for session, scenario in zip(opened, scenarios, strict=True)
+                ],
+            )
             for session in opened:
                 session.restart()
 
 
-def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[int]]]:
+def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
     """The same, one side after the other."""
     while True:
         parts = []
@@ -159,7 +174,7 @@ def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, li
             with contextlib.closing(_beside(engine, [side])) as served:
                 parts.append(next(served))
         phases = zip(*(start for start, _ in parts), strict=True)
-        yield [_side_by_side(each) for each in phases], [cache for _, (cache,) in parts]
+        yield [_side_by_side(each) for each in phases], [sizes for _, (sizes,) in parts]
 
 
 def _side_by_side(phases: Sequence[Phase]) -> Phase:
@@ -236,7 +251,7 @@ def settled(steps_s: Sequence[float]) -> float:
 def _measurement(
     shown: Sequence[Start],
     sides: tuple[Served, Served],
-    caches: Sequence[int],
+    sizes: Sequence[Sizes],
     looks: int,
     in_turn: bool,
 ) -> Measurement:
@@ -252,19 +267,20 @@ def _measurement(
         figures |= _figures_of(one, side, served)
     known = intervals(shown, figures, looks)
 
-    def side_figures(one: str, side: Served, cache: int) -> ServedFigures:
+    def side_figures(one: str, side: Served, size: Sizes) -> ServedFigures:
         return ServedFigures(
             batch_size=side.scenario.batch_size,
             latency_s=known[f"{one}.latency_s"],
             time_to_first_token_s=known[f"{one}.time_to_first_token_s"],
             inter_token_latency_s=known.get(f"{one}.inter_token_latency_s"),
             throughput_tok_per_s=known[f"{one}.throughput_tok_per_s"],
-            kv_cache_bytes=cache,
+            kv_cache_bytes=size.kv_cache,
+            memory_bytes=size.memory,
         )
 
     return Measurement(
-        parent=side_figures("parent", sides[0], caches[0]),
-        child=side_figures("child", sides[1], caches[1]),
+        parent=side_figures("parent", sides[0], sizes[0]),
+        child=side_figures("child", sides[1], sizes[1]),
         speedup=known["speedup"],
         latency_ratio=known["latency_ratio"],
         time_to_first_token_ratio=known["time_to_first_token_ratio"],

@@ -94,7 +94,7 @@ class VllmSession:
 
     def __init__(self, folder: Path, scenario: ScenarioConfig, logs: Path, *, probe: bool) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self.log = logs / f"vllm-{folder.name}.log"
+        self.log, self.scenario = logs / f"vllm-{folder.name}.log", scenario
         self.command = [sys.executable, "-m", "puzzle.engines.vllm_worker", str(folder)]
         self.command += [scenario.model_dump_json(), *(["--probe"] if probe else [])]
         self.forks = not _has_gpu()  # a GPU's state does not survive a fork
@@ -104,6 +104,7 @@ class VllmSession:
     def _start(self) -> None:
         self._pages: list[Page] | None = None
         self._next: ScenarioConfig | None = None
+        self._memory_bytes: int | None = None
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(
                 self.command,
@@ -133,6 +134,10 @@ class VllmSession:
             self._pages = [Page(tokens, size) for tokens, size in ready.pages]
         return self._pages
 
+    def memory_bytes(self) -> int | None:
+        """What the worker has taken; see `Session`."""
+        return self._memory_bytes
+
     def restart(self) -> None:
         """Start the engine anew; see `Session`."""
         if not self.forks:
@@ -141,7 +146,7 @@ class VllmSession:
             return
         self._wait_until_ready()
         self._send(StepsRequest(restart=True, steps=0, layers=[]))
-        self._pages = self._next = None
+        self._pages = self._next = self._memory_bytes = None
 
     def begin(self, scenario: ScenarioConfig) -> None:
         """Start a batch; see `Session`."""
@@ -153,7 +158,15 @@ class VllmSession:
         request = StepsRequest(begin=self._next, steps=steps, layers=list(layers))
         self._next = None
         self._send(request)
-        return StepsReply.parse(self._reply(), "vllm's worker").seconds
+        reply = StepsReply.parse(self._reply(), "vllm's worker")
+        if reply.preemptions:
+            raise UserError(
+                f"vllm: {reply.preemptions} sequences of the batch ({self.scenario}) lost their KV "
+                "cache to others, so its speed is not that of a full batch; lower "
+                "cost.scenario.batch_size"
+            )
+        self._memory_bytes = max(self._memory_bytes or 0, reply.memory_bytes)
+        return reply.seconds
 
     def _send(self, request: StepsRequest) -> None:
         assert self.process.stdin is not None

@@ -25,6 +25,12 @@ class StepsRequest(Record):
 
 
 class StepsReply(Record):
-    """Seconds of every step; the first of a batch is its prefill."""
+    """Seconds of every step; the first of a batch is its prefill.
+
+    And since the engine's start: the most memory above an idle process, and how often a sequence
+    lost its KV cache to others.
+    """
 
     seconds: list[float]
+    memory_bytes: int
+    preemptions: int

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from puzzle import engines
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
-from puzzle.engines import random_prompts
+from puzzle.engines import Page, random_prompts
 from puzzle.engines.vllm_engine import register
 from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 
@@ -72,6 +73,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     from vllm import LLM
 
     register()
+    idle = resident_bytes("VmRSS")
     config = AutoConfig.from_pretrained(folder)
     # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs
     # compiling takes longer than what is measured.
@@ -91,7 +93,11 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
         **on_gpu,
     )
     pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
-    reply(Ready(pages=[(tokens, size * scenario.tensor_parallel) for tokens, size in pages]))
+    pages = [Page(tokens, size * scenario.tensor_parallel) for tokens, size in pages]
+    reply(Ready(pages=pages))
+    # of the cache that is allocated; on CPUs it is not resident
+    spare = cache_bytes(config, scenario) * scenario.tensor_parallel
+    spare -= engines.cache_bytes(pages, scenario)
     batch = Batch(llm, config.vocab_size)
     for line in sys.stdin:
         request = StepsRequest.parse(line, "request")
@@ -102,7 +108,29 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
             batch.layers = request.layers
         if request.begin is not None:
             batch.begin(request.begin)
-        reply(StepsReply(seconds=[batch.step() for _ in range(request.steps)]))
+        seconds = [batch.step() for _ in range(request.steps)]
+        used = device_bytes(llm) - spare if on_gpu else resident_bytes("VmHWM") - idle
+        reply(StepsReply(seconds=seconds, memory_bytes=used, preemptions=batch.preemptions()))
+
+
+def resident_bytes(key: str) -> int:
+    """This process's resident memory as the kernel counts it: `VmRSS` now, `VmHWM` at its peak."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
+
+
+def device_bytes(llm: Any) -> int:
+    """What torch has reserved on the GPUs of an engine at its peak, all together."""
+    return sum(llm.apply_model(_reserved))
+
+
+def _reserved(model: Any) -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_reserved())
 
 
 def serve_in_forks(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
@@ -133,6 +161,11 @@ class Batch:
         self.layers: list[int] = []  # that run; empty: all
         self.number, self.ids = 0, list[str]()
         self.prompts: list[list[int]] = []  # not yet given to the engine
+
+    def preemptions(self) -> int:
+        """How often a sequence of the batch that runs lost its KV cache to others."""
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        return sum(request.num_preemptions for request in scheduler.requests.values())
 
     def begin(self, scenario: ScenarioConfig) -> None:
         """Drop the batch that runs, and let the next step be the prefill of another."""

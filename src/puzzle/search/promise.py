@@ -3,7 +3,7 @@
 A measured figure has an interval. A constraint is met where all of the interval keeps it, missed
 where none of it does, and undecided where the wish lies within. Relative speeds are judged by the
 ratio of turns of both sides, absolute ones by the child's own seconds. Parameters are counted; the
-KV cache is what the engine allocated.
+KV cache is what the engine allocated, and memory what it took at its peak, where it can tell.
 """
 
 from collections.abc import Callable, Mapping
@@ -129,10 +129,11 @@ def predict(answer: Answer) -> list[Promise]:
 
 
 def _size(name: str, measurement: Measurement, predicted: Figures) -> float:
-    cache = measurement.child.kv_cache_bytes
-    weights = predicted.memory_bytes - predicted.kv_cache_bytes
+    child = measurement.child
+    besides = predicted.memory_bytes - predicted.kv_cache_bytes
+    counted = besides + child.kv_cache_bytes
     return {
         "parameters": float(predicted.parameters),
-        "kv_cache": float(cache),
-        "memory": float(weights + cache),
+        "kv_cache": float(child.kv_cache_bytes),
+        "memory": float(counted if child.memory_bytes is None else child.memory_bytes),
     }[name]

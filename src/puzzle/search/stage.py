@@ -204,7 +204,7 @@ def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: C
     refused = [choices.columns(names) for names in tried.Tries.of(job).refused]
 
     def searched(margin: float) -> Searched:
-        limits = [Limit(c.kind, tables[c.scenario], _aimed_limit(c, margin)) for c in asked]
+        limits = [_aimed_limit(one, tables[one.scenario], margin) for one in asked]
         program = build(choices, limits, settings)
         rows = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in refused)
         program = replace(program, extra=(*program.extra, *rows))
@@ -217,7 +217,8 @@ def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: C
             solutions = _solve(program, choices, settings, tables)
         return Searched(name, tables, asked, limits, program, margin, solutions)
 
-    if settings.architecture is not None or not any(c.kind.timed for c in asked):
+    measured = [c for c in asked if c.kind.timed or c.kind is KINDS["memory"]]
+    if settings.architecture is not None or not measured:
         return searched(0.0)
     if settings.margin is not None:
         return _first_feasible(searched, settings.margin)
@@ -239,9 +240,14 @@ def _first_feasible(searched: Callable[[float], Searched], margin: float) -> Sea
     return searched(0.0)
 
 
-def _aimed_limit(constraint: Constraint, margin: float) -> float:
-    """Timed constraints are aimed at with a margin."""
-    return constraint.limit / (1 + margin) if constraint.kind.timed else constraint.limit
+def _aimed_limit(constraint: Constraint, table: CostTable, margin: float) -> Limit:
+    """Timed constraints are aimed at with a margin, and so is memory where it is measured."""
+    limit = constraint.limit
+    if constraint.kind.timed:
+        limit /= 1 + margin
+    elif constraint.kind is KINDS["memory"] and table.constant.workspace_bytes:
+        limit /= 1 + min(margin, LEAST_MARGIN)
+    return Limit(constraint.kind, table, limit)
 
 
 def _solve(

@@ -130,6 +130,7 @@ def _of_child(child: MeasuredChild, parent: list[str]) -> list[Observation]:
             compared_with=parent,
             prefill=measurement.time_to_first_token_ratio,
             decode=measurement.decode_ratio,
+            memory_bytes=measurement.child.memory_bytes,
         )
         for name, measurement in child.measurements.items()
         if measurement.same_batch  # otherwise the two are of different tables
