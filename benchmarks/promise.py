@@ -8,8 +8,9 @@ six minutes); costs are measured in a place of this benchmark. What is served ha
 where only speed is looked at. Every finished part is kept in `RUN/promise/` and not run again.
 
 noise       One pair, the parent and a child of about 1.5x. First in quiet, with many starts of the
-            engines: the value to hit. Then ten measurements with half of the product's starts,
-            while a neighbour multiplies matrices on one core, on and off at random for 0.2 to 5 s.
+            engines: the value to hit. Whole batches, too, for turns of steps must agree with
+            them. Then ten measurements as the product makes them, while a neighbour multiplies
+            matrices on one core, on and off at random for 0.2 to 5 s.
 wishes      Five children, each searched, assembled, served and corrected as `puzzle child` does.
             Beside each the child of the rule before: the first one that is met with a margin of
             5 %. The KL of both, before uptraining, on held-out sequences that scored no block.
@@ -87,7 +88,7 @@ class Size:
     memory: int  # children
 
 
-FULL = Size(10, 12, 3, 6, WISHES, SEARCHED, 20, 5, 3, 6)
+FULL = Size(10, 12, 4, 4, WISHES, SEARCHED, 20, 5, 3, 6)
 QUICK = Size(1, 1, 1, 1, ("1.1x",), (1.1,), 1, 2, 2, 1)
 
 
@@ -180,6 +181,8 @@ def noise(run: Run, size: Size) -> dict[str, Any]:
     path = run.folder / "promise" / "noise.jsonl"  # every finished measurement
     known = artifacts.read_records(path, Measurement)
     with checkpoint(run, architecture) as folder:
+        whole = whole_batches(job, folder, size)
+        common.print_row("quiet, whole batches", f"{whole:.3f}x", "", "", "")
         for number in range(size.measurements + 1):
             if number < len(known):
                 continue
@@ -194,6 +197,7 @@ def noise(run: Run, size: Size) -> dict[str, Any]:
     values = np.array([measurement.speedup.value for measurement in noisy])
     figures = {
         "quiet": quiet.speedup.as_json(),
+        "whole_batches": whole,
         "noisy": [measurement.speedup.as_json() for measurement in noisy],
         "deviation": float(values.std() / values.mean()),
         "held": sum(m.speedup.low <= true <= m.speedup.high for m in noisy),
@@ -202,9 +206,28 @@ def noise(run: Run, size: Size) -> dict[str, Any]:
     print(
         f"standard deviation of {len(noisy)} noisy measurements: {figures['deviation']:.1%} (goal "
         f"3 %); mean against quiet {values.mean() / true - 1:+.1%}; the quiet value lies in "
-        f"{figures['held']} of {len(noisy)} intervals (goal 9 of 10)"
+        f"{figures['held']} of {len(noisy)} intervals (goal 9 of 10); turns against whole batches, "
+        f"in quiet: {true / whole - 1:+.1%}"
     )
     return figures
+
+
+def whole_batches(job: Job, folder: Path, size: Size) -> float:
+    """The speed-up of whole batches, one after the other: what turns must agree with in quiet."""
+    scenario = served_scenarios(job)["main"]
+    seconds: list[list[float]] = [[], []]
+    with contextlib.ExitStack() as stack:
+        folders = (job.run.parent.folder, folder)
+        sessions = [stack.enter_context(job.engine.serve(at, scenario)) for at in folders]
+        for number in range(size.starts * size.starts + 1):
+            if number and number % size.starts == 0:
+                for session in sessions:
+                    session.restart()
+            for session, taken in zip(sessions, seconds, strict=True):
+                session.begin(scenario)
+                taken.append(sum(session.advance(scenario.output_length)))
+    parent, child = (np.array(taken[1:]) for taken in seconds)  # the first one warms up
+    return float(np.median(parent / child))
 
 
 def print_noise(number: int, known: Sequence[Measurement]) -> None:

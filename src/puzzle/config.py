@@ -179,7 +179,7 @@ class CostConfig(Section):
     seconds: float = Field(default=60.0, gt=0)
     # Starts of the engines before a measurement of parent and child is looked at. What is not
     # decided then goes on for as many again, twice at most.
-    starts: Positive = 6
+    starts: Positive = 4
     # The costs.jsonl of another run, taken instead of measuring.
     table: str | None = None
 

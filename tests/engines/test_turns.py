@@ -58,7 +58,7 @@ def scripted(seconds, measured=True, log=None):
     return Engine("scripted", measured=measured, facts=facts, serve=serve, probe=serve)
 
 
-def measured(engine, tmp_path, starts=6, decided=lambda m: True, output=64):
+def measured(engine, tmp_path, starts=4, decided=lambda m: True, output=64):
     scenario = SCENARIO.model_copy(update={"output_length": output})
     sides = []
     for name in "01":
@@ -79,7 +79,7 @@ def test_sides_take_turns_and_a_batch_is_served_in_order(tmp_path):
     measured(scripted(lambda *_: 1.0, log=log), tmp_path, starts=1)
     assert {side for side, _ in log} == {0, 1}
     switches = [a[0] != b[0] for a, b in itertools.pairwise(log)]
-    assert sum(switches) > 40  # not batch by batch
+    assert sum(switches) > 30  # not batch by batch
     for side in (0, 1):
         positions = [position for at, position in log if at == side]
         assert all(b in (a + 1, 0) for a, b in itertools.pairwise(positions))
@@ -157,7 +157,7 @@ def test_under_contention_the_figure_is_that_of_a_quiet_machine(tmp_path):
     assert values.std() / 2.0 < 0.015 and abs(values.mean() / 2.0 - 1) < 0.006
     held = sum(result.speedup.low <= 2.0 <= result.speedup.high for result in results)
     assert held >= 18
-    assert all(result.disturbed > 0.1 for result in results)
+    assert np.mean([result.disturbed for result in results]) > 0.3
     assert measured(noisy(0, contended=0.0), tmp_path).disturbed < 0.02
 
 

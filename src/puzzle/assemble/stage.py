@@ -22,7 +22,8 @@ from puzzle.run import Run
 from puzzle.search import answers
 from puzzle.stage import Job, Need, Work
 
-ENGINE_START_S = 30.0
+ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
+BATCHES_PER_START = 1.5  # of each side, about: the turns that one start of the engines shows
 BATCH_OVERHEAD = 3.0  # a served batch takes so much longer than its matrix products
 ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights
 
@@ -84,7 +85,8 @@ def serving_need(job: Job) -> Need:
     return Need(
         memory_bytes=2.0 * (model_bytes + ENGINE_OVERHEAD_BYTES),
         disk_bytes=model_bytes,
-        seconds=ENGINE_START_S + 2 * batch_s,
+        seconds=ENGINE_START_S
+        + job.place.cost.starts * (ENGINE_RESTART_S + 2 * BATCHES_PER_START * batch_s),
     )
 
 

@@ -75,7 +75,7 @@ def measure(
         Path | None,
         typer.Option(help="A place.yaml, or the folder of one; default: an automatic engine."),
     ] = None,
-    starts: Annotated[int, typer.Option(help="Starts of both engines.", min=1)] = 6,
+    starts: Annotated[int, typer.Option(help="Starts of both engines.", min=1)] = 4,
     set_: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -25,7 +25,7 @@ from puzzle.engines.turns import settled, turn_lengths
 from puzzle.model.architecture import Architecture
 from puzzle.stage import Job
 
-ROUNDS = 12  # turns of every architecture
+ROUNDS = 8  # turns of every architecture
 
 
 def measure(

@@ -24,7 +24,7 @@ from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, 
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
 TURNS_PER_START = 14  # at least, of decode steps
-PREFILLS_PER_START = 6  # at least, unless they take longer than the decode steps
+PREFILLS_PER_START = 4  # at least, unless they take longer than the decode steps
 SECTION_TURNS = 8  # of a batch, that are looked at together: their contexts are about as long
 MOST_SECTIONS = 8
 LOOKS = 3  # at a measurement: one that has decided nothing goes on twice

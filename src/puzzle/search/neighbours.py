@@ -11,7 +11,7 @@ from puzzle.search.space_program import Choices
 from puzzle.stage import Job
 
 # Beside the margin that a search aims with.
-STEPS = (0.0, 0.015, -0.01, 0.03)
+STEPS = (0.0, 0.015, -0.01)
 
 
 def learn(job: Job, child: tried.MeasuredChild) -> None:
