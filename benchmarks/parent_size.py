@@ -65,7 +65,7 @@ def measure(
         for folder, llama in zip(folders, (candidate, half), strict=True):
             common.make_parent(folder, llama, torch.bfloat16)
         count = parameters(folders[0])
-        sides = [Served(folder, scenario) for folder in folders]
+        sides = [Served(folder, scenario, 0) for folder in folders]
         measured = measure_pair(engine, *sides, starts, lambda m: True, lambda: None)
     speeds = [side.throughput_tok_per_s.value for side in (measured.parent, measured.child)]
     return {
@@ -94,11 +94,11 @@ def print_candidate(candidate: common.LlamaSizes, figures: dict[str, Any]) -> No
 
 def main() -> None:
     """Print a line for every candidate."""
-    parser = common.parser(__doc__, quick="one small candidate, one start, on the torch engine")
+    parser = common.parser(__doc__, quick="one small candidate, two starts, on the torch engine")
     args = common.start(parser)
     name, scenario, starts, candidates = "vllm", ScenarioConfig(), 3, CANDIDATES
     if args.quick:
-        name, scenario, starts, candidates = "torch", QUICK_SCENARIO, 1, [common.TINY]
+        name, scenario, starts, candidates = "torch", QUICK_SCENARIO, 2, [common.TINY]
     with tempfile.TemporaryDirectory() as logs:
         engine = engines.make(name, CostConfig(), Path(logs))
         print(f"{engine.name} {engine.facts.version}, {scenario}, bfloat16, {starts} starts")

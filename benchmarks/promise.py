@@ -102,7 +102,7 @@ def open_run(folder: Path, args: argparse.Namespace) -> Run:
     recipe: common.Settings
     if args.quick:
         recipe = common.tiny_recipe(folder.parent)
-        recipe["cost"] |= {"engine": "torch", "seconds": 1.0, "starts": 1}
+        recipe["cost"] |= {"engine": "torch", "seconds": 1.0, "starts": 2}
         recipe["search"] = {"throughput": "1.1x"}
     else:
         recipe = settings.read_yaml(settings.recipe_path("pocket"))
@@ -138,7 +138,7 @@ def checkpoint(run: Run, architecture: Architecture) -> Iterator[Path]:
 def measure(job: Job, folder: Path, starts: int) -> Measurement:
     """As the product measures, with one look."""
     scenario = served_scenarios(job)["main"]
-    sides = (Served(job.run.parent.folder, scenario), Served(folder, scenario))
+    sides = (Served(job.run.parent.folder, scenario, 0), Served(folder, scenario, 0))
     return measure_pair(job.engine, *sides, starts, lambda m: True, lambda: None)
 
 

@@ -167,7 +167,7 @@ def test_where_the_better_child_misses_the_first_one_goes_on_and_is_not_served_a
     assert (first.verdict, first.gives_away) == ("met", True)
     assert [child.verdict for child in others] == ["missed", "missed"] and len(calls) == 4
     answer = answers.read(job)
-    assert answer.final and answer.best.blocks == first.blocks
+    assert (answer.final, answer.best.blocks) == (first.source, first.blocks)
     assert "  this architecture was served before" in said
     assert measured.read(job).known_before
 
@@ -189,7 +189,7 @@ def test_an_undecided_child_is_not_called_met(tiny_run, monkeypatch):
 
     monkeypatch.setattr(measured, "measure_pair", wide)
     run = changed(tiny_run, "search", attempts=1)
-    with pytest.raises(Infeasible, match=r"undecided; measure on a quieter machine"):
+    with pytest.raises(Infeasible, match="undecided; the same command tries on"):
         pipeline.execute(run)
     assert verdicts(job_of(run)) == ["undecided"]
 
@@ -210,9 +210,23 @@ def test_a_given_architecture_that_misses_is_not_made_again(tiny_run, monkeypatc
     assert artifacts.read_manifest(job.folder(UPTRAIN)) == uptrained
 
 
+def test_a_given_architecture_that_misses_when_it_is_assembled_is_one_line(tiny_run, monkeypatch):
+    slower(monkeypatch, lambda call: 0.01)
+    blocks = [layer.blocks[-1].name for layer in tiny_run.full_space.layers]
+    with pytest.raises(Infeasible, match="after 1 attempt .*ask for less of this architecture"):
+        pipeline.execute(changed(tiny_run, "search", architecture=blocks))
+
+
+def test_one_attempt_takes_a_child_that_is_faster_than_asked(tiny_run, monkeypatch):
+    calls = slower(monkeypatch, lambda call: 1.25)
+    run = changed(tiny_run, "search", attempts=1)
+    pipeline.execute(run)
+    assert verdicts(job_of(run)) == ["met"] and len(calls) == 2 and is_finished(job_of(run))
+
+
 def test_a_child_that_misses_at_the_end_is_not_chosen_again(tiny_run, monkeypatch):
     slower(monkeypatch, lambda call: 0.5 if call == 2 else 1.0)
-    with pytest.raises(Infeasible, match="the same command looks for another"):
+    with pytest.raises(Infeasible, match="with the same wish looks for another"):
         pipeline.execute(tiny_run)
     job = job_of(tiny_run)
     refused = answers.read(job).best.blocks

@@ -179,7 +179,7 @@ class CostConfig(Section):
     seconds: float = Field(default=60.0, gt=0)
     # Starts of the engines before a measurement of parent and child is looked at. What is not
     # decided then goes on for as many again, twice at most.
-    starts: Positive = 4
+    starts: Annotated[int, Field(ge=2)] = 4
     # The costs.jsonl of another run, taken instead of measuring.
     table: str | None = None
 
@@ -194,9 +194,14 @@ class CostConfig(Section):
         """The main scenario at each of its batch sizes, by the name its costs go under."""
         others = [size for size in self.batch_sizes if size != self.scenario.batch_size]
         swept = {
-            f"main@{size}": self.scenario.model_copy(update={"batch_size": size}) for size in others
+            self.table_of(size): self.scenario.model_copy(update={"batch_size": size})
+            for size in others
         }
         return {"main": self.scenario} | swept
+
+    def table_of(self, batch_size: int) -> str:
+        """The name of the main scenario's costs at one of its batch sizes."""
+        return "main" if batch_size == self.scenario.batch_size else f"main@{batch_size}"
 
     @property
     def measured(self) -> dict[str, ScenarioConfig]:
@@ -462,6 +467,8 @@ def with_constraints(
     kept = dict(search)
     if any(changes.get(name) is not None for name in (*CONSTRAINTS, *TARGETS)):
         kept |= dict.fromkeys((*CONSTRAINTS, *TARGETS, "architecture"))
+    if changes.get("architecture") is not None:
+        kept |= dict.fromkeys(TARGETS)
     return kept | dict(changes)
 
 

@@ -68,6 +68,10 @@ def make_child(job: Job) -> None:
     if served.verdict == "missed":
         measured.record(job, evaluated.fingerprint, served)
         raise Infeasible(results.missed(job))
+    if served.verdict == "undecided":
+        job.run.progress.say(
+            f"{job.child.name}: met when it was assembled, undecided at the end: {served.failures}"
+        )
 
 
 def search_and_serve(job: Job) -> None:
@@ -76,25 +80,27 @@ def search_and_serve(job: Job) -> None:
     Raises `Infeasible` where none is met.
     """
     from puzzle.assemble import measured
+    from puzzle.cost import table
     from puzzle.search import answers, neighbours, tried
 
-    attempts = job.child.search.attempts if job.child.search.architecture is None else 1
-    again = False
+    is_given, again, exhausted = job.child.search.architecture is not None, False, False
     while True:
+        if not is_given and not table.are_from_elsewhere(job):
+            neighbours.learn(job)  # of the last try, in an interrupted run, too
         execute_stage(SEARCH, job, again=again)
         assembled = execute_stage(ASSEMBLE, job, again=again)
         served, again = measured.read(job), True
         measured.record(job, assembled.fingerprint, served)
-        if answers.read(job).final or served.verdict == "predicted" or not served.scenarios:
+        if answers.read(job).final is not None or not served.scenarios:
             return
-        if served.verdict == "met" and (not served.gives_away or attempts == 1):
+        if served.verdict == "met" and (is_given or not served.gives_away):
             return
         tries = tried.Tries.of(job)
-        is_last = len(tries.children) >= attempts or not served.can_be_corrected
-        if is_last and tries.best is None:
+        if is_given or exhausted or not served.can_be_corrected:
             raise Infeasible(measured.missed(job, max(1, len(tries.children))))
-        if not is_last:
-            neighbours.learn(job, tries.children[-1])
+        exhausted = len(tries.children) >= job.child.search.attempts
+        if exhausted and tries.best is None:
+            raise Infeasible(measured.missed(job, len(tries.children)))
 
 
 def execute_stage(stage: Stage, job: Job, *, again: bool = False) -> Manifest:

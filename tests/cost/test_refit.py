@@ -25,10 +25,10 @@ def job(tiny_run):
 
 @pytest.fixture
 def costs(job):
-    """The modelled table, as if it had been measured with an error of 1 % of each variant."""
+    """The modelled table, as if it had been measured with an error of 3 % of each variant."""
     modelled = table.read(job)
     header = modelled.header.model_copy(update={"measured": True})
-    errors = {variant: 0.01 * cost.total_s for variant, cost in modelled.variants.items()}
+    errors = {variant: 0.03 * cost.total_s for variant, cost in modelled.variants.items()}
     return dataclasses.replace(modelled, header=header, errors=errors)
 
 

@@ -63,7 +63,7 @@ def measured(engine, tmp_path, starts=4, decided=lambda m: True, output=64):
     sides = []
     for name in "01":
         (tmp_path / name).mkdir(exist_ok=True)
-        sides.append(Served(tmp_path / name, scenario))
+        sides.append(Served(tmp_path / name, scenario, 0))
     return measure_pair(engine, *sides, starts, decided, on_start=lambda: None)
 
 

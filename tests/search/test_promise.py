@@ -64,20 +64,21 @@ def test_memory_is_what_the_engine_took_where_it_can_tell():
 
 
 @pytest.mark.parametrize(
-    ("speedup", "predicted", "gives_away"),
+    ("speedup", "predicted", "margin", "gives_away"),
     [
-        (1.65, 1.53, True),
-        (1.55, 1.53, False),  # its lower bound is not 2 % beyond
-        (1.65, 1.63, False),  # the search knew, and found nothing better
+        (1.65, 1.53, 0.0, True),
+        (1.55, 1.53, 0.0, False),  # its lower bound is not 2 % beyond
+        (1.65, 1.63, 0.0, False),  # the search knew, and found nothing better
+        (1.65, 1.63, 0.05, True),  # it aimed so far because it was not certain
     ],
 )
 def test_quality_is_given_away_where_a_child_is_surely_faster_than_asked_and_predicted(
-    speedup, predicted, gives_away
+    speedup, predicted, margin, gives_away
 ):
     served = SERVED.model_copy(update={"speedup": give_or_take(speedup)})
     result = judged("throughput", 1.5, True, served)
-    result = result.model_copy(update={"predicted": predicted})
-    assert result.verdict == "met" and result.gives_away == gives_away
+    result = result.model_copy(update={"predicted": predicted, "margin": margin})
+    assert result.verdict == "met" and promise.give_away([result]) == gives_away
     slower = result.model_copy(
         update={
             "at_least": False,
@@ -86,7 +87,11 @@ def test_quality_is_given_away_where_a_child_is_surely_faster_than_asked_and_pre
             "predicted": 1 / predicted,
         }
     )
-    assert slower.gives_away == gives_away
+    assert promise.give_away([slower]) == gives_away
+    room = judged("parameters", 900.0, False)  # as predicted, with room to spare
+    tight = judged("parameters", 500.0, False)
+    assert promise.give_away([result, room]) == gives_away
+    assert not promise.give_away([result, tight]) and not promise.give_away([])
 
 
 def test_what_cannot_be_measured_here_is_predicted():

@@ -13,7 +13,7 @@ from puzzle import cli, pipeline
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
-from puzzle.cost.refit import CostModel
+from puzzle.cost.refit import CostModel, Observation, in_own_table
 from puzzle.errors import Infeasible, UserError
 from puzzle.model import child
 from puzzle.model.architecture import Architecture, parse_block
@@ -321,7 +321,13 @@ def test_an_architecture_that_cannot_be_made_is_one_clear_line(finished_run, edi
 # ------------------------------------------------------------------------ after a measured child
 
 
-def served(job, speedup, asked="throughput 1.2x", **changes):
+def settle(run, **changes):
+    """As the stage searches."""
+    job = question(run, **changes)
+    return stage.search(job, stage.read_choices(job), settle=True)[0]
+
+
+def served(job, speedup, **changes):
     """A record of the job's child that is `speedup` times as fast as the parent, as predicted."""
     ratio = give_or_take(1 / speedup, 0.001)
     measurement = SERVED.model_copy(
@@ -330,10 +336,12 @@ def served(job, speedup, asked="throughput 1.2x", **changes):
     values = {
         "source": f"{speedup}",
         "costs": job.manifest(COST).fingerprint,
-        "asked": [asked],
+        "wish": tried.wish(job),
+        "asked": ["throughput 1.2x"],
         "blocks": answers.read(job).best.blocks,
         "objective": answers.read(job).best.objective,
         "tables": {"main": "main"},
+        "parent_tables": {"main": "main"},
         "measurements": {"main": measurement},
         "verdict": "missed",
         "gives_away": False,
@@ -358,8 +366,8 @@ def test_a_child_that_is_slower_than_predicted_makes_the_next_search_aim_higher(
     served(job, 0.92 * before)
     assert SEARCH.inputs(job) != inputs  # so the stage runs again
     assert predicted_speedup(copied_run, blocks) == pytest.approx(0.92 * before, rel=0.02)
-    answer = ask(copied_run, throughput="1.2x")
-    assert answer.best.blocks != blocks and not answer.final
+    answer = settle(copied_run, throughput="1.2x")
+    assert answer.best.blocks != blocks and answer.final is None
     assert answer.predicted_speedup() >= 1.2 * (1 - 1e-9)
     assert answer.constraints[0].relative == 1.2  # what was asked is unchanged
 
@@ -370,14 +378,14 @@ def test_a_child_that_is_faster_than_predicted_makes_the_next_search_keep_more(c
     copied = answers.read(job).model_copy(update={"solutions": first.solutions})
     copied.write(job.folder(SEARCH) / answers.ANSWER)
     served(job, 1.2 * first.predicted_speedup(), verdict="met", gives_away=True)
-    answer = ask(copied_run, throughput="1.2x")
-    assert answer.best.objective < first.best.objective and not answer.final
+    answer = settle(copied_run, throughput="1.2x")
+    assert answer.best.objective < first.best.objective and answer.final is None
 
 
 def test_an_architecture_that_was_refused_is_not_chosen_again(copied_run):
     job = question(copied_run, throughput="1.2x")
     blocks = ask(copied_run, throughput="1.2x").best.blocks
-    served(job, 1.21, blocks=blocks, verdict="undecided")
+    served(job, 1.21, blocks=blocks, verdict="missed")
     assert ask(copied_run, throughput="1.2x").best.blocks != blocks
     assert ask(copied_run, throughput="1.1x") is not None  # another wish, another question
 
@@ -386,9 +394,34 @@ def test_the_best_that_was_met_is_final_once_the_attempts_are_used_up(copied_run
     job = question(copied_run, throughput="1.2x")
     blocks = answers.read(job).best.blocks
     served(job, 1.6, verdict="met", gives_away=True)
-    answer = ask(copied_run, throughput="1.2x", attempts=1)
-    assert answer.final and answer.best.blocks == blocks
-    assert not ask(copied_run, throughput="1.15x", attempts=1).final
+    answer = settle(copied_run, throughput="1.2x", attempts=1)
+    assert (answer.final, answer.best.blocks) == ("1.6", blocks)
+    assert answer.best.bound <= answer.best.objective  # what is proven is of the best there is
+    assert ask(copied_run, throughput="1.2x", attempts=1).final is None  # a question
+    assert settle(copied_run, throughput="1.15x", attempts=1).final is None
+
+
+def test_a_child_beside_the_parent_at_another_batch_size_corrects_its_own_table(
+    served_in_many_ways,
+):
+    """The parent was served at batch 32, the child at 8."""
+    job = question(served_in_many_ways, throughput={"main": "1.2x"})
+    parent = Architecture.of_parent(job.run.parent.shape)
+    tables = {name: table.read(job, name) for name in ("main", "main@32")}
+    blocks = ["gqa_2+gated_96", *["no_op+gated_96"] * 3]
+    own, beside = tables["main"].predict(Architecture.from_names(blocks)), tables["main@32"]
+    factor = 1.1  # of what the table of batch 8 says
+    seen = Observation(
+        scenario="main",
+        blocks=blocks,
+        compared_with=parent.names,
+        compared_in="main@32",
+        prefill=give_or_take(factor * own.prefill_s / beside.predict(parent).prefill_s, 0.001),
+        decode=give_or_take(factor * own.decode_s / beside.predict(parent).decode_s, 0.001),
+    )
+    model = CostModel.of(tables["main"], parent, [in_own_table(seen, tables, parent)])
+    corrected = model.table.predict(Architecture.from_names(blocks)).total_s
+    assert corrected == pytest.approx(factor * own.total_s, rel=0.01)
 
 
 def test_near_the_best_attainable_there_is_a_child_without_a_margin(finished_run):
@@ -434,8 +467,13 @@ def test_one_token_has_no_latency_between_tokens(finished_run):
     (job,) = run.recipe_jobs()
     asking = question(run, user_throughput="2x")
     asking = replace(asking, at=job.at)
-    with pytest.raises(UserError, match="scenario main puts out one token"):
+    with pytest.raises(UserError, match="search.user_throughput: scenario main puts out one token"):
         SEARCH.work().check(asking)
+    frontier_of_steps = replace(
+        question(run, throughput="2x", frontier="inter_token_latency"), at=job.at
+    )
+    with pytest.raises(UserError, match="search.inter_token_latency: scenario main puts out one"):
+        SEARCH.work().check(frontier_of_steps)
 
 
 def by_brute_force(job, kl, figure):

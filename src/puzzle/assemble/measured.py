@@ -43,7 +43,7 @@ class Measured(Record):
     @property
     def gives_away(self) -> bool:
         """Whether every constraint is met by more than 2 %: quality that nobody asked to give."""
-        return bool(self.promises) and all(promise.gives_away for promise in self.promises)
+        return promise.give_away(self.promises)
 
     @property
     def can_be_corrected(self) -> bool:
@@ -60,8 +60,10 @@ class Measured(Record):
 
 
 def known(job: Job) -> Mapping[str, Measurement] | None:
-    """What serving the answer's architecture has shown before."""
-    return tried.measured_before(job, answers.read(job).best.blocks)
+    """What serving the answer's architecture has shown, where the answer is an earlier try."""
+    final = answers.read(job).final
+    earlier = None if final is None else tried.measured_before(job, final)
+    return None if earlier is None else earlier.measurements
 
 
 def measure(job: Job, folder: Path, known: Mapping[str, Measurement] | None = None) -> Measured:
@@ -175,18 +177,21 @@ def record(job: Job, source: str, measured: Measured) -> None:
     if not measured.scenarios or measured.known_before:
         return
     cost, answer = job.place.cost, answers.read(job)
-    is_swept = answer.batch_size != cost.scenario.batch_size
-    tables = {name: name for name in measured.scenarios}
-    tables["main"] = f"main@{answer.batch_size}" if is_swept else "main"
+    tables, parent_tables = (
+        {name: name for name in measured.scenarios} | {"main": cost.table_of(size)}
+        for size in (answer.batch_size, answer.parent_batch_size)
+    )
     tried.record_measured(
         job,
         tried.MeasuredChild(
             source=source,
             costs=tried.costs_fingerprint(job),
+            wish=tried.wish(job),
             asked=asked_in_words(job.child.search, ["main", *cost.scenarios]),
             blocks=answer.best.blocks,
             objective=answer.best.rank,
             tables=tables,
+            parent_tables=parent_tables,
             measurements={name: s.measurement for name, s in measured.scenarios.items()},
             verdict=measured.verdict,
             gives_away=measured.gives_away,
@@ -202,6 +207,6 @@ def missed(job: Job, attempts: int) -> str:
     elif not read(job).can_be_corrected:
         hint = "ask for less: sizes are as the engine allocates them"
     elif read(job).verdict == "undecided":
-        hint = "measure on a quieter machine, or more often (cost.starts)"
+        hint = "the same command tries on; measure where it is quieter, or with more cost.starts"
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     return f"search: after {times} the child does not meet its wish: {read(job).failures}; {hint}"

@@ -71,8 +71,9 @@ def _execute(job: Job, folder: Path) -> None:
         run.progress.say("  this architecture was served before")
     for line in measured.describe(result):
         run.progress.say(f"  {line}")
-    if result.verdict == "met" and result.gives_away and not answers.read(job).final:
-        run.progress.say("  more than asked: a child that keeps more quality is looked for")
+    is_free = job.child.search.architecture is None and answers.read(job).final is None
+    if result.verdict == "met" and result.gives_away and is_free:
+        run.progress.say("  more than asked: `puzzle child` looks for one that keeps more quality")
 
 
 def serving_need(job: Job) -> Need:

@@ -206,7 +206,7 @@ def _with_solution(run: Run, name: str, wish: ChildConfig, number: int) -> Child
             "from 0; lower search.diversity"
         )
     blocks = answer.solutions[number].blocks
-    exact = wish.search.model_copy(update={"architecture": blocks})
+    exact = wish.search.model_copy(update={"architecture": blocks} | dict.fromkeys(config.TARGETS))
     return wish.model_copy(update={"search": exact})
 
 

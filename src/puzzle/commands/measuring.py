@@ -5,9 +5,11 @@ import tempfile
 from pathlib import Path
 
 from puzzle import engines, locks
+from puzzle.assemble.measured import how
 from puzzle.config import PlaceConfig
 from puzzle.engines import Engine
 from puzzle.engines.turns import Measurement, Served, measure_pair
+from puzzle.model.architecture import Architecture
 from puzzle.model.parent import describe as describe_parent
 from puzzle.progress import Progress
 
@@ -31,12 +33,19 @@ def measure(
     if engine.measured:
         device = locks.hold_device(engine.facts.device, progress.say)
     measurements = {}
+    elements = Architecture.of_parent(described.shape).kv_elements_per_token(described.shape)
+    kv_bytes_per_token = elements * described.dtype.itemsize
     with device:
         for name, scenario in place.cost.measured.items():
             dtype = described.dtype_name if scenario.dtype == "auto" else scenario.dtype
             served = scenario.model_copy(update={"dtype": dtype})
             title = f"parent against child on {engine.name} ({scenario})"
-            sides = (Served(described.folder, served), Served(child_folder, served))
+            length = scenario.input_length + scenario.output_length
+            cache = kv_bytes_per_token * scenario.batch_size * length  # of the child, at most
+            sides = (
+                Served(described.folder, served, cache),
+                Served(child_folder, served, cache),
+            )
             with progress.task(title, starts, "starts") as task:
                 measurements[name] = measure_pair(
                     engine, *sides, starts, lambda measurement: True, task.advance
@@ -54,5 +63,5 @@ def describe(name: str, engine: Engine, measurement: Measurement) -> str:
     speedup = measurement.speedup.with_unit(".2f", "x")
     return (
         f"{name}: {word} {speedup} the parent's throughput ({parent} -> {child}) on "
-        f"{engine.facts.engine} {engine.facts.version}, {engine.facts.device}"
+        f"{engine.facts.engine} {engine.facts.version}, {engine.facts.device}; {how(measurement)}"
     )

@@ -1,8 +1,8 @@
-"""Measuring one scenario: rounds of random architectures until every variant is known precisely.
+"""Measuring one scenario: random architectures until every variant is known precisely.
 
-Hundreds of random architectures are served in real scheduled prefill and decode steps, interleaved
-so tightly that the machine's drift cancels. A regression of the steps' times on the counts of
-variants gives
+Hundreds of random architectures are served in real scheduled prefills and turns of decode steps,
+interleaved so tightly that the machine's drift cancels. A regression of the steps' times on the
+counts of variants gives
 
 - each variant's prefill and decode seconds with a standard error, in the company of other layers
   and warm caches;
@@ -11,7 +11,7 @@ variants gives
   line through the region between the parent and a third of it, so the constant is that line's and
   may come out below zero.
 
-Both are scaled so that the parent's whole batches, served in between, come out as measured.
+Both are scaled so that the parent's own prefills and turns, every fourth, come out as measured.
 """
 
 import itertools

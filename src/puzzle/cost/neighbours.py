@@ -6,6 +6,7 @@ machine's drift. What they take relative to the child joins the cost model of th
 """
 
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.stage import Job
 
 ROUNDS = 8  # turns of every architecture
+PROBE = ".probe-"  # the probe's folder in the child's, as large as the parent; removed at the end
 
 
 def measure(
@@ -41,13 +43,16 @@ def measure(
     run, engine = job.run, job.engine
     seen: list[Observation] = []
     run.release_models()
+    job.child.folder.mkdir(parents=True, exist_ok=True)
+    for left in job.child.folder.glob(f"{PROBE}*"):  # by a kill
+        shutil.rmtree(left)
     for name, one in tables.items():
         scenario = served(job, one)
         probe = Probe.of(distinct_variants(job), run.parent.shape, element_bytes(scenario))
         near = [probe.with_first_layer(architecture) for architecture in architectures]
         title = f"{len(near) - 1} neighbours of {job.child.name} on {engine.name} ({scenario})"
         with (
-            tempfile.TemporaryDirectory(prefix="puzzle-neighbours-") as folder,
+            tempfile.TemporaryDirectory(prefix=PROBE, dir=job.child.folder) as folder,
             job.measuring(),
             run.progress.task(title, ROUNDS, "rounds") as task,
         ):

@@ -11,7 +11,7 @@ stay as they are: they are what all others are relative to. Near what was served
 follows it; far from it the table is as before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +23,8 @@ from puzzle.engines.intervals import Interval
 from puzzle.model.architecture import Architecture
 
 # What a table may be off, beside its standard errors (benchmarks/promise.py, docs/log.md).
-VARIANT_ERROR = 0.025  # of a variant's seconds
-CONSTANT_ERROR = 0.012  # of the parent's seconds
+VARIANT_ERROR = 0.015  # of a variant's seconds
+CONSTANT_ERROR = 0.007  # of the parent's seconds
 CURVATURE = 0.007  # of a model's seconds: what no sum of variants says
 INTERVAL_SIGMAS = 2 * 1.96  # standard errors in the width of an interval
 Vector = NDArray[np.float64]
@@ -37,6 +37,7 @@ class Observation(Record):
     scenario: str  # the table it is served in: `main`, `main@32` or another scenario
     blocks: list[str]
     compared_with: list[str]
+    compared_in: str | None = None  # the table of the other; None: the same
     prefill: Interval
     decode: Interval | None  # None where one token is put out
     memory_bytes: int | None = None  # of the architecture, as the engine had it
@@ -91,6 +92,7 @@ class CostModel:
             of_parent = float(counts @ seconds)
             sigmas = np.hypot(errors, VARIANT_ERROR * seconds)
             sigmas[-1] = np.hypot(errors[-1], CONSTANT_ERROR * of_parent)
+            sigmas *= of_parent > 0  # there are no decode steps where one token is put out
             free = Phase(seconds, np.diag(sigmas**2))
             # The parent's seconds are what everything is relative to.
             gain = free.covariance @ counts / max(free.variance(counts), 1e-300)
@@ -110,6 +112,28 @@ class CostModel:
         variance = self.prefill.variance(counts) + self.decode.variance(counts)
         share = variance**0.5 / self.table.predict(architecture).total_s
         return float(np.hypot(share, CURVATURE))
+
+
+def in_own_table(
+    seen: Observation, tables: Mapping[str, CostTable], parent: Architecture
+) -> Observation:
+    """An observation against the parent in another table, as one against it in its own.
+
+    With a sweep of batch sizes the parent is served at its best batch and the child at another; the
+    parent's seconds in both tables are what the tables keep fixed.
+    """
+    if seen.compared_in in (None, seen.scenario):
+        return seen
+    other, own = (tables[name].predict(parent) for name in (seen.compared_in, seen.scenario))
+
+    def scaled(ratio: Interval, factor: float) -> Interval:
+        low, value, high = (factor * x for x in (ratio.low, ratio.value, ratio.high))
+        return Interval(value=value, low=low, high=high)
+
+    decode = seen.decode and scaled(seen.decode, other.decode_s / own.decode_s)
+    prefill = scaled(seen.prefill, other.prefill_s / own.prefill_s)
+    updates = {"prefill": prefill, "decode": decode, "compared_in": None}
+    return seen.model_copy(update=updates)
 
 
 def _observed(

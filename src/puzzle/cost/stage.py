@@ -98,6 +98,13 @@ def _execute(job: Job, folder: Path) -> None:
         say("  vLLM is not installed or not in deploy: speeds are measured on the torch engine")
     if not job.engine.measured:
         say("  no hardware is measured: every speed is modelled from a device sheet")
+    windows = {window for window in job.run.parent.shape.windows if window is not None}
+    longest = max(s.input_length + s.output_length for s in job.place.cost.measured.values())
+    if windows and longest > min(windows):
+        say(
+            f"  windows of {min(windows)} tokens are measured as full attention, which takes "
+            f"longer for contexts of {longest} tokens; what is served corrects the predictions"
+        )
     path = _given_table(job)
     if path is None:
         _measure(job, folder)

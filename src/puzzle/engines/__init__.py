@@ -40,7 +40,7 @@ class Session(AbstractContextManager["Session"], Protocol):
         """The page of every layer's KV cache, as allocated; a layer without a cache has 0 bytes."""
 
     def memory_bytes(self) -> int | None:
-        """The most memory it has taken since its start, above an idle engine of no model.
+        """The most memory it has taken while it served, above an idle engine of no model.
 
         Weights, KV cache, activations, graphs and workspace, of all its devices together; None
         where this engine cannot tell.

@@ -71,9 +71,6 @@ class TorchSession:
         self.pages = [_page(layer) for layer in self.layers]
 
     def _load(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.idle_bytes = torch.cuda.memory_allocated(self.device)
         dtype = getattr(torch, self.scenario.dtype) if self.scenario.dtype != "auto" else None
         if (self.folder / "architecture.json").exists():
             self.model = child.load(self.folder, dtype, self.device)
@@ -82,11 +79,8 @@ class TorchSession:
             self.model = described.load(dtype or described.dtype, self.device)
         self.layers = list(self.model.model.layers)
 
-    def memory_bytes(self) -> int | None:
-        """Of a GPU; see `Session`."""
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self.device) - self.idle_bytes
+    def memory_bytes(self) -> None:
+        """Unknown: several models share this process; see `Session`."""
 
     def restart(self) -> None:
         """Load the model anew; see `Session`."""

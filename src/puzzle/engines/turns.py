@@ -37,7 +37,7 @@ class Served:
 
     folder: Path
     scenario: ScenarioConfig
-    kv_cache_bytes: int = 0  # as predicted, to know whether two engines fit
+    kv_cache_bytes: int  # as predicted, to know whether two engines fit
 
     @property
     def tokens(self) -> int:
@@ -46,9 +46,10 @@ class Served:
 
     @property
     def memory_bytes(self) -> int:
-        """What serving it takes, about."""
+        """What serving it takes of each device, about."""
         weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        return weights + self.kv_cache_bytes + ENGINE_OVERHEAD_BYTES
+        shared = (weights + self.kv_cache_bytes) // self.scenario.tensor_parallel
+        return shared + ENGINE_OVERHEAD_BYTES
 
 
 class ServedFigures(Record):

@@ -162,8 +162,8 @@ class VllmSession:
         if reply.preemptions:
             raise UserError(
                 f"vllm: {reply.preemptions} sequences of the batch ({self.scenario}) lost their KV "
-                "cache to others, so its speed is not that of a full batch; lower "
-                "cost.scenario.batch_size"
+                "cache to others, so its speed is not that of a full batch; lower the scenario's "
+                "batch_size"
             )
         self._memory_bytes = max(self._memory_bytes or 0, reply.memory_bytes)
         return reply.seconds

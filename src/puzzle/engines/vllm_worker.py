@@ -7,6 +7,7 @@ exchanges the model's list of layers between steps; it therefore runs without CU
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -22,8 +23,9 @@ from puzzle.engines.vllm_engine import register
 from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 
 RESTART = 64  # exit status of an engine that is to be started anew
-EXTRA_TOKENS = 256  # per sequence: room for whole cache pages
-EXTRA_CACHE_BYTES = 64 << 20
+LARGEST_PAGE = 128  # tokens; on CPUs, and a multiple of those on GPUs
+SPARE_TOKENS = 4 * LARGEST_PAGE  # of the whole batch: the engine keeps a page for itself
+LEAST_CACHE_BYTES = 16 << 20
 
 
 def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
@@ -47,23 +49,26 @@ def choose_layers(layers: list[int], model: Any) -> None:
     decoder.start_layer, decoder.end_layer = 0, len(layers)
 
 
-def kv_heads(config: Any) -> int:
-    """KV heads of all layers together, of a child or of a parent."""
+def kv_heads(config: Any, ranks: int) -> int:
+    """KV heads that one of so many devices holds, of all layers together.
+
+    A layer with fewer heads than devices has copies of them.
+    """
     if not getattr(config, "block_configs", None):
-        return int(config.num_hidden_layers * config.num_key_value_heads)
+        return int(config.num_hidden_layers * max(1, config.num_key_value_heads // ranks))
     attentions = [block.attention for block in config.block_configs]
     groups = [a.n_heads_in_group for a in attentions if not (a.no_op or a.replace_with_linear)]
-    return sum(config.num_attention_heads // group for group in groups)
+    return sum(max(1, config.num_attention_heads // group // ranks) for group in groups)
 
 
 def cache_bytes(config: Any, scenario: ScenarioConfig) -> int:
     """The KV cache that one device needs for the scenario's batch at full length."""
-    length = scenario.input_length + scenario.output_length
-    tokens = scenario.batch_size * (length + EXTRA_TOKENS)
+    pages = -(-(scenario.input_length + scenario.output_length + 1) // LARGEST_PAGE)
+    tokens = scenario.batch_size * pages * LARGEST_PAGE + SPARE_TOKENS
     element_bytes = 4 if scenario.dtype == "float32" else 2
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * element_bytes * kv_heads(config) * head
-    return int(tokens * per_token // scenario.tensor_parallel) + EXTRA_CACHE_BYTES
+    per_token = 2 * element_bytes * kv_heads(config, scenario.tensor_parallel) * head
+    return max(LEAST_CACHE_BYTES, int(tokens * per_token))
 
 
 def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
@@ -73,7 +78,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     from vllm import LLM
 
     register()
-    idle = resident_bytes("VmRSS")
+    idle = resident_bytes()
     config = AutoConfig.from_pretrained(folder)
     # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs
     # compiling takes longer than what is measured.
@@ -109,17 +114,17 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
         if request.begin is not None:
             batch.begin(request.begin)
         seconds = [batch.step() for _ in range(request.steps)]
-        used = device_bytes(llm) - spare if on_gpu else resident_bytes("VmHWM") - idle
+        used = device_bytes(llm) - spare if on_gpu else resident_bytes() - idle
         reply(StepsReply(seconds=seconds, memory_bytes=used, preemptions=batch.preemptions()))
 
 
-def resident_bytes(key: str) -> int:
-    """This process's resident memory as the kernel counts it: `VmRSS` now, `VmHWM` at its peak."""
-    try:
+def resident_bytes() -> int:
+    """This process's own memory: without what it maps of files, which the system can drop."""
+    with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
+        kept = (line.split()[1] for line in lines if line.startswith(("RssAnon", "RssShmem")))
+        return sum(int(kib) << 10 for kib in kept)
+    return 0
 
 
 def device_bytes(llm: Any) -> int:

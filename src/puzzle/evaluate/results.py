@@ -95,7 +95,10 @@ def read(job: Job) -> Results:
 
 def missed(job: Job) -> str:
     """The message of a finished child that misses what was asked."""
+    hint = "`puzzle child` with the same wish looks for another"
+    if job.child.search.architecture is not None:
+        hint = "its architecture was given; ask for less of it"
     return (
         f"run {job.run.folder}: the finished child {job.child.name} misses what was asked: "
-        f"{read(job).served.failures}; the same command looks for another"
+        f"{read(job).served.failures}; {hint}"
     )

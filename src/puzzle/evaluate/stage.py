@@ -1,9 +1,8 @@
 """Stage `evaluate`: parent, child and uptrained child on held-out text, and once more served.
 
 Quality: KL(parent || model) in nats per token, LM loss, top-1 and top-5 token accuracy; retention
-is the model's top-1 accuracy over the parent's. Speed: the uptrained child against the parent,
-batch by batch in turn, beside what the cost model predicted. The promise is judged by this
-measurement.
+is the model's top-1 accuracy over the parent's. Speed: the uptrained child against the parent, a
+few steps in turn, beside what the cost model predicted. The promise is judged by this measurement.
 
 Reads: `child/`, `uptrained/`, the validation side of the corpus, the search's answer, costs.
 Writes: `evaluate/results.json` (`results.py`).

@@ -76,7 +76,8 @@ class Answer(Record):
     constraints: list[Constraint]
     margin: float  # by which timed constraints were aimed at beyond what was asked
     uncertainty: float  # standard error of the best solution's seconds, as a share of them
-    final: bool  # the best of those that were served; nothing better will be tried
+    # The source of an earlier try that goes on, because nothing better will be tried; or None.
+    final: str | None
     batch_size: int  # of the main scenario
     parent_batch_size: int  # where it is fastest, of those swept
     sweep: list[SweepPoint]

@@ -142,13 +142,12 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
 def check(settings: SearchConfig, scenarios: Mapping[str, ScenarioConfig]) -> None:
     """Raise `UserError` where nothing is asked for or a quantity is unclear; needs no costs."""
     requests = list(_requests(settings, list(scenarios)))
-    if settings.target is not None:
-        requests.append((settings.target, "main", "1x"))
-    elif not requests and settings.architecture is None:
+    if not requests and settings.target is None and settings.architecture is None:
         names = ", ".join(KINDS)
         raise UserError(
             f"search: no constraint is set; set at least one of {names}, for example throughput: 2x"
         )
+    requests += [(name, "main", "1x") for name in (settings.frontier, settings.target) if name]
     for name, scenario, text in requests:
         if scenario not in scenarios:
             known = ", ".join(scenarios)

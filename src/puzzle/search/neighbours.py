@@ -14,12 +14,16 @@ from puzzle.stage import Job
 STEPS = (0.0, 0.015, -0.01)
 
 
-def learn(job: Job, child: tried.MeasuredChild) -> None:
-    """Serve the neighbours of a child that was not accepted, and remember what they took.
+def learn(job: Job) -> None:
+    """Serve the neighbours of the last try that was not accepted, and remember what they took.
 
-    Once: after an interruption they are not served again.
+    Once: what is remembered is not served again.
     """
-    if not job.engine.measured or tried.has_neighbours(job, child):
+    tries = tried.Tries.of(job).children
+    if not tries or len(tries) >= job.child.search.attempts or not job.engine.measured:
+        return
+    child = tries[-1]
+    if tried.has_neighbours(job, child):
         return
     near = propose(job, stage.read_choices(job), child.blocks)
     if not near:
@@ -41,6 +45,6 @@ def propose(job: Job, choices: Choices, child: list[str]) -> list[list[str]]:
         asking = replace(job, wish=replace(job.child, search=settings))
         with contextlib.suppress(Infeasible):
             answer, _ = stage.search(asking, choices)
-            if not answer.final and answer.best.blocks not in (child, *near):
+            if answer.best.blocks not in (child, *near):
                 near.append(answer.best.blocks)
     return near

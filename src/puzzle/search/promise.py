@@ -6,7 +6,7 @@ ratio of turns of both sides, absolute ones by the child's own seconds. Paramete
 KV cache is what the engine allocated, and memory what it took at its peak, where it can tell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from puzzle.artifacts import Record
@@ -52,6 +52,7 @@ class Promise(Record):
     measured: str
     wanted: float
     predicted: float  # in the unit of `wanted`, as `figure` is
+    margin: float  # by which the search aimed beyond what was asked
     at_least: bool  # otherwise at most
     figure: Interval
     verdict: Verdict
@@ -64,14 +65,32 @@ class Promise(Record):
         return f"asked {self.asked}, measured {self.measured}: {self.verdict}"
 
     @property
-    def gives_away(self) -> bool:
-        """Whether it is surely more than 2 % beyond what was asked, and beyond what was predicted.
+    def is_slack(self) -> bool:
+        """Whether it is surely more than 2 % beyond what was asked."""
+        if self.at_least:
+            return self.figure.low > self.wanted * (1 + GIVEN_AWAY)
+        return self.figure.high < self.wanted / (1 + GIVEN_AWAY)
 
-        What the search itself predicted beyond the wish is nothing that another search would keep.
+    @property
+    def is_surprise(self) -> bool:
+        """Whether it is surely better than predicted, without the margin that was aimed at.
+
+        A margin is for what is uncertain, and what was served is not; what the search has predicted
+        beyond it is nothing that another search would keep.
         """
         if self.at_least:
-            return self.figure.low > max(self.wanted * (1 + GIVEN_AWAY), self.predicted)
-        return self.figure.high < min(self.wanted / (1 + GIVEN_AWAY), self.predicted)
+            return self.figure.low > self.predicted / (1 + self.margin)
+        return self.figure.high < self.predicted * (1 + self.margin)
+
+
+def give_away(promises: Sequence[Promise]) -> bool:
+    """Whether quality was given that nobody asked to give: every constraint has room to spare.
+
+    And the search did not know: what it has itself predicted beyond the wish is nothing that
+    another search would keep.
+    """
+    is_slack = bool(promises) and all(promise.is_slack for promise in promises)
+    return is_slack and any(promise.is_surprise for promise in promises)
 
 
 def judge(answer: Answer, measurements: Mapping[str, Measurement]) -> list[Promise]:
@@ -117,6 +136,7 @@ def _promise(constraint: Constraint, figure: Interval | None, answer: Answer) ->
         measured=shown.with_unit(form, unit) + after,
         wanted=wanted,
         predicted=predicted,
+        margin=answer.margin if kind.timed else 0.0,
         at_least=kind.at_least,
         figure=shown,
         verdict="predicted" if figure is None else _verdict(figure, wanted, kind.at_least),

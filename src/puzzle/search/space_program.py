@@ -48,6 +48,11 @@ class Choices:
         """The first column of every layer, and the number of columns."""
         return starts_of([len(layer) for layer in self.layers])
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether every layer may take its block."""
+        named = zip(names, self.layers, strict=True)
+        return all(any(block.name == name for block in layer) for name, layer in named)
+
     def columns(self, names: Sequence[str]) -> np.ndarray:
         """The column of every layer's block [G]. Raises `UserError` for one without a score."""
         columns = []

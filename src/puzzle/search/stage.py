@@ -2,14 +2,13 @@
 
 Or the other direction: the best of one figure within a sum of scores (`search.maximize`,
 `search.minimize`, `search.kl`). Solved exactly on HiGHS (`mip.py`; the rows are built in
-`space_program.py`). Every solution carries
-its objective, proven bound, gap and seconds. Where no architecture meets the constraints,
-`Infeasible` says what binds, the best attainable value of each and the nearest possible relaxation.
-With `cost.batch_sizes` there is one program per batch size of the main scenario, and the best sum
-of scores wins. Paper: section 4.1, appendix B.
+`space_program.py`). Every solution carries its objective, proven bound, gap and seconds. Where no
+architecture meets the constraints, `Infeasible` says what binds, the best attainable value of each
+and the nearest possible relaxation. With `cost.batch_sizes` there is one program per batch size of
+the main scenario, and the best wins. Paper: section 4.1, appendix B.
 
-Reads: scores and costs. Writes: `search/solutions.json`, `frontier.jsonl`, `baselines.jsonl`
-(`answers.py`).
+Reads: scores and costs, and what serving this child has shown (`tried.py`). Writes:
+`search/solutions.json`, `frontier.jsonl`, `baselines.jsonl` (`answers.py`).
 """
 
 import time
@@ -23,7 +22,7 @@ from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.config import SearchConfig
 from puzzle.cost import table as costs
-from puzzle.cost.refit import CostModel
+from puzzle.cost.refit import CostModel, in_own_table
 from puzzle.cost.table import CostTable
 from puzzle.errors import Infeasible, UserError
 from puzzle.model.architecture import Architecture
@@ -62,6 +61,7 @@ class Searched:
     """One batch size of the main scenario, searched; `name` is that of its table."""
 
     name: str
+    settings: SearchConfig
     tables: Tables
     constraints: list[Constraint]
     limits: list[Limit]
@@ -97,7 +97,7 @@ def _check(job: Job) -> None:
 
 def _execute(job: Job, folder: Path) -> None:
     choices = read_choices(job)
-    answer, best = search(job, choices)
+    answer, best = search(job, choices, settle=True)
     answer.write(folder / ANSWER)
     settings, table = job.child.search, best.tables["main"]
     parent = Architecture.of_parent(job.run.parent.shape)
@@ -123,44 +123,50 @@ def read_choices(job: Job) -> Choices:
     return Choices(layers, np.array(values))
 
 
-def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
+def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer, Searched]:
     """The answer to what the job's child asks, from tables only; nothing is written.
 
-    What serving this child has shown corrects the tables. Once its tries for this wish are used up,
-    or no further one would be better, the answer is the best of those that are met.
+    What serving this child for the same wish has shown corrects the tables. Raises `Infeasible`
+    where no architecture meets the constraints.
 
-    Raises `Infeasible` where no architecture meets the constraints.
+    Args:
+        job: a child's.
+        choices: the blocks and their losses.
+        settle: for the child that is made, not for a question: once its tries are used up, or no
+            further one would be better, the answer is the best of those that are met.
     """
     settings, cost = job.child.search, job.place.cost
     _check(job)
-    parent, seen = Architecture.of_parent(job.run.parent.shape), tried.observations(job)
-    models = {
-        name: CostModel.of(costs.read(job, name), parent, seen.get(name, ()))
-        for name in cost.measured
-    }
+    models = _models(job)
     swept = [_search_one(job, name, models, choices) for name in cost.sweep]
     solved = [one for one in swept if one.solutions]
-    earlier = tried.Tries.of(job)
-    if not solved and earlier.best is None:
-        first = swept[0]
-        raise Infeasible(
-            explain_infeasible(
-                first.program, first.constraints, first.tables, settings.time_limit_s
-            )
-        )
     best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
-    final = earlier.settle(best.solutions[0].rank if solved else None, settings.attempts)
+    final, tries = None, tried.Tries.of(job)
+    if settle:
+        final = tries.settle(best.solutions[0] if solved else None, settings.attempts)
+        final = final if final is not None and choices.has(final.blocks) else None
     if final is not None:
-        best = next(one for one in swept if one.name == final.tables["main"])
-        best = replace(best, solutions=[_given(choices, final.blocks, best.tables, settings)])
+        best = _with_final(next(s for s in swept if s.name == final.tables["main"]), final, choices)
+    elif not solved:
+        first = swept[0]
+        message = explain_infeasible(
+            first.program, first.constraints, first.tables, settings.time_limit_s
+        )
+        if settings.kl is not None:
+            message += f"; kl {settings.kl:g} is asked, too"
+        if tries.refused:
+            message += f"; {len(tries.refused)} that were served and missed are not tried again"
+        raise Infeasible(message)
     tables = {name: model.table for name, model in models.items()}
+    parent = Architecture.of_parent(job.run.parent.shape)
+    of_parent = best_of_parent(tables, cost.sweep, parent)
     answer = Answer(
         constraints=best.constraints,
         margin=best.margin,
         uncertainty=models[best.name].uncertainty(best.solutions[0].architecture),
-        final=final is not None,
+        final=None if final is None else final.source,
         batch_size=best.batch_size,
-        parent_batch_size=best_of_parent(tables, cost.sweep, parent).scenario.batch_size,
+        parent_batch_size=of_parent.scenario.batch_size,
         sweep=[
             SweepPoint(
                 batch_size=one.batch_size,
@@ -168,10 +174,33 @@ def search(job: Job, choices: Choices) -> tuple[Answer, Searched]:
             )
             for one in swept
         ],
-        parent=predict(best.tables | {"main": best_of_parent(tables, cost.sweep, parent)}, parent),
+        parent=predict(best.tables | {"main": of_parent}, parent),
         solutions=best.solutions,
     )
     return answer, best
+
+
+def _models(job: Job) -> dict[str, CostModel]:
+    """By table: the costs, corrected by what serving this child has shown."""
+    parent = Architecture.of_parent(job.run.parent.shape)
+    tables = {name: costs.read(job, name) for name in job.place.cost.measured}
+    seen = tried.observations(job)
+    return {
+        name: CostModel.of(
+            table, parent, [in_own_table(one, tables, parent) for one in seen.get(name, ())]
+        )
+        for name, table in tables.items()
+    }
+
+
+def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> Searched:
+    """The answer is an earlier try; what is proven is still said of the best there is."""
+    solution = _given(choices, final.blocks, one.tables, one.settings)
+    if one.solutions:
+        bound = min(solution.rank, one.solutions[0].bound)
+        gap = (solution.rank - bound) / max(abs(solution.rank), 1e-12)
+        solution = solution.model_copy(update={"bound": bound, "gap": gap})
+    return replace(one, solutions=[solution])
 
 
 def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -> CostTable:
@@ -180,7 +209,7 @@ def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -
 
 
 def summary(answer: Answer) -> str:
-    """One line: the sum of scores, its proof, and the predicted speed."""
+    """One line: the sum of scores, the proof of what is optimal, and the predicted speed."""
     best = answer.best
     child, parent = (
         f"{figures['main'].throughput_tok_per_s:,.0f} tok/s"
@@ -201,13 +230,13 @@ def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: C
     parent = Architecture.of_parent(job.run.parent.shape)
     swept = {other: models[other].table for other in cost.sweep}
     asked = constraints(settings, tables, best_of_parent(swept, swept, parent), parent)
-    refused = [choices.columns(names) for names in tried.Tries.of(job).refused]
+    refused = [names for names in tried.Tries.of(job).refused if choices.has(names)]
+    rows = [choices.columns(names) for names in refused]
+    away = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in rows)
 
     def searched(margin: float) -> Searched:
         limits = [_aimed_limit(one, tables[one.scenario], margin) for one in asked]
         program = build(choices, limits, settings)
-        rows = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in refused)
-        program = replace(program, extra=(*program.extra, *rows))
         if settings.target is not None and settings.kl is not None:
             target = Limit(KINDS[settings.target], tables["main"], 0.0)
             program = for_target(program, choices, target, settings.kl)
@@ -215,7 +244,10 @@ def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: C
             solutions = [_given(choices, settings.architecture, tables, settings)]
         else:
             solutions = _solve(program, choices, settings, tables)
-        return Searched(name, tables, asked, limits, program, margin, solutions)
+            if any(solution.blocks in refused for solution in solutions):
+                apart = replace(program, extra=(*program.extra, *away))
+                solutions = _solve(apart, choices, settings, tables)
+        return Searched(name, settings, tables, asked, limits, program, margin, solutions)
 
     measured = [c for c in asked if c.kind.timed or c.kind is KINDS["memory"]]
     if settings.architecture is not None or not measured:

@@ -8,7 +8,7 @@ A child is searched, assembled and served until one is met from just above: less
 what was asked. The child that goes on is the best in score that is met.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puzzle import artifacts
@@ -17,11 +17,23 @@ from puzzle.cost import COST
 from puzzle.cost.refit import Observation
 from puzzle.engines.turns import Measurement
 from puzzle.model.architecture import Architecture
-from puzzle.search.constraints import asked_in_words
+from puzzle.score import SCORE
+from puzzle.search.answers import Solution
 from puzzle.search.promise import Promise, Verdict
 from puzzle.stage import Job
 
 LEAST_GAIN = 0.01  # in the sum of scores, for which another child is assembled and served
+# Settings of a search that change how it looks, not what is asked
+NOT_ASKED = {
+    "attempts",
+    "diversity",
+    "frontier",
+    "gap",
+    "margin",
+    "points",
+    "solutions",
+    "time_limit_s",
+}
 MEASURED, NEIGHBOURS = "measured.jsonl", "neighbours.jsonl"  # in the child's folder
 
 
@@ -30,10 +42,12 @@ class MeasuredChild(Record):
 
     source: str  # fingerprint of the stage that measured it
     costs: str  # fingerprint of the costs that it was predicted from
-    asked: list[str]  # the constraints, in words
+    wish: str  # fingerprint of what was asked, and of the scores it was searched with
+    asked: list[str]  # the constraints, in words, for people
     blocks: list[str]
     objective: float  # what the search makes least: the sum of scores, or a target
     tables: dict[str, str]  # by scenario: the name of its costs
+    parent_tables: dict[str, str]  # the same, of the parent beside it
     measurements: dict[str, Measurement]  # by scenario
     verdict: Verdict
     gives_away: bool  # more than 2 % beyond every constraint
@@ -44,11 +58,11 @@ class MeasuredChild(Record):
         return self.verdict == "met" and not self.gives_away
 
 
-class NeighbourRow(Record):
+class Neighbours(Record):
     """One line of `neighbours.jsonl`."""
 
     source: str  # of the child that they are neighbours of
-    observation: Observation
+    observations: list[Observation]
 
 
 def verdict(promises: Sequence[Promise]) -> Verdict:
@@ -71,22 +85,34 @@ def read_measured(job: Job) -> list[MeasuredChild]:
     return [record for record in records if record.costs == costs]
 
 
+def wish(job: Job) -> str:
+    """Fingerprint of what is asked and of the scores: tries of another wish do not compare."""
+    score, manifest = job.run.recipe.score, artifacts.read_manifest(job.folder(SCORE))
+    return artifacts.fingerprint(
+        {
+            "search": job.child.search.model_dump(mode="json", exclude=NOT_ASKED),
+            "scores": None if manifest is None else manifest.fingerprint,
+            "metric": score.metric,
+            "granularity": score.granularity,
+        }
+    )
+
+
 def _correcting(job: Job) -> list[MeasuredChild]:
     """Those that correct the next search: served for what is asked now, and not accepted.
 
     None where the architecture is given. Another wish starts from the table, so that a question has
     the same answer whichever child it is put to.
     """
-    search = job.child.search
-    if search.architecture is not None:
+    if job.child.search.architecture is not None:
         return []
-    wanted = asked_in_words(search, ["main", *job.place.cost.scenarios])
-    return [c for c in read_measured(job) if c.asked == wanted and not c.is_accepted]
+    wanted = wish(job)
+    return [c for c in read_measured(job) if c.wish == wanted and not c.is_accepted]
 
 
-def _neighbours_of(job: Job, children: Sequence[MeasuredChild]) -> list[NeighbourRow]:
+def _neighbours_of(job: Job, children: Sequence[MeasuredChild]) -> list[Neighbours]:
     sources = {child.source for child in children}
-    rows = artifacts.read_records(job.child.folder / NEIGHBOURS, NeighbourRow)
+    rows = artifacts.read_records(job.child.folder / NEIGHBOURS, Neighbours)
     return [row for row in rows if row.source in sources]
 
 
@@ -100,9 +126,8 @@ def record_measured(job: Job, measured: MeasuredChild) -> None:
 
 def record_neighbours(job: Job, source: str, seen: Sequence[Observation]) -> None:
     """Append what was served beside a child in the probe's engine."""
-    for observation in seen:
-        row = NeighbourRow(source=source, observation=observation)
-        artifacts.append_record(job.child.folder / NEIGHBOURS, row)
+    row = Neighbours(source=source, observations=list(seen))
+    artifacts.append_record(job.child.folder / NEIGHBOURS, row)
 
 
 def has_neighbours(job: Job, child: MeasuredChild) -> bool:
@@ -115,7 +140,7 @@ def observations(job: Job) -> dict[str, list[Observation]]:
     children = _correcting(job)
     parent = Architecture.of_parent(job.run.parent.shape).names
     seen = [observation for child in children for observation in _of_child(child, parent)]
-    seen += [row.observation for row in _neighbours_of(job, children)]
+    seen += [seen for row in _neighbours_of(job, children) for seen in row.observations]
     by_table: dict[str, list[Observation]] = {}
     for observation in seen:
         by_table.setdefault(observation.scenario, []).append(observation)
@@ -128,12 +153,12 @@ def _of_child(child: MeasuredChild, parent: list[str]) -> list[Observation]:
             scenario=child.tables[name],
             blocks=child.blocks,
             compared_with=parent,
+            compared_in=child.parent_tables[name],
             prefill=measurement.time_to_first_token_ratio,
             decode=measurement.decode_ratio,
             memory_bytes=measurement.child.memory_bytes,
         )
         for name, measurement in child.measurements.items()
-        if measurement.same_batch  # otherwise the two are of different tables
     ]
 
 
@@ -154,23 +179,24 @@ class Tries:
         met = [c for c in self.children if c.verdict == "met" and c.blocks not in self.refused]
         return min(met, key=lambda child: child.objective, default=None)
 
-    def settle(self, objective: float | None, attempts: int) -> MeasuredChild | None:
+    def settle(self, following: Solution | None, attempts: int) -> MeasuredChild | None:
         """The child that goes on, where no further try is worth it; None where one is.
 
         Args:
-            objective: what the search makes least, of the architecture that would be tried next.
+            following: what would be tried next, if anything.
             attempts: how many are tried at most.
         """
         best = self.best
-        if best is None or not best.gives_away or len(self.children) >= attempts:
+        if best is None or len(self.children) >= attempts or following is None:
             return best
-        better = objective is not None and objective <= best.objective * (1 - LEAST_GAIN)
-        return None if better else best
+        gain = best.objective - following.rank
+        is_worth_it = following.blocks != best.blocks and gain > LEAST_GAIN * abs(best.objective)
+        return None if is_worth_it else best
 
     @property
     def refused(self) -> list[list[str]]:
-        """The blocks of those that were not met: they are not taken again."""
-        return [child.blocks for child in self.children if child.verdict != "met"]
+        """The blocks of those that were missed: they are not taken again."""
+        return [child.blocks for child in self.children if child.verdict == "missed"]
 
 
 def corrections(job: Job) -> list[str]:
@@ -180,7 +206,6 @@ def corrections(job: Job) -> list[str]:
     return [artifacts.fingerprint(record.as_json()) for record in [*children, *rows]]
 
 
-def measured_before(job: Job, blocks: list[str]) -> Mapping[str, Measurement] | None:
-    """What serving this architecture has shown before: speed does not depend on the weights."""
-    known = (child for child in read_measured(job) if child.blocks == blocks)
-    return next((child.measurements for child in known), None)
+def measured_before(job: Job, source: str) -> MeasuredChild | None:
+    """What serving an earlier try has shown: speed does not depend on the weights."""
+    return next((child for child in _correcting(job) if child.source == source), None)
