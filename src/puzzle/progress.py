@@ -45,6 +45,12 @@ class Task:
         self.resumed += amount
         self.advance(amount)
 
+    def extend(self, amount: float) -> None:
+        """There is more to do than was thought."""
+        self.total += amount
+        if self.owner.bars is not None and self.bar is not None:
+            self.owner.bars.update(self.bar, total=self.total)
+
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Count work that has just been done; `note` stands beside the bar, e.g. the loss."""
         self.done += amount

@@ -11,6 +11,7 @@ from puzzle.assemble import ASSEMBLE
 from puzzle.cost.scenarios import served
 from puzzle.cost.table import are_from_elsewhere
 from puzzle.engines.turns import Measurement, Served, measure_pair
+from puzzle.progress import Task
 from puzzle.search import answers, promise, tried
 from puzzle.search.answers import Answer
 from puzzle.search.constraints import KINDS, asked_in_words
@@ -109,8 +110,14 @@ def _serve(job: Job, folder: Path, answer: Answer) -> dict[str, Measurement]:
         title = f"parent against child on {job.engine.name} ({child.scenario})"
         with job.measuring(), progress.task(title, cost.starts, "starts") as task:
             decided = _decides(answer, name)
+
+            def started(task: Task = task) -> None:
+                if task.done >= task.total:  # nothing is decided yet: another look
+                    task.extend(cost.starts)
+                task.advance()
+
             measurements[name] = measure_pair(
-                job.engine, parent, child, cost.starts, decided, task.advance
+                job.engine, parent, child, cost.starts, decided, started
             )
     return measurements
 
