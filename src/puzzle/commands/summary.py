@@ -100,7 +100,7 @@ def summaries(runs: list[Run]) -> list[ChildSummary]:
 def print_summaries(children: list[ChildSummary]) -> None:
     """Children side by side, on standard output."""
     several_runs = len({child.run for child in children}) > 1
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("child", overflow="fold")
     table.add_column("asked", min_width=len("throughput"), overflow="fold")
     for column in ("predicted", "measured", "", "KL", "kept", "params", "disk"):
