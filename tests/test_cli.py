@@ -211,6 +211,17 @@ def test_a_child_from_a_file_or_from_a_numbered_solution_is_exactly_that_one(run
 
 
 @pytest.mark.training
+def test_a_numbered_solution_of_a_target_is_made_and_can_be_read_again(run_copy):
+    wish = ("--maximize", "throughput", "--kl", "0.2", "--set", "search.solutions=2")
+    listed = last_line(puzzle("search", run_copy, *wish, "--json"))
+    made = last_line(
+        puzzle("child", run_copy, "--name", "second", *wish, "--solution", "1", "--json")
+    )
+    assert made["architecture"] == listed["solutions"][1]["blocks"]
+    assert "second" in puzzle("children", run_copy).stdout
+
+
+@pytest.mark.training
 def test_a_recipe_can_list_several_children(finished_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished_run.folder, copy, ignore=shutil.ignore_patterns("children"))

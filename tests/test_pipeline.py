@@ -168,7 +168,7 @@ def test_where_the_better_child_misses_the_first_one_goes_on_and_is_not_served_a
     assert [child.verdict for child in others] == ["missed", "missed"] and len(calls) == 4
     answer = answers.read(job)
     assert (answer.final, answer.best.blocks) == (first.source, first.blocks)
-    assert "  this architecture was served before" in said
+    assert "  this architecture was measured before and is not served again" in said
     assert measured.read(job).known_before
 
 
@@ -189,7 +189,7 @@ def test_an_undecided_child_is_not_called_met(tiny_run, monkeypatch):
 
     monkeypatch.setattr(measured, "measure_pair", wide)
     run = changed(tiny_run, "search", attempts=1)
-    with pytest.raises(Infeasible, match="undecided; the same command tries on"):
+    with pytest.raises(Infeasible, match="undecided; the same command tries further ones"):
         pipeline.execute(run)
     assert verdicts(job_of(run)) == ["undecided"]
 

@@ -6,7 +6,7 @@ resolved recipe is written to `RUN/run.yaml`.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -209,16 +209,17 @@ class CostConfig(Section):
         return self.sweep | self.scenarios
 
 
-CONSTRAINTS = (
-    "throughput",
-    "user_throughput",
+MoreIsBetter = Literal["throughput", "user_throughput"]
+LessIsBetter = Literal[
     "latency",
     "time_to_first_token",
     "inter_token_latency",
     "memory",
     "parameters",
     "kv_cache",
-)
+]
+Constrained = Literal[MoreIsBetter, LessIsBetter]
+CONSTRAINTS: tuple[str, ...] = get_args(Constrained)
 TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
 # One text for every scenario, or a text by the scenario's name.
 Quantity = str | dict[str, str] | None
@@ -241,33 +242,14 @@ class SearchConfig(Section):
     kv_cache: Quantity = None
     # The other direction: the best of one figure within a loss of quality, `kl`: the sum of scores,
     # which is the predicted KL before uptraining, in nats per token.
-    maximize: Literal["throughput", "user_throughput"] | None = None
-    minimize: (
-        Literal[
-            "latency",
-            "time_to_first_token",
-            "inter_token_latency",
-            "memory",
-            "parameters",
-            "kv_cache",
-        ]
-        | None
-    ) = None
+    maximize: MoreIsBetter | None = None
+    minimize: LessIsBetter | None = None
     kl: float | None = Field(default=None, gt=0)
     # At most so many layers may differ from the parent's.
     changed_layers: int | None = Field(default=None, ge=0)
     homogeneous: bool = False  # one block everywhere, as in Minitron
     monotone: bool = False  # FFN widths never grow with depth
-    frontier: Literal[
-        "throughput",
-        "user_throughput",
-        "latency",
-        "time_to_first_token",
-        "inter_token_latency",
-        "memory",
-        "parameters",
-        "kv_cache",
-    ] = "throughput"
+    frontier: Constrained = "throughput"
     points: Positive = 25
     architecture: list[str] | None = None  # make exactly this child; nothing is searched
     gap: float = Field(default=1e-4, ge=0)

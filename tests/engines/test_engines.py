@@ -6,9 +6,10 @@ from conftest import DEVICE_SHEET, NEEDS_VLLM, make_parent
 
 from puzzle import engines
 from puzzle.config import CostConfig, ScenarioConfig
-from puzzle.engines import roofline_engine, vllm_engine
+from puzzle.engines import roofline_engine, vllm_engine, vllm_worker
 from puzzle.errors import UserError
 from puzzle.model import parent
+from puzzle.model.modeling_puzzle import PuzzleConfig
 
 SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=8)
 COST = CostConfig(device_sheet=str(DEVICE_SHEET))
@@ -93,3 +94,12 @@ def test_a_worker_that_dies_is_one_clear_line_with_its_log(tmp_path):
 def test_an_unknown_device_sheet_lists_the_known_ones(sheet):
     with pytest.raises(UserError, match="expected one of this-cpu, H100"):
         roofline_engine.sheet(sheet)
+
+
+@pytest.mark.parametrize(("ranks", "heads"), [(1, 1 + 2 + 2), (2, 1 + 1 + 1), (4, 1 + 1 + 1)])
+def test_each_device_holds_at_least_one_kv_head_of_every_layer(servable, ranks, heads):
+    """Copies of it, where a layer has fewer heads than there are devices."""
+    config = PuzzleConfig.from_pretrained(servable[1])
+    groups = [b.attention.n_heads_in_group for b in config.block_configs if not b.attention.no_op]
+    assert [config.num_attention_heads // group for group in groups] == [1, 2, 2]
+    assert vllm_worker.kv_heads(config, ranks) == heads

@@ -39,7 +39,12 @@ class Measured(Record):
     @property
     def verdict(self) -> Verdict:
         """Of all that was asked together."""
-        return tried.verdict(self.promises)
+        return promise.overall(self.promises)
+
+    @property
+    def failed(self) -> list[Promise]:
+        """The constraints that are missed or undecided."""
+        return [one for one in self.promises if one.verdict in ("missed", "undecided")]
 
     @property
     def gives_away(self) -> bool:
@@ -49,15 +54,13 @@ class Measured(Record):
     @property
     def can_be_corrected(self) -> bool:
         """Whether another search would aim differently: seconds and memory are corrected."""
-        failed = [one for one in self.promises if one.verdict in ("missed", "undecided")]
-        kinds = [KINDS[promise.constraint] for promise in failed]
-        return not failed or any(kind.timed or kind is KINDS["memory"] for kind in kinds)
+        kinds = [KINDS[promise.constraint] for promise in self.failed]
+        return not kinds or any(kind.timed or kind is KINDS["memory"] for kind in kinds)
 
     @property
     def failures(self) -> str:
         """In words, what is not met."""
-        failed = (one for one in self.promises if one.verdict in ("missed", "undecided"))
-        return "; ".join(promise.in_words for promise in failed)
+        return "; ".join(promise.in_words for promise in self.failed)
 
 
 def known(job: Job) -> Mapping[str, Measurement] | None:
@@ -208,12 +211,13 @@ def record(job: Job, source: str, measured: Measured) -> None:
 
 def missed(job: Job, attempts: int) -> str:
     """The message of a child that does not meet what was asked after so many attempts."""
+    measured = read(job)
     hint = "ask for less, or raise search.margin or search.attempts"
     if job.child.search.architecture is not None:
         hint = "ask for less of this architecture"
-    elif not read(job).can_be_corrected:
+    elif not measured.can_be_corrected:
         hint = "ask for less: sizes are as the engine allocates them"
-    elif read(job).verdict == "undecided":
-        hint = "the same command tries on; measure where it is quieter, or with more cost.starts"
+    elif measured.verdict == "undecided":
+        hint = "the same command tries further ones; a larger cost.starts narrows the intervals"
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-    return f"search: after {times} the child does not meet its wish: {read(job).failures}; {hint}"
+    return f"search: after {times} the child does not meet its wish: {measured.failures}; {hint}"

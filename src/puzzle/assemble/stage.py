@@ -15,6 +15,7 @@ import torch
 
 from puzzle.artifacts import Inputs
 from puzzle.assemble import measured
+from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.library import weights
 from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
@@ -25,7 +26,6 @@ from puzzle.stage import Job, Need, Work
 ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
 BATCHES_PER_START = 1.5  # of each side, about: the turns that one start of the engines shows
 BATCH_OVERHEAD = 3.0  # a served batch takes so much longer than its matrix products
-ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights
 
 
 class ChildState(Mapping[str, torch.Tensor]):
@@ -68,12 +68,13 @@ def _execute(job: Job, folder: Path) -> None:
     result = measured.measure(job, folder, known=measured.known(job))
     result.write(folder / measured.MEASURED)
     if result.known_before:
-        run.progress.say("  this architecture was served before")
+        run.progress.say("  this architecture was measured before and is not served again")
     for line in measured.describe(result):
         run.progress.say(f"  {line}")
     is_free = job.child.search.architecture is None and answers.read(job).final is None
     if result.verdict == "met" and result.gives_away and is_free:
-        run.progress.say("  more than asked: `puzzle child` looks for one that keeps more quality")
+        run.progress.say("  more than 2 % beyond what was asked: `puzzle run` and `puzzle child`")
+        run.progress.say("  go on and search for a child that keeps more quality")
 
 
 def serving_need(job: Job) -> Need:

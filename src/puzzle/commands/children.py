@@ -22,8 +22,8 @@ from puzzle.commands.options import (
     Wait,
     constraint_changes,
     emit,
+    given,
     open_run,
-    target_changes,
 )
 from puzzle.commands.summary import print_summaries, summaries
 from puzzle.config import ChildConfig, PlaceConfig
@@ -89,6 +89,7 @@ def changed_child(run: Run, name: str, assignments: list[str] | None) -> Job:
 
 
 def child(
+    context: typer.Context,
     run_directory: RunArgument,
     name: Annotated[str, typer.Option(help="The child's name; also its folder's.")],
     throughput: Limit = None,
@@ -116,17 +117,7 @@ def child(
     quiet: Quiet = False,
 ) -> None:
     """Make one more child from the same library, scores and costs; others are not touched."""
-    changes = constraint_changes(
-        throughput=throughput,
-        user_throughput=user_throughput,
-        latency=latency,
-        time_to_first_token=time_to_first_token,
-        inter_token_latency=inter_token_latency,
-        memory=memory,
-        parameters=parameters,
-        kv_cache=kv_cache,
-    )
-    changes |= target_changes(maximize, minimize, kl)
+    changes = constraint_changes(context) | given(context, config.TARGETS)
     run = open_run(run_directory, quiet, wait)
     if solution is not None and architecture is not None:
         raise UserError("child: give --solution or --architecture, not both")
@@ -307,7 +298,7 @@ def fail_if_missed(stage: Stage, job: Job) -> None:
     """Raise `Infeasible` where a stage has measured a child that misses its wish."""
     from puzzle.assemble import measured
 
-    if stage is ASSEMBLE and measured.read(job).verdict in ("missed", "undecided"):
+    if stage is ASSEMBLE and measured.read(job).failed:
         hint = (
             f"`puzzle child {job.run.folder} --name {job.child.name}` corrects and searches again"
         )

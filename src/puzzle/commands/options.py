@@ -1,12 +1,14 @@
 """What commands have in common: options, opening a run, the machine-readable last line."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import JsonValue
 
+from puzzle.config import CONSTRAINTS
 from puzzle.progress import Progress
 from puzzle.run import Run
 
@@ -69,17 +71,14 @@ def emit(result: JsonValue, as_json: bool) -> None:
         print(json.dumps(result))
 
 
-def target_changes(
-    maximize: str | None, minimize: str | None, kl: float | None
-) -> dict[str, JsonValue]:
-    """The target that was given on the command line."""
-    given: dict[str, JsonValue] = {"maximize": maximize, "minimize": minimize, "kl": kl}
-    return {name: value for name, value in given.items() if value is not None}
+def given(context: typer.Context, names: Iterable[str]) -> dict[str, JsonValue]:
+    """Those of these options that were given on the command line, by name."""
+    return {name: v for name in names if (v := context.params[name]) is not None}
 
 
-def constraint_changes(**texts: str | None) -> dict[str, JsonValue]:
+def constraint_changes(context: typer.Context) -> dict[str, JsonValue]:
     """The constraints that were given on the command line, by name."""
-    return {name: constraint(text) for name, text in texts.items() if text is not None}
+    return {name: constraint(str(text)) for name, text in given(context, CONSTRAINTS).items()}
 
 
 def constraint(text: str) -> JsonValue:

@@ -18,8 +18,8 @@ from puzzle.commands.options import (
     Set,
     constraint_changes,
     emit,
+    given,
     open_run,
-    target_changes,
 )
 from puzzle.errors import UserError
 from puzzle.run import Run
@@ -27,6 +27,7 @@ from puzzle.stage import Job
 
 
 def search(
+    context: typer.Context,
     run_directory: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="A run directory.")
     ] = None,
@@ -66,16 +67,7 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Ask which architecture would meet constraints; nothing is changed. `child` makes it."""
-    changes = constraint_changes(
-        throughput=throughput,
-        user_throughput=user_throughput,
-        latency=latency,
-        time_to_first_token=time_to_first_token,
-        inter_token_latency=inter_token_latency,
-        memory=memory,
-        parameters=parameters,
-        kv_cache=kv_cache,
-    )
+    changes = constraint_changes(context)
     if table is not None:
         if run_directory is not None or set_ or changes or kl is not None:
             raise UserError(
@@ -85,13 +77,12 @@ def search(
         target = _target(minimize, maximize)
         _ask_table(table, target, max_ or [], min_ or [], (gap, solutions, diversity), as_json)
         return
-    changes |= target_changes(maximize, minimize, kl)
+    changes |= given(context, config.TARGETS)
     if run_directory is None or max_ or min_:
         raise UserError(
             "search: give a run directory, or --table FILE with --minimize KEY --max KEY=VALUE"
         )
-    more = {"solutions": solutions, "diversity": diversity, "gap": gap}
-    changes.update({name: value for name, value in more.items() if value is not None})
+    changes |= given(context, ("solutions", "diversity", "gap"))
     this = open_run(run_directory, quiet)
     job = question(this, child or this.child_names()[0], changes, set_ or [], place)
     answer_question(job, quiet, as_json)

@@ -113,7 +113,7 @@ def print_summaries(children: list[ChildSummary]) -> None:
             verdict = "stale"
         table.add_row(
             name,
-            child.wish + place,
+            child.wish.replace(", ", ",\n") + place,  # a line for each part
             _figure(child.predicted_speedup, ".2f", "x"),
             _figure(child.measured_speedup, ".2f", "x"),
             verdict,

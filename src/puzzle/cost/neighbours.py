@@ -22,7 +22,7 @@ from puzzle.cost.scenarios import element_bytes, served
 from puzzle.cost.table import distinct_variants
 from puzzle.engines import Session
 from puzzle.engines.intervals import Figure, Phase, Seconds, Start, intervals
-from puzzle.engines.turns import settled, turn_lengths
+from puzzle.engines.turns import settled, turn_lengths, warm_prefill
 from puzzle.model.architecture import Architecture
 from puzzle.stage import Job
 
@@ -82,9 +82,7 @@ def _serve(
         order = rng.sample(range(count), count)
         layers = {index: probe.layers_of(architectures[index], rng) for index in order}
         for index in order:
-            for _ in range(2):  # the first one warms caches
-                session.begin(scenario)
-                prefills[number, index] = session.advance(1, layers[index])[0]
+            prefills[number, index] = warm_prefill(session, scenario, layers[index])
         turns = []
         for index in order if scenario.output_length > 1 else ():
             if not turns:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.artifacts import Record
+from puzzle.cost.regression import Vector
 from puzzle.cost.table import Cost, CostTable
 from puzzle.engines.intervals import Interval
 from puzzle.model.architecture import Architecture
@@ -27,7 +28,6 @@ VARIANT_ERROR = 0.015  # of a variant's seconds
 CONSTANT_ERROR = 0.007  # of the parent's seconds
 CURVATURE = 0.007  # of a model's seconds: what no sum of variants says
 INTERVAL_SIGMAS = 2 * 1.96  # standard errors in the width of an interval
-Vector = NDArray[np.float64]
 Variant = tuple[str, str]  # slot and name
 
 

@@ -22,12 +22,12 @@ from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.scenarios import element_bytes, served_scenarios
 from puzzle.cost.table import COSTS, FITS, HEADER, CostHeader, ScenarioFit, VariantCost
+from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
 from puzzle.stage import Job, Need, Work
 
 PROBE = "probe"  # the probe's folder, removed at the end
-ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights
 
 
 def header(job: Job) -> CostHeader:

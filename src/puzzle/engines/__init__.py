@@ -24,6 +24,8 @@ from puzzle.artifacts import Record
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.errors import UserError
 
+ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights and KV cache
+
 
 class Page(NamedTuple):
     """A page of a layer's KV cache: so many tokens of one sequence take so many bytes."""

@@ -18,7 +18,13 @@ import numpy as np
 
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, Session, available_bytes, cache_bytes
+from puzzle.engines import (
+    ENGINE_OVERHEAD_BYTES,
+    Engine,
+    Session,
+    available_bytes,
+    cache_bytes,
+)
 from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
 
 TURN_STEPS = 8
@@ -28,7 +34,6 @@ PREFILLS_PER_START = 4  # at least, unless they take longer than the decode step
 SECTION_TURNS = 8  # of a batch, that are looked at together: their contexts are about as long
 MOST_SECTIONS = 8
 LOOKS = 3  # at a measurement: one that has decided nothing goes on twice
-ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights and KV cache
 
 
 @dataclass(frozen=True)
@@ -225,16 +230,15 @@ def turn_lengths(output_length: int) -> list[int]:
 
 
 def _prefill(sessions: Sequence[Session], scenarios: Sequence[ScenarioConfig]) -> list[float]:
-    """Begin a batch in every session: seconds until all of its sequences have a token.
+    """Begin a batch in every session: seconds until all of its sequences have a token."""
+    return [warm_prefill(*each) for each in zip(sessions, scenarios, strict=True)]
 
-    The prefill of another batch comes before it and does not count.
-    """
-    seconds = []
-    for session, scenario in zip(sessions, scenarios, strict=True):
-        for _ in range(2):
-            session.begin(scenario)
-            (prefill_s,) = session.advance(1)
-        seconds.append(prefill_s)
+
+def warm_prefill(session: Session, scenario: ScenarioConfig, layers: Sequence[int] = ()) -> float:
+    """Seconds of a prefill; that of another batch comes before it, warms caches, does not count."""
+    for _ in range(2):
+        session.begin(scenario)
+        (seconds,) = session.advance(1, layers)
     return seconds
 
 

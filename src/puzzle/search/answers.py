@@ -64,7 +64,7 @@ class Solution(Record):
 
 
 class SweepPoint(Record):
-    """The best sum of scores at one batch size of the main scenario; None where none fits."""
+    """What the search makes least at one batch size of `main`; None where nothing fits."""
 
     batch_size: int
     objective: float | None

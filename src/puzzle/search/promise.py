@@ -83,6 +83,13 @@ class Promise(Record):
         return self.figure.high < self.predicted * (1 + self.margin)
 
 
+def overall(promises: Sequence[Promise]) -> Verdict:
+    """Of all constraints together: the worst."""
+    verdicts = {promise.verdict for promise in promises}
+    order: tuple[Verdict, ...] = ("missed", "undecided", "predicted")
+    return next((one for one in order if one in verdicts), "met")
+
+
 def give_away(promises: Sequence[Promise]) -> bool:
     """Whether quality was given that nobody asked to give: every constraint has room to spare.
 

@@ -137,11 +137,12 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
     """
     settings, cost = job.child.search, job.place.cost
     _check(job)
-    models = _models(job)
-    swept = [_search_one(job, name, models, choices) for name in cost.sweep]
+    models, tries = _models(job), tried.Tries.of(job)
+    refused = [names for names in tries.refused if choices.has(names)]
+    swept = [_search_one(job, name, models, choices, refused) for name in cost.sweep]
     solved = [one for one in swept if one.solutions]
     best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
-    final, tries = None, tried.Tries.of(job)
+    final = None
     if settle:
         final = tries.settle(best.solutions[0] if solved else None, settings.attempts)
         final = final if final is not None and choices.has(final.blocks) else None
@@ -154,8 +155,8 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
         )
         if settings.kl is not None:
             message += f"; kl {settings.kl:g} is asked, too"
-        if tries.refused:
-            message += f"; {len(tries.refused)} that were served and missed are not tried again"
+        if refused:
+            message += f"; {len(refused)} that were served and missed are not tried again"
         raise Infeasible(message)
     tables = {name: model.table for name, model in models.items()}
     parent = Architecture.of_parent(job.run.parent.shape)
@@ -222,15 +223,20 @@ def summary(answer: Answer) -> str:
     )
 
 
-def _search_one(job: Job, name: str, models: Mapping[str, CostModel], choices: Choices) -> Searched:
-    """Search with the table called `name` as the main scenario's."""
+def _search_one(
+    job: Job,
+    name: str,
+    models: Mapping[str, CostModel],
+    choices: Choices,
+    refused: Sequence[list[str]],
+) -> Searched:
+    """Search with the table called `name` as the main scenario's; not for what was `refused`."""
     settings, cost = job.child.search, job.place.cost
     tables = {"main": models[name].table}
     tables |= {other: models[other].table for other in cost.scenarios}
     parent = Architecture.of_parent(job.run.parent.shape)
     swept = {other: models[other].table for other in cost.sweep}
     asked = constraints(settings, tables, best_of_parent(swept, swept, parent), parent)
-    refused = [names for names in tried.Tries.of(job).refused if choices.has(names)]
     rows = [choices.columns(names) for names in refused]
     away = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in rows)
 

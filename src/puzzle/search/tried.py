@@ -19,11 +19,11 @@ from puzzle.engines.turns import Measurement
 from puzzle.model.architecture import Architecture
 from puzzle.score import SCORE
 from puzzle.search.answers import Solution
-from puzzle.search.promise import Promise, Verdict
+from puzzle.search.promise import Verdict
 from puzzle.stage import Job
 
 LEAST_GAIN = 0.01  # in the sum of scores, for which another child is assembled and served
-# Settings of a search that change how it looks, not what is asked
+# Settings of a search that do not change what is asked for
 NOT_ASKED = {
     "attempts",
     "diversity",
@@ -63,13 +63,6 @@ class Neighbours(Record):
 
     source: str  # of the child that they are neighbours of
     observations: list[Observation]
-
-
-def verdict(promises: Sequence[Promise]) -> Verdict:
-    """Of all constraints together: the worst."""
-    verdicts = {promise.verdict for promise in promises}
-    order: tuple[Verdict, ...] = ("missed", "undecided", "predicted")
-    return next((one for one in order if one in verdicts), "met")
 
 
 def costs_fingerprint(job: Job) -> str:
