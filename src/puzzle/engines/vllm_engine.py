@@ -23,7 +23,7 @@ from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 from puzzle.errors import UserError
 
 # By default glibc may or may not map large activations anew in every step, which differs from start
-# to start: a prefill then takes up to 1.3x as long (docs/log.md). Keeping freed memory avoids it.
+# to start: prefills took about 1.3x as long (docs/log.md). Keeping freed memory avoids it.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
