@@ -37,6 +37,7 @@ from puzzle.search.answers import (
     Solution,
     SweepPoint,
     predict,
+    predict_parent,
 )
 from puzzle.search.constraints import KINDS, Constraint, Tables, check, constraints
 from puzzle.search.frontier import baseline_choices, frontier
@@ -175,7 +176,7 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
             )
             for one in swept
         ],
-        parent=predict(best.tables | {"main": of_parent}, parent),
+        parent=predict_parent(best.tables | {"main": of_parent}, parent),
         solutions=best.solutions,
     )
     return answer, best
@@ -206,7 +207,8 @@ def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> 
 
 def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -> CostTable:
     """The main scenario at the batch size, of those swept, where the parent is fastest."""
-    return max((tables[name] for name in swept), key=lambda t: t.tokens / t.predict(parent).total_s)
+    compared = (tables[name] for name in swept)
+    return max(compared, key=lambda t: t.tokens / t.predict_parent(parent).total_s)
 
 
 def summary(answer: Answer) -> str:
