@@ -105,8 +105,8 @@ TINY_CORPUS = {
     "sources": [argparse.__file__],  # one file: reading all of the standard library takes seconds
     "sequence_length": 64,
     "train_tokens": 16_384,
-    "validation_fraction": 0.3,
-    "validation_tokens": 4096,
+    "held_out_fraction": 0.4,
+    "held_out_tokens": 16_384,
 }
 
 

@@ -52,7 +52,7 @@ LIBRARY_SETTINGS = {
 }
 
 
-CORPUS = {"train_tokens": 40_000, "validation_tokens": 8192, "sequence_length": 128}
+CORPUS = {"train_tokens": 40_000, "held_out_tokens": 32_768, "sequence_length": 128}
 
 
 def work(recipe: str, folder: str, mode: str) -> None:

@@ -52,7 +52,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
-from puzzle.score.stage import all_shards
+from puzzle.score.exact import Shard
 from puzzle.search import stage, tried
 from puzzle.search.validate import AssembledKL
 from puzzle.stage import Job
@@ -310,13 +310,11 @@ def before_rule(run: Run, asked: float, starts: int) -> tuple[Architecture, floa
     return architecture, measured
 
 
-def held_out(run: Run) -> list[Any]:
-    """Sequences of the validation side that scored no block."""
+def held_out(run: Run) -> list[Shard]:
+    """Sequences of the validation side, which scored no block."""
     score = run.recipe.score
-    more = score.model_copy(update={"sequences": 3 * score.sequences, "task": None})
-    longer = Run(run.recipe.model_copy(update={"score": more}), run.folder, run.progress)
-    longer.__dict__["parent_model"] = run.parent_model
-    return all_shards(longer)[-(-score.sequences // score.shard_sequences) :]
+    parts = run.corpus["validation"].head(2 * score.sequences).split(score.shard_sequences)
+    return [Shard(str(index), tokens_BS) for index, tokens_BS in enumerate(parts)]
 
 
 # -------------------------------------------------------------------------------------- prediction

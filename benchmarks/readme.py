@@ -35,7 +35,7 @@ def result_section(job: Job) -> str:
     lines += [
         "",
         f"{engine.engine} {engine.version} on {engine.count} cores of {engine.device}, {dtype}, "
-        f"{job.place.cost.scenario}; quality on {results.evaluated_tokens:,} held-out tokens. "
+        f"{job.place.cost.scenario}; quality on {results.evaluated_tokens:,} tokens of test text. "
         f"{promises}. Time: {duration(sum(stages.values()))} ({times}).",
     ]
     return "\n".join(lines)

@@ -35,8 +35,7 @@ from puzzle.assemble import ASSEMBLE
 from puzzle.config import UptrainConfig
 from puzzle.cost import COST
 from puzzle.device import keep_freed_memory
-from puzzle.evaluate.results import Quality
-from puzzle.evaluate.stage import quality
+from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.library import LIBRARY
 from puzzle.metrics import Metrics
 from puzzle.model import child
@@ -165,7 +164,7 @@ class MixResult(Record):
     mix: str
     seed: int
     tokens: int  # 0 without uptraining, which has one seed
-    quality: Quality
+    quality: dict[str, float]  # means per token, by metric
     seconds: float
 
 
@@ -194,11 +193,11 @@ class Mixes:
                     mix=mix, seed=key[1], tokens=key[2], quality=figures, seconds=seconds
                 )
                 artifacts.append_record(path, row)
-                print(f"{mix}, seed {key[1]}: KL {figures.kl:.4f}, {seconds:.0f} s", flush=True)
+                print(f"{mix}, seed {key[1]}: KL {figures['kl']:.4f}, {seconds:.0f} s", flush=True)
         rows = artifacts.read_records(path, MixResult)
         return [row for row in rows if row.tokens in (0, self.tokens) and row.seed <= self.seeds]
 
-    def _measure_mix(self, mix: str, seed: int, tokens: int) -> Quality:
+    def _measure_mix(self, mix: str, seed: int, tokens: int) -> dict[str, float]:
         """Uptrain the child with one mix and measure it.
 
         The last weights are taken, so that nothing is selected by its KL.
@@ -215,8 +214,9 @@ class Mixes:
             shutil.rmtree(folder / artifacts.UNFINISHED, ignore_errors=True)
         device, attention = self.run.device.torch_device, self.run.placement.attention
         model = child.load(folder, torch.float32, device, attention)
-        tokens_NS = self.run.corpus["validation"].head(settings.evaluate.sequences)
-        return quality(job, model, tokens_NS)
+        text = Text.of(self.run, "validation", settings.evaluate.sequences)
+        sums = unit_sums(self.run, model, text, settings.evaluate.batch_sequences)
+        return {metric: sums.mean(metric).value for metric in sums.metrics}
 
 
 def _with_mix(settings: UptrainConfig, mix: str, seed: int, tokens: int) -> UptrainConfig:
@@ -244,9 +244,9 @@ def print_mixes(rows: list[MixResult], tokens: int, seeds: int) -> None:
     by_mix = {mix: {row.seed: row.quality for row in rows if row.mix == mix} for mix in MIXES}
     for mix, by_seed in by_mix.items():
         qualities = list(by_seed.values())
-        kl = _mean_and_spread([q.kl for q in qualities], ".4f")
-        lm_loss = _mean_and_spread([q.lm_loss for q in qualities], ".4f")
-        top1 = _mean_and_spread([q.top1 for q in qualities], ".2%")
+        kl = _mean_and_spread([q["kl"] for q in qualities], ".4f")
+        lm_loss = _mean_and_spread([q["lm_loss"] for q in qualities], ".4f")
+        top1 = _mean_and_spread([q["top1"] for q in qualities], ".2%")
         common.print_row(mix, kl, f"{MIXES[mix]:.2f}", lm_loss, top1)
     print()
     common.print_header(
@@ -258,7 +258,7 @@ def print_mixes(rows: list[MixResult], tokens: int, seeds: int) -> None:
         for seed in range(1, seeds + 1):
             # the child before uptraining has no seed: its only result is under 1
             good, bad = (by_mix[mix].get(seed, by_mix[mix][1]) for mix in (better, worse))
-            gaps.append(sign * (getattr(bad, figure) - getattr(good, figure)))
+            gaps.append(sign * (bad[figure] - good[figure]))
         common.print_row(f"{finding} ({figure})", *_judge(gaps))
 
 

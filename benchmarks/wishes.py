@@ -87,7 +87,8 @@ def picture(jobs: list[Job]) -> str:
         axis.tick_params(length=0)
         for spine in axis.spines.values():
             spine.set_visible(False)
-        kept = results.uptrained.retention or 0.0
+        retention = results.uptrained.retention
+        kept = 0.0 if retention is None else retention.value
         title = f"{job.child.name}: {results.speedup:.2f}x, keeps {kept:.1%} of top-1"
         axis.set_title(title, fontsize=9, loc="left")
     axes[-1, 0].set_xlim(-0.7, shape.num_hidden_layers - 0.3)

@@ -77,7 +77,7 @@ def tiny(tiny_folder) -> parent.Parent:
 
 
 def make_text(folder: Path) -> Path:
-    for i in range(40):
+    for i in range(80):
         body = "\n".join(TEXT.replace("add", f"add_{i}_{j}") for j in range(4))
         (folder / f"module_{i}.py").write_text(body)
     return folder
@@ -99,8 +99,8 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "sources": [str(text_folder)],
             "sequence_length": 32,
             "train_tokens": 16384,
-            "validation_fraction": 0.3,
-            "validation_tokens": 1024,
+            "held_out_fraction": 0.4,
+            "held_out_tokens": 4096,
         },
         "library": {
             "ffn_percent": [50],

@@ -30,8 +30,8 @@ def test_a_run_gives_a_child_that_keeps_its_promise_and_heals(row, text_folder, 
     figures = results.read(job)
     assert figures.verdict == "met"
     # the parent against itself, through every path a child takes
-    assert abs(figures.parent.quality.kl) < 1e-5
-    assert figures.uptrained.quality.kl < figures.child.quality.kl
+    assert abs(figures.parent.quality.kl.value) < 1e-5
+    assert figures.uptrained.quality.kl.value < figures.child.quality.kl.value
     changed = [b for b in figures.architecture if b != run.parent.shape.widest_block.name]
     assert changed
     if not any("linear" in name for name in changed) and row != "qwen2":

@@ -90,7 +90,7 @@ def boxes() -> list[str]:
         box(COLUMNS[0], BOTTOM, "search", ("a block per layer,", "within limits")),
         box(COLUMNS[1], BOTTOM, "assemble", ("a checkpoint,", "served and timed")),
         box(COLUMNS[2], BOTTOM, "uptrain", ("global distillation", "(GKD)")),
-        box(COLUMNS[3], BOTTOM, "evaluate", ("held-out quality,", "final timing")),
+        box(COLUMNS[3], BOTTOM, "evaluate", ("quality on test text,", "final timing")),
         box(COLUMNS[4], BOTTOM, "report", ("one page,", "a model card")),
     ]
 

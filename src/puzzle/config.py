@@ -68,8 +68,10 @@ class CorpusConfig(Section):
     )
     sequence_length: Annotated[int, Field(ge=2)] = 256
     train_tokens: Positive = 4_000_000
-    validation_fraction: Fraction = 0.04
-    validation_tokens: Positive = 262_144
+    # Share of the documents that training never sees: a quarter of them for block scores, a quarter
+    # for what chooses weights, half for tests.
+    held_out_fraction: Fraction = 0.04
+    held_out_tokens: Positive = 262_144  # of them, at most, shared in the same way
     seed: int = Field(default=0, ge=0)
 
 
@@ -344,7 +346,7 @@ class UptrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How the finished child's quality is measured, on held-out sequences."""
+    """How the finished child's quality is measured, on sequences of test text."""
 
     sequences: Positive = 128
     batch_sequences: Positive = 8

@@ -263,8 +263,11 @@ class Run:
             progress=self.progress,
         )
 
-    def questions(self) -> "list[QuestionBatch]":
-        """The questions of `score.task`; none where there is no task."""
+    def questions(self, split: "Split") -> "list[QuestionBatch]":
+        """The questions of `score.task`: those that `score` or those that `test` is given.
+
+        None where there is no task.
+        """
         from puzzle.data import tasks
 
         if self.recipe.score.task is None:
@@ -272,8 +275,8 @@ class Run:
         return tasks.batches(
             self.recipe.score.task,
             self.parent.tokenizer,
-            self.corpus["validation"],
-            tasks.TaskSettings.of(self.recipe),
+            self.corpus[split],
+            tasks.TaskSettings.of(self.recipe, split),
         )
 
     @cached_property

@@ -1,17 +1,23 @@
+import copy
 import itertools
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 from conftest import TEXT, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from puzzle import artifacts
 from puzzle.config import CorpusConfig
 from puzzle.data import corpus, packing, sources
+from puzzle.data.packing import Tokenised
+from puzzle.data.sequences import Split
 from puzzle.errors import UserError
 from puzzle.progress import Progress
 
-BUDGET = {"validation_fraction": 0.3, "train_tokens": 10**6, "validation_tokens": 10**6}
+BUDGET = {"held_out_fraction": 0.5, "train_tokens": 10**6, "held_out_tokens": 10**6}
+SIDES = get_args(Split)
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +46,20 @@ def decoded(tokenizer, sequences):
     return tokenizer.decode(rows.flatten().tolist())
 
 
-def test_train_and_validation_share_no_document(tmp_path, tokenizer, text_folder):
+def test_the_sides_share_no_document(tmp_path, tokenizer, text_folder):
     data = build(tmp_path, tokenizer, [str(text_folder)])
-    sides = [decoded(tokenizer, data[side]) for side in ("train", "validation")]
-    names = [{f"add_{i}_0" for i in range(40) if f"add_{i}_0(" in side} for side in sides]
-    assert names[0] and names[1] and not names[0] & names[1]
+    texts = [decoded(tokenizer, data[side]) for side in SIDES]
+    names = [{f"add_{i}_0" for i in range(80) if f"add_{i}_0(" in text} for text in texts]
+    assert all(names) and sum(map(len, names)) == len(set().union(*names))
 
 
 def test_the_side_of_a_document_depends_on_its_name_alone():
     before, after = (sources.Document("a/b.py", text) for text in ("one", "two"))
     assert packing.split_of(before, 0.5) == packing.split_of(after, 0.5)
     sides = [packing.split_of(sources.Document(f"f{i}", ""), 0.2) for i in range(2000)]
-    assert 0.17 < sides.count("validation") / 2000 < 0.23
+    shares = {side: sides.count(side) / 2000 for side in SIDES}
+    expected = {"train": 0.8, "score": 0.05, "validation": 0.05, "test": 0.1}
+    assert shares == pytest.approx(expected, abs=0.02)
 
 
 def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
@@ -60,13 +68,13 @@ def test_a_text_seen_twice_is_kept_once(tmp_path, tokenizer):
     for i in range(30):
         (folder / f"{i}.txt").write_text(TEXT)
     (folder / "other.txt").write_text(TEXT * 3)
-    config = CorpusConfig(sources=[str(folder)], validation_fraction=0.5)
-    seen: set[bytes] = set()  # validation is built first and hands its texts on to train
-    both = [
-        list(packing.tokenised_documents(config.sources[0], side, config, tokenizer, seen))
-        for side in ("validation", "train")
+    config = CorpusConfig(sources=[str(folder)], held_out_fraction=0.5)
+    taken: dict[str, None] = {}  # held-out sides are built first and hand their texts on to train
+    found = [
+        list(packing.tokenised_documents(config.sources[0], side, config, tokenizer, taken))
+        for side in reversed(SIDES)
     ]
-    assert sum(map(len, both)) == 2
+    assert sum(map(len, found)) == 2
 
 
 def test_the_same_seed_gives_the_same_sequences_and_another_seed_another_order(
@@ -90,54 +98,78 @@ def test_batches_cover_an_epoch_exactly_once_whatever_their_size(tmp_path, token
 
 
 def test_a_mixture_keeps_its_weights_in_tokens():
-    streams = [iter([[0] * 10] * 300), iter([[1] * 3] * 1000)]
-    tokens = np.concatenate(list(itertools.islice(packing.mixture(streams, [3.0, 1.0]), 400)))
+    streams = [iter([Tokenised(0, [0] * 10)] * 300), iter([Tokenised(1, [1] * 3)] * 1000)]
+    taken = itertools.islice(packing.mixture(streams, [3.0, 1.0]), 400)
+    tokens = np.concatenate([document.ids for document in taken])
     assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
 
 
-def test_one_long_text_file_has_both_sides(tmp_path, tokenizer):
-    (tmp_path / "book.txt").write_text("\n".join(texts(400)))
+def test_one_long_text_file_has_all_sides(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("\n".join(texts(800)))
     data = build(tmp_path, tokenizer, [str(tmp_path / "book.txt")])
     assert len(data["train"]) > len(data["validation"]) > 0
 
 
-def test_a_text_in_two_sources_never_stands_on_both_sides(tmp_path, tokenizer):
+def test_a_text_in_two_sources_never_stands_on_two_sides(tmp_path, tokenizer):
     """The same texts as named files and as rows: names and texts hash to different sides."""
     folder = tmp_path / "files"
     folder.mkdir()
-    for i, text in enumerate(texts(60)):
+    for i, text in enumerate(texts(90)):
         (folder / f"{i}.txt").write_text(text)
     (tmp_path / "rows.jsonl").write_text(
-        "\n".join(json.dumps({"text": text}) for text in texts(60))
+        "\n".join(json.dumps({"text": text}) for text in texts(90))
     )
     data = build(
-        tmp_path, tokenizer, [str(folder), str(tmp_path / "rows.jsonl")], validation_fraction=0.5
+        tmp_path, tokenizer, [str(folder), str(tmp_path / "rows.jsonl")], held_out_fraction=0.5
     )
-    sides = [decoded(tokenizer, data[side]) for side in ("train", "validation")]
-    names = [{i for i in range(60) if f"name_{i}(" in side} for side in sides]
-    assert names[0] and names[1] and not names[0] & names[1]
+    texts_of_sides = [decoded(tokenizer, data[side]) for side in SIDES]
+    names = [{i for i in range(90) if f"name_{i}(" in text} for text in texts_of_sides]
+    assert all(names) and sum(map(len, names)) == len(set().union(*names))
 
 
 def test_a_stream_that_ends_leaves_the_rest_to_the_others():
-    assert len(list(packing.mixture([iter([[0]] * 5), iter([[1]] * 50)], [1.0, 1.0]))) == 55
+    streams = [iter([Tokenised(0, [0])] * 5), iter([Tokenised(1, [1])] * 50)]
+    assert len(list(packing.mixture(streams, [1.0, 1.0]))) == 55
 
 
 def test_packing_keeps_every_token_in_order_and_drops_only_the_last_rest():
-    documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11]]
-    rows = np.stack(list(packing.pack(documents, 4)))
-    assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    documents = [Tokenised(i, ids) for i, ids in enumerate(([1, 2, 3], [4], [5, 6, 7, 8, 9], [0]))]
+    tokens, numbers = np.stack(list(packing.pack(documents, 4)), axis=1).tolist()
+    assert tokens == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert numbers == [[0, 0, 0, 1], [2, 2, 2, 2]]
+
+
+def test_every_sequence_begins_as_a_document_does():
+    """9 begins a text. A sequence that starts with a document has it once."""
+    documents = [Tokenised(i, ids) for i, ids in enumerate(([9, 1, 2, 3, 4], [9, 5], [9, 6, 7, 8]))]
+    tokens, numbers = np.stack(list(packing.pack(documents, 3, [9])), axis=1).tolist()
+    assert tokens == [[9, 1, 2], [9, 3, 4], [9, 5, 9], [9, 6, 7]]
+    assert numbers == [[0, 0, 0], [0, 0, 0], [1, 1, 2], [2, 2, 2]]
+
+
+def test_documents_begin_and_end_as_the_tokenizer_makes_them_by_default(tokenizer):
+    """A tokenizer may prepend a token, or a chat template may have written it already."""
+    assert packing.Frame.of(tokenizer) == ([], [tokenizer.eos_token_id])
+    with_bos = copy.deepcopy(tokenizer)
+    bos = tokenizer.convert_tokens_to_ids("!")
+    with_bos._tokenizer.post_processor = TemplateProcessing(
+        single="! $A", pair="! $A $B", special_tokens=[("!", bos)]
+    )
+    frame = packing.Frame.of(with_bos)
+    assert frame == ([bos], [tokenizer.eos_token_id])
+    assert frame.around([5, 6]) == frame.around([bos, 5, 6]) == [bos, 5, 6, tokenizer.eos_token_id]
 
 
 def test_every_document_ends_with_the_end_of_text_token(tokenizer):
     config = CorpusConfig(sources=["stdlib"])
-    first = next(packing.tokenised_documents(config.sources[0], "train", config, tokenizer, set()))
-    assert first[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in first[:-1]
+    _, ids = next(packing.tokenised_documents(config.sources[0], "train", config, tokenizer, {}))
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
 
 
 def test_a_changed_file_makes_the_corpus_anew(tmp_path, tokenizer):
     folder = tmp_path / "text"
     folder.mkdir()
-    for i, text in enumerate(texts(30)):
+    for i, text in enumerate(texts(90)):
         (folder / f"{i}.txt").write_text(text)
     build(tmp_path, tokenizer, [str(folder)])
     before = artifacts.read_manifest(tmp_path / "corpus")
@@ -168,7 +200,7 @@ def test_a_build_interrupted_between_the_sides_ends_with_the_same_files(
     folder = tmp_path / "corpus"
     build(tmp_path, tokenizer, [str(text_folder)])
     before = files()
-    for name in ("manifest.json", "train.json", "train-00000.safetensors"):
+    for name in ("manifest.json", "train.json", "train-00000.safetensors", "test.json"):
         (folder / name).unlink()
     build(tmp_path, tokenizer, [str(text_folder)])
     assert files() == before

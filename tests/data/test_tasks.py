@@ -7,8 +7,10 @@ from puzzle.errors import UserError
 
 
 def load(task, parent):
-    """Questions of a task that reads no validation text."""
-    return tasks.load(str(task), parent.tokenizer, validation=None, count=64)
+    """Questions of a task that reads no text of the corpus: those that score, then the others."""
+    sides = (tasks.TaskSettings(64, 8, 32, is_reported) for is_reported in (False, True))
+    scored, reported = (tasks.load(str(task), parent.tokenizer, None, side) for side in sides)
+    return scored, reported
 
 
 @pytest.mark.parametrize(
@@ -45,10 +47,20 @@ def test_a_task_of_lm_eval_in_a_local_file(tiny, tmp_path):
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "quiz.yaml").write_text(json.dumps(settings))
-    questions = load(tmp_path / "quiz.yaml", tiny)
-    assert len(questions) == 6
-    assert [question.answer for question in questions] == [0, 1] * 3
-    assert [tiny.tokenizer.decode(choice) for choice in questions[0].choices] == rows[0]["choices"]
+    scored, reported = load(tmp_path / "quiz.yaml", tiny)
+    assert [question.answer for question in scored] == [0] * 3  # dealt out in turn
+    assert [question.answer for question in reported] == [1] * 3
+    assert [tiny.tokenizer.decode(choice) for choice in scored[0].choices] == rows[0]["choices"]
+
+    others = [{**row, "q": "else:\n"} for row in rows]
+    (tmp_path / "others.jsonl").write_text("\n".join(map(json.dumps, others)))
+    settings["validation_split"] = "validation"
+    settings["dataset_kwargs"]["data_files"]["validation"] = str(tmp_path / "others.jsonl")
+    (tmp_path / "quiz.yaml").write_text(json.dumps(settings))
+    scored, reported = load(tmp_path / "quiz.yaml", tiny)
+    assert len(scored) == len(reported) == 6
+    texts = [tiny.tokenizer.decode(side[0].context) for side in (scored, reported)]
+    assert texts == ["else:\n", rows[0]["q"]]  # the test documents are reported
     with pytest.raises(UserError, match="lm-eval cannot load 'no_such_quiz'"):
         load("no_such_quiz", tiny)
 

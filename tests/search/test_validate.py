@@ -22,7 +22,7 @@ def test_the_kl_of_an_assembled_child_is_that_of_the_saved_one(finished_run):
     measurement = validate.AssembledKL(finished_run, stage.all_shards(finished_run))
     kl = measurement.kl(child.read_architecture(folder))
     models = finished_run.parent_model, child.load(folder, torch.float32, torch.device("cpu"))
-    tokens_BS = finished_run.corpus["validation"].head(finished_run.recipe.score.sequences)
+    tokens_BS = finished_run.corpus["score"].head(finished_run.recipe.score.sequences)
     with torch.no_grad():
         parent_logs, child_logs = (
             F.log_softmax(model(tokens_BS, use_cache=False).logits[:, :-1], -1) for model in models

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from uptrainings import held_out_quality, load, uptrained, weights
+from uptrainings import held_out_means, load, uptrained, weights
 
 from puzzle.assemble import ASSEMBLE
 from puzzle.model import child
@@ -52,4 +52,4 @@ def test_adapters_are_merged_into_weights_of_the_same_names(finished_run, tmp_pa
         difference = after[name].double() - before[name].double()
         assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
     validated_kl = trainer.read_curve(job)[-1].validation["kl"]
-    assert held_out_quality(job, load(job)).kl == pytest.approx(validated_kl, rel=1e-3)
+    assert held_out_means(job, load(job))["kl"] == pytest.approx(validated_kl, rel=1e-3)

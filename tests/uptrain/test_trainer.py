@@ -9,7 +9,7 @@ import torch
 from uptrainings import (
     assembled,
     assert_same_curve,
-    held_out_quality,
+    held_out_means,
     load,
     uptrained,
     weights,
@@ -38,18 +38,18 @@ def test_terms_of_weight_zero_are_left_out_and_not_reported(finished_run, tmp_pa
 def test_validation_equals_the_evaluation_of_the_saved_child(finished_run):
     job = finished_run.child_job("main")
     validation = trainer.read_curve(job)[-1].validation
-    child = held_out_quality(job, load(job))
-    parent = held_out_quality(job, finished_run.parent_model)
+    child = held_out_means(job, load(job))
+    parent = held_out_means(job, finished_run.parent_model)
     assert validation.keys() == {*METRICS, "retention"}
     for name in METRICS:
-        assert validation[name] == pytest.approx(getattr(child, name), rel=1e-5), name
-    assert validation["retention"] == pytest.approx(child.top1 / parent.top1)
+        assert validation[name] == pytest.approx(child[name], rel=1e-5), name
+    assert validation["retention"] == pytest.approx(child["top1"] / parent["top1"])
 
 
 def test_uptraining_brings_the_child_closer_to_the_parent(finished_run):
     models = results.read(finished_run.child_job("main"))
-    assert models.uptrained.quality.kl < models.child.quality.kl
-    assert models.parent.quality.kl == pytest.approx(0.0, abs=1e-6)
+    assert models.uptrained.quality.kl.value < models.child.quality.kl.value
+    assert models.parent.quality.kl.value == pytest.approx(0.0, abs=1e-6)
 
 
 def test_an_interrupted_uptraining_ends_bit_identical(finished_run, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_the_best_weights_are_kept_or_the_last(finished_run, tmp_path):
     kl_of_result, validated_kl = {}, {}
     for keep in ("best", "last"):
         job = uptrained(finished_run, tmp_path / keep, keep=keep, validate_steps=1, **RISING)
-        kl_of_result[keep] = held_out_quality(job, load(job)).kl
+        kl_of_result[keep] = held_out_means(job, load(job))["kl"]
         validated_kl[keep] = [point.validation["kl"] for point in trainer.read_curve(job)]
     best, last = min(validated_kl["best"]), validated_kl["last"][-1]
     assert best < 0.9 * validated_kl["best"][-1]  # otherwise this would show nothing

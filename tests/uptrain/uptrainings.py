@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle import config, pipeline
-from puzzle.evaluate import stage as evaluate
-from puzzle.evaluate.results import Quality
+from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.model import child
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.progress import Progress
@@ -46,10 +45,11 @@ def load(job: Job, stage: Stage = UPTRAIN) -> PuzzleForCausalLM:
     return child.load(job.folder(stage), torch.float32, device, attention)
 
 
-def held_out_quality(job: Job, model: PuzzleForCausalLM) -> Quality:
-    """What `evaluate` finds on the text that the trainer validates on."""
-    tokens = job.run.corpus["validation"].head(trainer.VALIDATION_SEQUENCES)
-    return evaluate.quality(job, model, tokens)
+def held_out_means(job: Job, model: PuzzleForCausalLM) -> dict[str, float]:
+    """What `evaluate` finds on the text that the trainer validates on, by metric."""
+    text = Text.of(job.run, "validation", trainer.VALIDATION_SEQUENCES)
+    found = unit_sums(job.run, model, text, job.child.evaluate.batch_sequences)
+    return {metric: found.mean(metric).value for metric in found.metrics}
 
 
 def figures(point: CurvePoint) -> dict[str, float]:

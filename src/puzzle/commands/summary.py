@@ -62,8 +62,9 @@ def summarise(job: Job) -> ChildSummary:
         if results.speed is not None:
             updates["measured_speedup"] = results.speedup
             updates["verdict"] = results.verdict
-        updates["kl"] = results.uptrained.quality.kl
-        updates["retention"] = results.uptrained.retention
+        updates["kl"] = results.uptrained.quality.kl.value
+        retention = results.uptrained.retention
+        updates["retention"] = None if retention is None else retention.value
     for stage in (EVALUATE, UPTRAIN, ASSEMBLE, SEARCH):
         manifest = artifacts.read_manifest(job.folder(stage))
         if manifest is not None:

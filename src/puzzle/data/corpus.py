@@ -1,14 +1,14 @@
-"""The corpus: documents -> sequences of token ids on disk, split into train and validation.
+"""The corpus: documents -> sequences of token ids on disk, split into four sides by document.
 
-`build` tokenises the documents of the configured sources, joins them with the end-of-text token,
-cuts the stream into sequences of `sequence_length` tokens and writes safetensors shards. Every
-later stage reads those shards through `Sequences`.
+`build` tokenises the documents of the configured sources, cuts their stream into sequences of
+`sequence_length` tokens (`packing.py`) and writes safetensors shards. Every later stage reads those
+shards through `Sequences`, which says what each side is for.
 
-Train and validation never overlap: a document belongs to one side by a hash of its name (files) or
-of its text (rows), and a text seen twice, in whichever source, is dropped the second time.
+The sides never overlap: a document belongs to one by a hash of its name (files) or of its text
+(rows), and a text seen twice, in whichever source, is dropped the second time.
 
-Reads: what `sources.py` reads. Writes: `<out>/{train,validation}-NNNNN.safetensors` (int32,
-[sequences, sequence_length]), `<out>/{train,validation}.json` (`SideRecord`) and a manifest.
+Reads: what `sources.py` reads. Writes: `<out>/<split>-NNNNN.safetensors` (int32, [sequences,
+sequence_length]), `<out>/<split>.json` (`SideRecord`) and a manifest.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.config import CorpusConfig
-from puzzle.data.packing import mixture, pack, tokenised_documents
-from puzzle.data.sequences import Sequences, Split
+from puzzle.data.packing import QUARTERS, Frame, mixture, pack, tokenised_documents
+from puzzle.data.sequences import HELD_OUT, Sequences, Split
 from puzzle.data.sources import source_fingerprints
 from puzzle.errors import UserError
 from puzzle.progress import Progress
@@ -39,7 +40,9 @@ class SideRecord(Record):
 
     split: Split
     sequences: int
-    texts: tuple[str, ...]  # digests of validation's texts, which train must not hold; train: none
+    # Digests of the texts that later sides must not hold: of this side and of those before it. A
+    # document's number is its place here. Empty for train, which comes last.
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def build(
         progress: where to report.
 
     Returns:
-        Both sides, to read from.
+        All sides, to read from.
     """
     inputs: artifacts.Inputs = {
         "config": config.model_dump(mode="json"),
@@ -84,31 +87,33 @@ def build(
         artifacts.begin(out, inputs)
         began = time.perf_counter()
         context = _BuildContext(config, tokenizer, out, progress)
-        validation = _build_side(context, "validation", config.validation_tokens, set())
-        held_out = {bytes.fromhex(text) for text in validation.texts}
-        train = _build_side(context, "train", config.train_tokens, held_out)
-        _warn_if_short(context, train, config.train_tokens)
-        _warn_if_short(context, validation, config.validation_tokens)
+        taken: dict[str, None] = {}
+        for split in HELD_OUT:
+            share = QUARTERS.count(split) / len(QUARTERS)
+            tokens = max(1, int(config.held_out_tokens * share))
+            held_out = _build_side(context, split, tokens, taken)
+            taken = dict.fromkeys(held_out.texts)
+        train = _build_side(context, "train", config.train_tokens, taken)
+        _say_if_short(context, train)
         artifacts.write_manifest(out, inputs, time.perf_counter() - began)
-    return {
-        "train": Sequences(out, "train", seed=config.seed),
-        "validation": Sequences(out, "validation", seed=config.seed),
-    }
+    return {split: Sequences(out, split, seed=config.seed) for split in get_args(Split)}
 
 
-def _warn_if_short(context: _BuildContext, side: SideRecord, requested_tokens: int) -> None:
-    tokens = side.sequences * context.config.sequence_length
-    if tokens < requested_tokens:
+def _say_if_short(context: _BuildContext, train: SideRecord) -> None:
+    tokens = train.sequences * context.config.sequence_length
+    if tokens < context.config.train_tokens:
         context.progress.say(
-            f"  the corpus ends at {tokens:,} {side.split} tokens, less than the "
-            f"{requested_tokens:,} asked for: they will be seen again"
+            f"  the corpus ends at {tokens:,} training tokens, less than the "
+            f"{context.config.train_tokens:,} asked for: they will be seen again"
         )
 
 
-def _build_side(context: _BuildContext, split: Split, tokens: int, seen: set[bytes]) -> SideRecord:
+def _build_side(
+    context: _BuildContext, split: Split, tokens: int, taken: dict[str, None]
+) -> SideRecord:
     """Write the shards of one side, about `tokens` in all, then its record.
 
-    A side whose record exists is complete and is left as it is.
+    Texts that are `taken` are left out. A side whose record exists is complete and stays.
     """
     config, out = context.config, context.out
     record_path = out / f"{split}.json"
@@ -117,11 +122,11 @@ def _build_side(context: _BuildContext, split: Split, tokens: int, seen: set[byt
     for stale in out.glob(f"{split}-*.safetensors"):
         stale.unlink()
     streams = [
-        tokenised_documents(source, split, config, context.tokenizer, seen)
+        tokenised_documents(source, split, config, context.tokenizer, taken)
         for source in config.sources
     ]
     stream = mixture(streams, [source.weight for source in config.sources])
-    rows = pack(stream, config.sequence_length)
+    rows = pack(stream, config.sequence_length, Frame.of(context.tokenizer).prefix)
     rows = itertools.islice(rows, -(-tokens // config.sequence_length))
     count = _write_shards(context, split, tokens, rows)
     if not count:
@@ -129,10 +134,10 @@ def _build_side(context: _BuildContext, split: Split, tokens: int, seen: set[byt
         raise UserError(
             f"corpus ({names}): the {split} side holds less than one sequence of "
             f"{config.sequence_length} tokens; "
-            "add text, lower corpus.sequence_length or change corpus.validation_fraction"
+            "add text, lower corpus.sequence_length or change corpus.held_out_fraction"
         )
-    texts = sorted(key.hex() for key in seen) if split == "validation" else []
-    record = SideRecord(split=split, sequences=count, texts=tuple(texts))
+    texts = () if split == "train" else tuple(taken)
+    record = SideRecord(split=split, sequences=count, texts=texts)
     record.write(record_path)
     return record
 
@@ -140,7 +145,7 @@ def _build_side(context: _BuildContext, split: Split, tokens: int, seen: set[byt
 def _write_shards(
     context: _BuildContext, split: Split, tokens: int, rows: Iterator[npt.NDArray[np.int32]]
 ) -> int:
-    """Write rows of S tokens as shards of at most `SHARD_TOKENS`; returns how many there were."""
+    """Write rows [2, S] as shards of at most `SHARD_TOKENS`; returns how many there were."""
     rows_per_shard = max(1, SHARD_TOKENS // context.config.sequence_length)
     count = 0
     with context.progress.task(f"tokenising ({split})", total=tokens, unit="tokens") as task:
@@ -148,10 +153,11 @@ def _write_shards(
             shard = []
             for row in itertools.islice(rows, rows_per_shard):
                 shard.append(row)
-                task.advance(len(row))
+                task.advance(row.shape[1])
             if not shard:
                 break
             count += len(shard)
             with artifacts.atomic_path(context.out / f"{split}-{index:05d}.safetensors") as path:
-                save_file({"tokens": np.stack(shard)}, path)
+                tokens_NS, documents_NS = np.stack(shard, axis=1)
+                save_file({"tokens": tokens_NS, "documents": documents_NS}, path)
     return count

@@ -1,11 +1,15 @@
 """Documents -> token ids -> sequences of one length: the split, the mixture and the packing.
 
-A document belongs to train or to validation by a hash of its name (files) or of its text (rows).
+A document belongs to one side of the split by a hash of its name (files) or of its text (rows). It
+begins and ends as the parent's tokenizer makes it by default, with a beginning-of-text token where
+that adds one, and so does every sequence; without an end of its own it ends with end of text.
+Attention sees across the documents of a sequence, as in most pretraining.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +20,50 @@ from puzzle.data.sequences import Split
 from puzzle.data.sources import Document, documents
 
 TOKENIZE_BATCH = 64  # documents per tokeniser call: the fast tokenisers run one call on all cores
-Tokens = list[int]  # of one document
+QUARTERS: tuple[Split, ...] = ("score", "validation", "test", "test")  # of the held-out documents
 
 
-def split_of(document: Document, validation_fraction: float) -> Split:
-    """The side a document belongs to, fixed by a hash of its name (files) or of its text (rows)."""
+class Tokenised(NamedTuple):
+    """A document's token ids, and its number on its side of the split."""
+
+    number: int
+    ids: list[int]
+
+
+class Frame(NamedTuple):
+    """What the parent's tokenizer puts around a text by default."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Frame":
+        """As seen on a short text; without a suffix, the end-of-text token."""
+        bare, framed = (
+            tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+        )
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+        return cls(framed[:at], framed[at + len(bare) :] or [tokenizer.eos_token_id])
+
+    def around(self, ids: list[int]) -> list[int]:
+        """A whole document; one that has the prefix already, as chat templates write it, keeps it.
+
+        The end is always added: a chat that ends with its last turn is followed by another text.
+        """
+        start = [] if self.prefix and ids[: len(self.prefix)] == self.prefix else self.prefix
+        return [*start, *ids, *self.suffix]
+
+
+def split_of(document: Document, held_out_fraction: float) -> Split:
+    """The side a document belongs to, fixed by a hash of its name (files) or of its text (rows).
+
+    Of the held-out documents a quarter is for scores, a quarter for validation and half for tests.
+    """
     key = document.name or document.text
     digest = hashlib.sha256(key.encode("utf-8", "replace")).digest()
-    is_validation = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
-    return "validation" if is_validation else "train"
+    if int.from_bytes(digest[:8], "big") >= held_out_fraction * 2**64:
+        return "train"
+    return QUARTERS[digest[8] >> 6]
 
 
 def tokenised_documents(
@@ -32,39 +71,43 @@ def tokenised_documents(
     split: Split,
     config: CorpusConfig,
     tokenizer: PreTrainedTokenizerBase,
-    seen: set[bytes],
-) -> Iterator[Tokens]:
-    """Token ids of one source's documents on one side, each closed by the end-of-text token.
+    taken: dict[str, None],
+) -> Iterator[Tokenised]:
+    """One source's documents on one side.
 
     Args:
         source: where the documents come from.
         split: the side to take.
-        config: the seed and the share of validation.
+        config: the seed and the share that is held out.
         tokenizer: the parent's.
-        seen: digests of the texts that are taken, to which this adds its own. All sources of a
-            side share it, and train's begins with validation's.
+        taken: digests of the texts that are taken, on this side or one before it, to which this
+            adds its own: a document's number is its place there. All sources of a side share it.
     """
-    texts = _new_texts(documents(source, tokenizer, config.seed), split, config, seen)
+    frame = Frame.of(tokenizer)
+    texts = _new_texts(documents(source, tokenizer, config.seed), split, config, taken)
     while batch := list(itertools.islice(texts, TOKENIZE_BATCH)):
         encoded = tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+            [text for _, text in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
         )
-        for ids in encoded["input_ids"]:
-            yield [*ids, tokenizer.eos_token_id]
+        for (number, _), ids in zip(batch, encoded["input_ids"], strict=True):
+            yield Tokenised(number, frame.around(ids))
 
 
 def _new_texts(
-    stream: Iterable[Document], split: Split, config: CorpusConfig, seen: set[bytes]
-) -> Iterator[str]:
-    """The texts of one side that are not in `seen`, which grows by them."""
+    stream: Iterable[Document], split: Split, config: CorpusConfig, taken: dict[str, None]
+) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of one side that are not in `taken`, which grows by them."""
     for document in stream:
-        key = hashlib.sha256(document.text.encode("utf-8", "replace")).digest()[:12]
-        if key not in seen and split_of(document, config.validation_fraction) == split:
-            seen.add(key)
-            yield document.text
+        key = hashlib.sha256(document.text.encode("utf-8", "replace")).hexdigest()[:24]
+        if key not in taken and split_of(document, config.held_out_fraction) == split:
+            taken[key] = None
+            yield len(taken) - 1, document.text
 
 
-def mixture(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[Tokens]:
+def mixture(streams: list[Iterator[Tokenised]], weights: list[float]) -> Iterator[Tokenised]:
     """Interleave streams so that their token counts stay proportional to `weights`.
 
     The next document comes from the stream that is furthest behind its share. A stream that ends
@@ -73,23 +116,36 @@ def mixture(streams: list[Iterator[Tokens]], weights: list[float]) -> Iterator[T
     token_counts = dict.fromkeys(range(len(streams)), 0)
     while token_counts:
         index = min(token_counts, key=lambda i: token_counts[i] / weights[i])
-        ids = next(streams[index], None)
-        if ids is None:
+        document = next(streams[index], None)
+        if document is None:
             del token_counts[index]
         else:
-            token_counts[index] += len(ids)
-            yield ids
+            token_counts[index] += len(document.ids)
+            yield document
 
 
-def pack(stream: Iterable[Tokens], sequence_length: int) -> Iterator[npt.NDArray[np.int32]]:
-    """Cut a stream of documents into int32 sequences of exactly `sequence_length` tokens.
+def pack(
+    stream: Iterable[Tokenised], sequence_length: int, prefix: Sequence[int] = ()
+) -> Iterator[npt.NDArray[np.int32]]:
+    """Cut a stream of documents into sequences of exactly `sequence_length` tokens, int32 [2, S].
 
-    What does not fill the last sequence is dropped.
+    The second row has every token's document. A sequence that begins inside a document begins with
+    `prefix`. What does not fill the last sequence is dropped.
     """
+    prefix = list(prefix)
     pending: list[int] = []
-    for ids in stream:
+    numbers: list[int] = []
+    for number, ids in stream:
         pending += ids
-        ready = len(pending) // sequence_length * sequence_length
-        if ready:
-            yield from np.asarray(pending[:ready], dtype=np.int32).reshape(-1, sequence_length)
-            pending = pending[ready:]
+        numbers += [number] * len(ids)
+        at = 0
+        while True:
+            start = [] if pending[at : at + len(prefix)] == prefix else prefix
+            end = at + sequence_length - len(start)
+            if end > len(pending):
+                break
+            of_start = [numbers[at]] * len(start)
+            row = [[*start, *pending[at:end]], [*of_start, *numbers[at:end]]]
+            yield np.asarray(row, dtype=np.int32)
+            at = end
+        del pending[:at], numbers[:at]

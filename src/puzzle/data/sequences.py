@@ -1,7 +1,11 @@
 """The packed corpus as its readers see it: batches that are a pure function of (seed, step).
 
 Exact resume therefore needs no data-loader state. Reads the safetensors shards that `corpus.build`
-writes: `<folder>/{train,validation}-NNNNN.safetensors` (`tokens`, int32, [sequences, S]).
+writes: `<folder>/<split>-NNNNN.safetensors` (`tokens` and `documents`, int32, [sequences, S]).
+
+The four sides of the split share no document, and each has one use: BLD, calibration and
+uptraining read `train`; block scores `score`; whatever else chooses (the weights that uptraining
+keeps, where BLD stops) `validation`; and only `evaluate` reads `test`, which chooses nothing.
 
 Shape legend: N sequences, S sequence length, B batch.
 """
@@ -9,7 +13,7 @@ Shape legend: N sequences, S sequence length, B batch.
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +22,14 @@ from safetensors import safe_open
 
 from puzzle.errors import UserError
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "score", "validation", "test"]
+HELD_OUT: tuple[Split, ...] = ("score", "validation", "test")
+
+
+class _Slice(Protocol):
+    """A tensor on disk."""
+
+    def __getitem__(self, rows: slice) -> torch.Tensor: ...
 
 
 class Sequences:
@@ -30,12 +41,13 @@ class Sequences:
 
     def __init__(self, folder: Path, split: Split, seed: int = 0) -> None:
         """`folder` holds the shards of a finished corpus."""
-        self.seed, self.join = [seed], 1
+        self.split, self.seed, self.join = split, [seed], 1
         self._files = [
             safe_open(path, framework="pt")
             for path in sorted(folder.glob(f"{split}-*.safetensors"))
         ]
         self._shards = [file.get_slice("tokens") for file in self._files]
+        self._documents = [file.get_slice("documents") for file in self._files]
         shapes = [shard.get_shape() for shard in self._shards]
         self._first_rows = np.cumsum([0, *(shape[0] for shape in shapes)])
         self.sequence_length: int = shapes[0][1]
@@ -68,12 +80,19 @@ class Sequences:
 
     def rows(self, indices: Iterable[int]) -> torch.Tensor:
         """int64 [len(indices), S]: the sequences with these numbers, in the packed order."""
+        return self._read(self._shards, indices)
+
+    def documents(self, indices: Iterable[int]) -> torch.Tensor:
+        """int64 [len(indices), S]: the document that each token of these sequences is of."""
+        return self._read(self._documents, indices)
+
+    def _read(self, shards: list[_Slice], indices: Iterable[int]) -> torch.Tensor:
         rows = []
         for index in indices:
             for row in range(index * self.join, (index + 1) * self.join):
                 shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
                 offset = int(row - self._first_rows[shard])
-                rows.append(self._shards[shard][offset : offset + 1])
+                rows.append(shards[shard][offset : offset + 1])
         return torch.cat(rows).long().view(-1, self.sequence_length)
 
     def batch(self, step: int, size: int) -> torch.Tensor:
@@ -87,6 +106,10 @@ class Sequences:
         For validation and calibration.
         """
         return self.batch(0, min(count, len(self)))
+
+    def head_documents(self, count: int) -> torch.Tensor:
+        """int64 [min(count, N), S]: the document of each token of `head`."""
+        return self.documents(self._shuffled(position) for position in range(min(count, len(self))))
 
     def _shuffled(self, position: int) -> int:
         """The sequence that stands at a position of the endless shuffled stream."""

@@ -1,11 +1,16 @@
 """Multiple-choice questions: downstream accuracy as a metric.
 
 Three sources, by the text of `score.task`:
-- `held-out`: which of four continuations follows this piece of the validation text? It needs no
-  file and no download;
+- `held-out`: which of four continuations follows this piece of held-out text? It needs no file and
+  no download;
 - a JSON Lines file of `{"context": text, "choices": [text, ...], "answer": index}`;
 - the name of a multiple-choice task of the lm-eval package (the extra `eval`), whose data it
   fetches, or the path of a task's YAML file in its format.
+
+Questions that scored blocks are not those that are reported: held-out text has its own sides of the
+split, a file's questions are dealt out in turn, and of lm-eval's tasks the test
+or else validation documents are reported, the training or else validation documents score, and a
+task that has but one kind is dealt out, too.
 
 A model chooses the continuation whose tokens have the highest mean log-probability after the
 context.
@@ -14,13 +19,15 @@ Shape legend: N sequences, S positions, R rows (one per choice of each question)
 positions with a next token.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
@@ -28,9 +35,10 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
 from puzzle.config import Recipe
-from puzzle.data.sequences import Sequences
+from puzzle.data.sequences import Sequences, Split
 from puzzle.errors import UserError
 
+Thing = TypeVar("Thing")
 HELD_OUT = "held-out"
 CHOICES, CHOICE_TOKENS = 4, 16  # of a held-out question
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -44,12 +52,13 @@ class TaskSettings:
     questions: int  # at most
     shard_sequences: int  # questions per batch
     sequence_length: int  # tokens of a row, at most
+    is_reported: bool  # or else for scores
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "TaskSettings":
-        """What the recipe's sections `score` and `corpus` say."""
-        score = recipe.score
-        return cls(score.task_questions, score.shard_sequences, recipe.corpus.sequence_length)
+    def of(cls, recipe: Recipe, split: Split) -> "TaskSettings":
+        """What the recipe's sections `score` and `corpus` say; `split` is `score` or `test`."""
+        score, length = recipe.score, recipe.corpus.sequence_length
+        return cls(score.task_questions, score.shard_sequences, length, split == "test")
 
 
 @dataclass(frozen=True)
@@ -104,28 +113,28 @@ def fingerprint(task: str | None) -> str:
 
 
 def batches(
-    task: str, tokenizer: PreTrainedTokenizerBase, validation: Sequences, settings: TaskSettings
+    task: str, tokenizer: PreTrainedTokenizerBase, text: Sequences, settings: TaskSettings
 ) -> list[QuestionBatch]:
     """The questions of a task in batches of `settings.shard_sequences`; see `load`."""
-    questions = load(task, tokenizer, validation, settings.questions)[: settings.questions]
+    questions = load(task, tokenizer, text, settings)[: settings.questions]
     size, length = settings.shard_sequences, settings.sequence_length
     return [_batch(questions[i : i + size], length) for i in range(0, len(questions), size)]
 
 
 def load(
-    task: str, tokenizer: PreTrainedTokenizerBase, validation: Sequences, count: int
+    task: str, tokenizer: PreTrainedTokenizerBase, text: Sequences, settings: TaskSettings
 ) -> list[Question]:
-    """The questions of a task; a source may hold more than the `count` that are needed.
+    """The questions of a task; a source may hold more than are needed.
 
-    `validation` is where held-out questions come from. Raises `UserError` for a task that does not
-    exist or a file that is not in the form above.
+    `text` is where held-out questions come from. Raises `UserError` for a task that does not exist
+    or a file that is not in the form above.
     """
     if task == HELD_OUT:
-        return held_out(validation.head(4 * count))
+        return held_out(text.head(4 * settings.questions))
     if Path(task).is_file() and Path(task).suffix not in YAML_SUFFIXES:
-        questions = _file_questions(Path(task))
+        questions = _dealt(_file_questions(Path(task)), settings.is_reported)
     elif find_spec("lm_eval"):
-        questions = _lm_eval_questions(task, count)
+        questions = _lm_eval_questions(task, settings)
     else:
         raise UserError(
             f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, "
@@ -175,8 +184,13 @@ def _file_questions(path: Path) -> Iterator[TextQuestion]:
         yield TextQuestion(context, list(choices), int(answer))
 
 
-def _lm_eval_questions(task: str, count: int) -> Iterator[TextQuestion]:
-    """At most `count` questions of an lm-eval task, from its test or else its validation data."""
+def _dealt(things: Iterable[Thing], is_reported: bool) -> Iterator[Thing]:
+    """Every second one, from the first on for scores, from the second on for reports."""
+    return itertools.islice(things, int(is_reported), None, 2)
+
+
+def _lm_eval_questions(task: str, settings: TaskSettings) -> Iterator[TextQuestion]:
+    """Questions of an lm-eval task for scores or for reports."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
     is_file = Path(task).suffix in YAML_SUFFIXES and Path(task).is_file()
@@ -194,9 +208,18 @@ def _lm_eval_questions(task: str, count: int) -> Iterator[TextQuestion]:
             f"score.task: {task} is a {lm_task.OUTPUT_TYPE} task of lm-eval; "
             "expected a multiple-choice one"
         )
-    docs = lm_task.test_docs() if lm_task.has_test_docs() else lm_task.validation_docs()
+    sources = {
+        lm_task.training_docs: lm_task.has_training_docs(),
+        lm_task.validation_docs: lm_task.has_validation_docs(),
+        lm_task.test_docs: lm_task.has_test_docs(),
+    }
+    first, *others = [documents for documents, is_there in sources.items() if is_there]
+    if not others:
+        docs = _dealt(first(), settings.is_reported)
+    else:
+        docs = iter(others[-1]() if settings.is_reported else first())
     delimiter = lm_task.config.target_delimiter
-    for doc, _ in zip(docs, range(count), strict=False):
+    for doc in itertools.islice(docs, settings.questions):
         choices = [delimiter + choice for choice in lm_task.doc_to_choice(doc)]
         yield TextQuestion(lm_task.doc_to_text(doc), choices, int(lm_task.doc_to_target(doc)))
 

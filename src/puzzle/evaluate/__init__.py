@@ -1,4 +1,4 @@
-"""Room of the stage `evaluate`: parent, child and uptrained child on held-out text and served."""
+"""Room of the stage `evaluate`: parent, child and uptrained child on test text and served."""
 
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE

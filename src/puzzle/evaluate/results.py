@@ -3,8 +3,10 @@
 from puzzle.artifacts import Record
 from puzzle.assemble.measured import Measured
 from puzzle.cost.table import CostHeader
+from puzzle.engines.intervals import Interval
 from puzzle.engines.turns import Measurement
 from puzzle.evaluate import EVALUATE
+from puzzle.evaluate.bootstrap import UnitSums, bootstrap
 from puzzle.model.architecture import Architecture
 from puzzle.search.answers import Figures
 from puzzle.search.promise import Verdict
@@ -14,30 +16,51 @@ RESULTS, QUALITY = "results.json", "quality.json"
 
 
 class Quality(Record):
-    """Means per token on held-out text, against the parent."""
+    """Means per token on test text, against the parent, each with its 95 % interval."""
 
-    kl: float  # KL(parent || model), nats per token
-    lm_loss: float  # cross entropy of the next token, nats per token
-    top1: float  # accuracies
-    top5: float
-    top10: float
-    cosine: float  # 1 - cos of the final hidden states
-    task: float | None = None  # accuracy on `score.task`
+    kl: Interval  # KL(parent || model), nats per token
+    lm_loss: Interval  # cross entropy of the next token, nats per token
+    top1: Interval  # accuracies
+    top5: Interval
+    top10: Interval
+    cosine: Interval  # 1 - cos of the final hidden states
+    task: Interval | None = None  # accuracy on `score.task`
+
+    @classmethod
+    def of(cls, shown: "ModelQuality") -> "Quality":
+        """From what a model has shown."""
+        means = {metric: shown.text.mean(metric) for metric in shown.text.metrics}
+        kl = means["kl"]  # rounding may take a KL of 0 just below it
+        means["kl"] = Interval(value=max(0.0, kl.value), low=max(0.0, kl.low), high=kl.high)
+        if shown.right is not None:
+            columns = [[float(right) for right in shown.right], [1.0] * len(shown.right)]
+            means["task"] = bootstrap(columns, lambda sums: sums[0] / sums[1])
+        return cls(**means)
+
+
+class ModelQuality(Record):
+    """What one model has shown, unit by unit."""
+
+    text: UnitSums
+    right: list[bool] | None  # the answers to the questions of `score.task` that chose nothing
 
 
 class Qualities(Record):
-    """`quality.json`: kept, so that an interrupted measurement does not cost it again."""
+    """`quality.json`: kept, so that an interrupted measurement does not cost it again.
 
-    parent: Quality
-    child: Quality
-    uptrained: Quality
+    Two children that were evaluated on the same text compare by it.
+    """
+
+    parent: ModelQuality
+    child: ModelQuality
+    uptrained: ModelQuality
 
 
 class ModelResult(Record):
     """A model's quality and size."""
 
     quality: Quality
-    retention: float | None  # top-1 accuracy over the parent's
+    retention: Interval | None  # top-1 accuracy over the parent's
     parameters: int
     kv_cache_bytes_per_token: int
 

@@ -31,7 +31,7 @@ from puzzle.artifacts import Record
 from puzzle.config import CorpusConfig
 from puzzle.data import corpus
 from puzzle.data.packing import split_of
-from puzzle.data.sequences import Sequences, Split
+from puzzle.data.sequences import HELD_OUT, Sequences, Split
 from puzzle.data.sources import documents
 from puzzle.progress import Progress, duration
 from puzzle.training import checkpoint, schedules
@@ -76,7 +76,7 @@ def make_tokenizer(out: Path, config: CorpusConfig) -> PreTrainedTokenizerFast:
         texts = [
             document.text
             for document in documents(config.sources[0], None, config.seed)
-            if split_of(document, config.validation_fraction) == "train"
+            if split_of(document, config.held_out_fraction) == "train"
         ]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,7 +140,7 @@ def read_corpora(out: Path, progress: Progress) -> dict[int, dict[Split, Sequenc
     """The packed standard library at every sequence length of the schedule."""
     data = {}
     for _, length in SCHEDULE:
-        config = CorpusConfig(sequence_length=length, train_tokens=10**9, validation_tokens=10**9)
+        config = CorpusConfig(sequence_length=length, train_tokens=10**9, held_out_tokens=10**9)
         tokenizer = make_tokenizer(out, config)
         data[length] = corpus.build(
             config,
@@ -225,6 +225,7 @@ def write_parent(model: LlamaForCausalLM, out: Path, tokens: int) -> None:
     tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     unique = len(data["train"]) * SCHEDULE[0][1]
+    held_out = sum(len(data[split]) for split in HELD_OUT) * SCHEDULE[0][1]
     curve = artifacts.read_records(out / "curve.jsonl", CurvePoint)
     rows = "\n".join(
         f"| {r.step} | {r.tokens:,} | {r.train_loss:.3f} | {r.validation_loss:.3f} |"
@@ -251,9 +252,9 @@ random.
 `python -m puzzle.pocket.make --tokens {tokens}` (torch {torch.__version__}).
 
 - Text: the source of the standard library of Python {artifacts.versions()["python"]}, without
-  `encodings` and `pydoc_data`. A file belongs to validation by a hash of its name
-  ({CorpusConfig().validation_fraction:.0%} of the files); neither training nor the tokenizer saw
-  those. {unique:,} training tokens, {len(data["validation"]) * SCHEDULE[0][1]:,} validation tokens.
+  `encodings` and `pydoc_data`. A file is held out by a hash of its name
+  ({CorpusConfig().held_out_fraction:.0%} of the files); neither training nor the tokenizer saw
+  those. {unique:,} training tokens, {held_out:,} held out, of which a quarter are for validation.
 - Training: {tokens:,} tokens ({tokens / unique:.1f} epochs), batches of {BATCH_TOKENS} tokens,
   sequences of 256 and, for the last {SCHEDULE[1][0]:.0%}, 512. Muon (matrices) and AdamW (the rest)
   at {MATRIX_LR}, weight decay {WEIGHT_DECAY}, {WARMUP_STEPS} steps of warm-up, linear decay to zero

@@ -31,8 +31,8 @@ def _figures(results: Results) -> str:
     kept = ""
     if retention is not None:
         kept = (
-            f"Keeps {retention:.1%} of the parent's top-1 accuracy on "
-            f"{results.evaluated_tokens:,} held-out tokens. "
+            f"Keeps {retention.value:.1%} ({retention.low:.1%} to {retention.high:.1%}) of the "
+            f"parent's top-1 accuracy on {results.evaluated_tokens:,} tokens of test text. "
         )
     served = f"Speed {results.speed_word} with {engine.engine} {engine.version} on {engine.device}."
     return "\n".join([*lines, "", kept + served, "", ""])
@@ -42,7 +42,7 @@ def _cells(model: ModelResult) -> dict[str, str]:
     return {
         "parameters": f"{model.parameters:,}",
         "KV cache, bytes per token": f"{model.kv_cache_bytes_per_token:,}",
-        "KL(parent || model), nats/token": f"{model.quality.kl:.4f}",
-        "LM loss, nats/token": f"{model.quality.lm_loss:.4f}",
-        "top-1 token accuracy": f"{model.quality.top1:.2%}",
+        "KL(parent || model), nats/token": f"{model.quality.kl.value:.4f}",
+        "LM loss, nats/token": f"{model.quality.lm_loss.value:.4f}",
+        "top-1 token accuracy": f"{model.quality.top1.value:.2%}",
     }

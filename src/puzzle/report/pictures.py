@@ -69,7 +69,7 @@ def architecture(job: Job, results: Results) -> str:
 def _architecture_title(results: Results) -> str:
     share = results.uptrained.parameters / results.parent.parameters
     retention = results.uptrained.retention
-    kept = "" if retention is None else f", {retention:.1%} of its top-1 accuracy"
+    kept = "" if retention is None else f", {retention.value:.1%} of its top-1 accuracy"
     speedup = results.speedup
     return f"{speedup:.2f}x the parent's throughput, {share:.0%} of its parameters{kept}"
 
@@ -206,18 +206,18 @@ def bld(job: Job) -> str:
 
 
 def uptraining(job: Job) -> str:
-    """The KL on training batches and on held-out text; held out only without a KL weight."""
+    """The KL on training batches and on validation text; that only without a KL weight."""
     curve = trainer.read_curve(job)
     figure, axis = _subplots(6.4, 3.2)
     trained = [(point.tokens, point.losses["kl"]) for point in curve if "kl" in point.losses]
-    held_out = [(p.tokens, p.validation["kl"]) for p in curve if p.validation is not None]
+    validated = [(p.tokens, p.validation["kl"]) for p in curve if p.validation is not None]
     for points, style, colour, label in (
         (trained, "-", PARENT_COLOUR, "training batch"),
-        (held_out, "o-", ACCENT, "held out"),
+        (validated, "o-", ACCENT, "validation"),
     ):
         tokens, kl = [at for at, _ in points], [value for _, value in points]
         axis.plot(tokens, kl, style, color=colour, ms=4, label=label)
-    shown = [kl for _, kl in trained or held_out]
+    shown = [kl for _, kl in trained or validated]
     axis.set_ylim(0, 2.5 * max(statistics.median(shown), 1e-6))
     axis.set_xlabel("tokens")
     axis.set_ylabel("KL(parent || child), nats per token")

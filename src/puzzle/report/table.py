@@ -6,6 +6,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from puzzle.engines.intervals import Interval
 from puzzle.evaluate.results import ModelResult, Quality, Results
 
 
@@ -37,9 +38,10 @@ def rows(results: Results) -> list[Row]:
     for name, field, form in QUALITY_ROWS:
         values = [_figure(model.quality, field) for model in models]
         if values[0] is not None:
-            cells = ["" if value is None else format(value, form) for value in values]
+            cells = ["" if value is None else format(value.value, form) for value in values]
             table.append(Row(name, *cells))
     table.append(Row("retention of top-1", *(_retention(model) for model in models)))
+    table.append(Row("  its 95 % interval", *(_retention_interval(model) for model in models)))
     return table
 
 
@@ -70,13 +72,18 @@ def _speed_rows(results: Results) -> list[Row]:
     return [*table, Row("speed-up, predicted", "1.00x", "", speedup)]
 
 
-def _figure(quality: Quality, field: str) -> float | None:
-    value: float | None = getattr(quality, field)
+def _figure(quality: Quality, field: str) -> Interval | None:
+    value: Interval | None = getattr(quality, field)
     return value
 
 
 def _retention(model: ModelResult) -> str:
-    return "" if model.retention is None else f"{model.retention:.1%}"
+    return "" if model.retention is None else f"{model.retention.value:.1%}"
+
+
+def _retention_interval(model: ModelResult) -> str:
+    kept = model.retention
+    return "" if kept is None or kept.low == kept.high else f"{kept.low:.1%} to {kept.high:.1%}"
 
 
 def print_results(results: Results, page: Path) -> None:

@@ -7,7 +7,7 @@ Fisher for every block, then exact scores of those that a search could choose (`
 Memory beside the parent: the activations of one shard ((L + 1) x tokens x D, on the host), the
 library where it is small beside the memory and otherwise one layer of it, one pass.
 
-Reads: the parent, the library, the validation side of the corpus. Writes: `score/scores.jsonl`
+Reads: the parent, the library, the score side of the corpus. Writes: `score/scores.jsonl`
 (`results.py`).
 """
 
@@ -52,10 +52,10 @@ def _execute(job: Job, folder: Path) -> None:
 def all_shards(run: Run) -> list[Shard]:
     """The text that is scored, and the task's questions if there is one."""
     settings = run.recipe.score
-    rows_NS = run.corpus["validation"].head(settings.sequences)
+    rows_NS = run.corpus["score"].head(settings.sequences)
     parts = rows_NS.split(settings.shard_sequences)
     shards = [Shard(str(index), tokens_BS) for index, tokens_BS in enumerate(parts)]
-    for index, batch in enumerate(run.questions()):
+    for index, batch in enumerate(run.questions("score")):
         shards.append(Shard(f"task-{index}", batch.tokens_RS, batch))
     return shards
 

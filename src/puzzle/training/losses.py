@@ -276,8 +276,9 @@ def token_metrics(
     """`METRICS` of C candidates per token, float32 [C, 6, T].
 
     KL in nats per token; LM loss is the cross entropy of the next token; top1, top5 and top10 are 0
-    or 1; cosine is 1 - cos of the final hidden states. The parent's side is computed once per
-    chunk. At most `CHUNK_ELEMENTS` logits exist at a time, in four copies.
+    or 1; cosine is 1 - cos of the final hidden states, and 1 where these differ in width. The
+    parent's side is computed once per chunk. At most `CHUNK_ELEMENTS` logits exist at a time, in
+    four copies.
 
     Args:
         parent_TD: the parent's hidden states after the last norm.
@@ -298,7 +299,9 @@ def token_metrics(
                 [_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]
             )
         )
-    cosine_CT = 1 - F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
+    cosine_CT = torch.ones(child_CTD.shape[:2], device=child_CTD.device)
+    if child_CTD.shape[-1] == parent_TD.shape[-1]:
+        cosine_CT -= F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
 
 

@@ -37,7 +37,7 @@ class CurvePoint(Record):
     tokens: int
     skipped_steps: int
     losses: dict[str, float]  # of this step's batch
-    validation: dict[str, float] | None = None  # metrics on held-out text, and retention
+    validation: dict[str, float] | None = None  # metrics on validation text, and retention
 
 
 class TrainerNotes(Record):
@@ -135,7 +135,7 @@ class Trainer:
         checkpoint.save(path, step, modules, optimizers, notes.as_json())
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Measure on held-out text; keep the weights where they are the best so far."""
+        """Measure on validation text; keep the weights where they are the best so far."""
         metrics = self.validation_metrics()
         if metrics["kl"] < self.best_kl:
             self.best_kl, self.stale = metrics["kl"], 0
@@ -146,7 +146,7 @@ class Trainer:
         return metrics
 
     def validation_metrics(self) -> dict[str, float]:
-        """Means per token of the child's `METRICS` on held-out text, and its retention of top-1."""
+        """Means of the child's `METRICS` on validation text, and its retention of top-1."""
         self.pair.child.eval()
         run, size = self.job.run, sharding.size()
         tokens_NS = run.corpus["validation"].head(VALIDATION_SEQUENCES)
