@@ -17,9 +17,9 @@ from puzzle.library.initialization import Calibration, calibrate, initial_state
 from puzzle.model.architecture import FFN, NO_ATTENTION, NO_FFN, Architecture, Attention, Block
 from puzzle.model.modeling_puzzle import PuzzleConfig
 from puzzle.run import Run
+from puzzle.score.assembled import AssembledKL
 from puzzle.score.exact import Shard
 from puzzle.score.stage import all_shards
-from puzzle.search.validate import AssembledKL
 
 State = dict[str, torch.Tensor]
 NOTHING = Block(NO_ATTENTION, NO_FFN)

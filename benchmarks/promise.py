@@ -52,9 +52,9 @@ from puzzle.model.architecture import Architecture
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
+from puzzle.score.assembled import AssembledKL
 from puzzle.score.exact import Shard
 from puzzle.search import stage, tried
-from puzzle.search.validate import AssembledKL
 from puzzle.stage import Job
 
 LARGE = common.LlamaSizes(

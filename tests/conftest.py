@@ -119,7 +119,7 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "device_sheet": str(DEVICE_SHEET),
             "scenario": {"batch_size": 8, "input_length": 16, "output_length": 16},
         },
-        "search": {"throughput": "1.3x"},
+        "search": {"throughput": "1.3x", "refinements": 0},
         "uptrain": {
             "tokens": 2048,
             "batch_sequences": 8,

@@ -14,7 +14,14 @@ from puzzle.report import table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-NO_BENCHMARKS = {"baselines.py", "common.py", "readme.py", "wishes.py"}
+NO_BENCHMARKS = {
+    "baselines.py",
+    "common.py",
+    "contest.py",
+    "readme.py",
+    "standings.py",
+    "wishes.py",
+}
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name not in NO_BENCHMARKS)
 FASTEST = {"attention.py", "bld.py", "parent_size.py"}  # the others start several processes
 pytestmark = pytest.mark.training

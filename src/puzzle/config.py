@@ -263,6 +263,9 @@ class SearchConfig(Section):
     margin: float | None = Field(default=None, ge=0, lt=0.5)
     # Children that are assembled and served at most, until one meets the wish from just above.
     attempts: Positive = 4
+    # Times at most that blocks are scored again in the company of the best child, to find a better
+    # one around it (search/around.py); 0: the best sum of scores is the child.
+    refinements: int = Field(default=2, ge=0)
     time_limit_s: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ Shape legend: C candidates, M metrics, B sequences, S positions, D hidden, T = B
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,8 @@ def score_layer(
     with run.device.autocast():
         final_BSD = parent.model.norm(states[-1].to(device))
         _, context = parent.model.embed(tokens_BS[:1])  # of a batch of one: fits any number
-        suffix = Suffix(parent, layer, context, final_BSD, tokens_BS)
+        after = list(parent.model.layers[layer + 1 :])
+        suffix = Suffix(parent, after, context, final_BSD, tokens_BS)
         outputs = blocks.outputs(x_BSD, context)
         while pending := list(itertools.islice(outputs, per_pass)):
             metrics_CMBS = suffix.metrics([output for _, output in pending])
@@ -85,10 +86,10 @@ def score_layer(
 
 @dataclass(frozen=True)
 class Suffix:
-    """What follows a layer of the parent: the layers after it, the head, and the parent's side."""
+    """What follows a layer: the layers after it, the parent's head, and the parent's side."""
 
     parent: PuzzleForCausalLM
-    layer: int
+    layers: Sequence[Callable[..., torch.Tensor]]
     context: LayerContext
     final_BSD: torch.Tensor  # the parent's, after the last norm
     tokens_BS: torch.Tensor
@@ -97,8 +98,8 @@ class Suffix:
         """Run several outputs [B, S, D] of the layer on at once: float64 [C, M, B, S - 1]."""
         count, (B, S) = len(outputs), self.tokens_BS.shape
         hidden = torch.cat(list(outputs))
-        for module in self.parent.model.layers[self.layer + 1 :]:
-            hidden = module(hidden, **self.context)
+        for layer in self.layers:
+            hidden = layer(hidden, **self.context)
         child_CBSD = self.parent.model.norm(hidden).view(count, B, S, -1)
         head = self.parent.lm_head.weight
         metrics_CMT = token_metrics(

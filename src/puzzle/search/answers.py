@@ -47,15 +47,19 @@ class Solution(Record):
     blocks: list[str]
     objective: float  # the sum of the blocks' losses
     target: float | None = None  # the least of what is maximized or minimized; seconds or bytes
-    bound: float  # proven: no choice has less of the target, or else of the objective
+    # Of the assembled child on the text for scores, nats per token; None where only sums are known.
+    kl: float | None = None
+    bound: float  # proven: no choice has less of the target, or else of the sum of losses
     gap: float  # of the same, relative
     seconds: float = Field(default=0.0, exclude=True)  # not in the file: no part of the result
     predicted: dict[str, Figures]  # by scenario
 
     @property
     def rank(self) -> float:
-        """What is least in the best solution."""
-        return self.objective if self.target is None else self.target
+        """What is least in the best solution: the KL of the assembled child, where it is known."""
+        if self.target is not None:
+            return self.target
+        return self.objective if self.kl is None else self.kl
 
     @property
     def architecture(self) -> Architecture:

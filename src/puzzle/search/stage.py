@@ -5,7 +5,8 @@ Or the other direction: the best of one figure within a sum of scores (`search.m
 `space_program.py`). Every solution carries its objective, proven bound, gap and seconds. Where no
 architecture meets the constraints, `Infeasible` says what binds, the best attainable value of each
 and the nearest possible relaxation. With `cost.batch_sizes` there is one program per batch size of
-the main scenario, and the best wins. Paper: section 4.1, appendix B.
+the main scenario, and the best wins. A child that is made, not asked about, goes on from there: its
+blocks are scored again in its own company (`around.py`). Paper: section 4.1, appendix B.
 
 Reads: scores and costs, and what serving this child has shown (`tried.py`). Writes:
 `search/solutions.json`, `frontier.jsonl`, `baselines.jsonl` (`answers.py`).
@@ -28,7 +29,7 @@ from puzzle.errors import Infeasible, UserError
 from puzzle.model.architecture import Architecture
 from puzzle.score import SCORE
 from puzzle.score import results as scores
-from puzzle.search import mip, tried
+from puzzle.search import around, mip, tried
 from puzzle.search.answers import (
     ANSWER,
     BASELINES,
@@ -55,6 +56,7 @@ from puzzle.stage import Job, Need, Work
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
 # left undecided.
 LEAST_MARGIN = 0.01
+REFINEMENT_SHARE = 0.25  # of the work of the scores that one refinement takes, about (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
     solved = [one for one in swept if one.solutions]
     best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
     final = None
+    if settle and solved and _is_refined(job):
+        best = _refined(job, best, choices, tries)
     if settle:
         final = tries.settle(best.solutions[0] if solved else None, settings.attempts)
         final = final if final is not None and choices.has(final.blocks) else None
@@ -195,13 +199,36 @@ def _models(job: Job) -> dict[str, CostModel]:
     }
 
 
+def _is_refined(job: Job) -> bool:
+    """Whether the best sum is only where the search begins: sums of KLs, and a free choice."""
+    settings = job.child.search
+    is_free = settings.architecture is None and settings.target is None and not settings.homogeneous
+    return is_free and settings.refinements > 0 and job.run.recipe.score.metric == "kl"
+
+
+def _refined(job: Job, one: Searched, choices: Choices, tries: tried.Tries) -> Searched:
+    """With the best child around its first solution in that one's place."""
+    first, *others = one.solutions
+    starts = [first.blocks, *(child.blocks for child in tries.children)]
+    known = [blocks for blocks in starts if choices.has(blocks)]
+    found = around.refine(job, choices, one.limits, known, tries.refused)
+    solution = _given(choices, found.blocks, one.tables, one.settings)
+    gap = (solution.objective - first.bound) / max(abs(solution.objective), 1e-12)
+    updates = {"bound": first.bound, "gap": gap, "seconds": first.seconds, "kl": found.kl}
+    steps = "1 step" if found.steps == 1 else f"{found.steps} steps"
+    improved = f"{found.first_kl:.4f} at the optimum, {found.kl:.4f} after {steps} around it"
+    job.run.progress.say(f"  assembled KL {improved}")
+    return replace(one, solutions=[solution.model_copy(update=updates), *others])
+
+
 def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> Searched:
     """The answer is an earlier try; what is proven is still said of the best there is."""
     solution = _given(choices, final.blocks, one.tables, one.settings)
     if one.solutions:
         bound = min(solution.rank, one.solutions[0].bound)
         gap = (solution.rank - bound) / max(abs(solution.rank), 1e-12)
-        solution = solution.model_copy(update={"bound": bound, "gap": gap})
+        kl = one.solutions[0].kl and final.objective
+        solution = solution.model_copy(update={"bound": bound, "gap": gap, "kl": kl})
     return replace(one, solutions=[solution])
 
 
@@ -212,15 +239,18 @@ def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -
 
 
 def summary(answer: Answer) -> str:
-    """One line: the sum of scores, the proof of what is optimal, and the predicted speed."""
+    """One line: the loss of quality, the proof of what is optimal, and the predicted speed."""
     best = answer.best
     child, parent = (
         f"{figures['main'].throughput_tok_per_s:,.0f} tok/s"
         for figures in (best.predicted, answer.parent)
     )
     batch = f" at batch {answer.batch_size}" if len(answer.sweep) > 1 else ""
+    proof = f"proven gap {best.gap:.2%}"
+    if best.kl is not None:
+        proof = f"no sum is below {best.bound:.4f}, which is proven"
     return (
-        f"score sum {best.objective:.4f}, proven gap {best.gap:.2%}, {best.seconds:.2f} s; "
+        f"score sum {best.objective:.4f}, {proof}, {best.seconds:.2f} s; "
         f"predicted {child}{batch} (parent {parent})"
     )
 
@@ -349,7 +379,16 @@ def _given(
 
 
 def _need(job: Job) -> Need:
-    return Need(memory_bytes=2e8, disk_bytes=1e6, seconds=5.0)
+    """A refinement scores the blocks that a search could choose, in a smaller model."""
+    if not _is_refined(job):
+        return Need(memory_bytes=2e8, disk_bytes=1e6, seconds=5.0)
+    scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * job.child.search.refinements
+    return Need(
+        flops=share * scoring.flops,
+        memory_bytes=scoring.memory_bytes,
+        disk_bytes=1e6,
+        seconds=5.0 + share * scoring.seconds,
+    )
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)

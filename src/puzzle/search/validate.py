@@ -13,28 +13,22 @@ report draws.
 import itertools
 import random
 import time
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.errors import UserError
-from puzzle.library import weights
-from puzzle.model import variants
-from puzzle.model.architecture import Architecture, Block
-from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
+from puzzle.model.architecture import Architecture
 from puzzle.run import Run
 from puzzle.score import SCORE, results
-from puzzle.score.exact import Shard, Suffix, parent_states
+from puzzle.score.assembled import AssembledKL
 from puzzle.score.stage import all_shards
 from puzzle.search import mip
 from puzzle.search.program import Program
 from puzzle.search.space_program import Choices
 from puzzle.stage import Job
-from puzzle.training.losses import METRICS
 
 FOLDER, FILE = "score_validation", "validation.json"
 BINS = (0.0, 0.2, 0.4, 0.6, 1.01)  # shares of the layers' parameters that are removed
@@ -170,55 +164,6 @@ def _searched_architectures(
             chosen = tuple(blocks[column] for column in optimum.columns)
             architectures.append(("searched", Architecture(chosen)))
     return architectures
-
-
-@dataclass
-class AssembledKL:
-    """Measures children on the text that was scored, one block in memory at a time."""
-
-    run: Run
-    shards: list[Shard]
-
-    def __post_init__(self) -> None:
-        """The parent's final hidden states, once for all children."""
-        parent = self.run.parent_model
-        self.finals = [
-            parent_states(self.run, parent, shard.tokens_BS)[-1] for shard in self.shards
-        ]
-
-    @torch.no_grad()
-    def kl(self, architecture: Architecture) -> float:
-        """KL(parent || child) in nats per token."""
-        run, parent = self.run, self.run.parent_model
-        device, last = run.device.torch_device, len(architecture) - 1
-        with run.device.autocast():
-            tokens = [shard.tokens_BS.to(device) for shard in self.shards]
-            embedded = [parent.model.embed(tokens_BS) for tokens_BS in tokens]
-            hidden = [x_BSD for x_BSD, _ in embedded]
-            contexts = [context for _, context in embedded]
-            for index, block in enumerate(architecture):
-                module = self._module(index, block)
-                hidden = [
-                    module(x_BSD, **context)
-                    for x_BSD, context in zip(hidden, contexts, strict=True)
-                ]
-            total, count = 0.0, 0
-            for shard, x_BSD in enumerate(hidden):
-                final_BSD = parent.model.norm(self.finals[shard].to(device))
-                suffix = Suffix(parent, last, contexts[shard], final_BSD, tokens[shard])
-                kl_BS = suffix.metrics([x_BSD])[0, METRICS.index("kl")]
-                total, count = total + kl_BS.sum().item(), count + kl_BS.numel()
-        return total / count
-
-    def _module(self, layer: int, block: Block) -> PuzzleDecoderLayer:
-        run = self.run
-        parent_layer: PuzzleDecoderLayer = run.parent_model.model.layers[layer]
-        if block == run.parent.shape.parent_blocks[layer]:
-            return parent_layer
-        state = weights.read_block(run, layer, block, parent_layer.state_dict())
-        attention = run.placement.attention
-        module = variants.frozen_module(run.parent, layer, block, attention, state)
-        return module.to(run.device.torch_device)
 
 
 def correlation(points: list[ValidationPoint]) -> Correlation:

@@ -1,0 +1,433 @@
+"""The contestants of the head-to-head, and the speeds of what they make. Not a benchmark itself."""
+
+import argparse
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import baselines
+import common
+
+import puzzle
+from puzzle import artifacts, config, pipeline, settings
+from puzzle.artifacts import Record
+from puzzle.assemble.stage import ChildState
+from puzzle.config import ChildConfig, SearchConfig
+from puzzle.cost import COST, table
+from puzzle.cost.scenarios import served_scenarios
+from puzzle.engines.intervals import Interval
+from puzzle.engines.turns import Served, measure_pair
+from puzzle.errors import Infeasible
+from puzzle.evaluate.bootstrap import UnitSums
+from puzzle.library import LIBRARY
+from puzzle.model import child
+from puzzle.model.architecture import Architecture
+from puzzle.model.modeling_puzzle import PuzzleConfig
+from puzzle.progress import Progress
+from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.score.assembled import AssembledKL
+from puzzle.search import answers, stage
+from puzzle.search.frontier import baseline_choices
+from puzzle.stage import Job
+
+WISHES, TRAINED = (1.25, 1.5, 2.17, 3.0), (1.5, 2.17)
+CODE = (  # decides a row
+    "training/losses.py",
+    "training/schedules.py",
+    "uptrain/gkd.py",
+    "uptrain/trainer.py",
+    "uptrain/phases.py",
+    "model/modeling_puzzle.py",
+    "data/packing.py",
+    "data/sources.py",
+    "data/sequences.py",
+)
+LIBRARY_CODE = (  # decides which child, and its first weights
+    "library/bld.py",
+    "library/training.py",
+    "library/initialization.py",
+    "score/exact.py",
+    "search/space_program.py",
+    "search/stage.py",
+)
+TOO_MUCH = 1.05  # a child that was aimed at a wish is searched again where it is faster than this
+Weights = str  # library, parent, cut or random: where a child's weights come from
+
+
+class Candidate(Record):
+    """One line of `candidates.jsonl`: a child as a method makes it, and its measured speed-up."""
+
+    method: str
+    label: str
+    wish: float
+    blocks: list[str]
+    weights: Weights
+    narrow: baselines.Narrow | None = None
+    speedup: Interval
+    parameters: int
+    kv_bytes_per_token: int
+    code: str
+
+    @property
+    def key(self) -> str:
+        """Of the model: two methods may make the same one."""
+        narrow = None if self.narrow is None else vars(self.narrow)
+        return artifacts.fingerprint([self.blocks, self.weights, narrow])
+
+
+class Row(Record):
+    """One line of `quality.jsonl`: a model on one side of the corpus."""
+
+    key: str  # of the candidate
+    tokens: int  # of distillation; 0: as it is made
+    seed: int
+    split: str
+    model: UnitSums
+    parent: UnitSums
+    minutes: float
+    code: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done."""
+
+    wishes: tuple[float, ...]
+    trained: tuple[float, ...]
+    tokens: int  # of distillation of a Puzzle child
+    seeds: int
+    starts: int
+    evolution: baselines.Evolution
+    sequences: int
+
+
+def code_of(weights: Weights) -> str:
+    """Digest of the modules that decide a row, and of the baselines."""
+    root = Path(puzzle.__file__).parent
+    names = [*CODE, *(LIBRARY_CODE if weights == "library" else ())]
+    digest = hashlib.sha256()
+    for path in [*(root / name for name in names), Path(baselines.__file__)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------- preparation
+
+
+def open_run(folder: Path, args: argparse.Namespace) -> Run:
+    """The run, of which nothing is made yet."""
+    if args.quick:
+        recipe: common.Settings = common.tiny_recipe(folder.parent)
+        recipe["cost"] |= {"starts": 2}
+        recipe["search"] = {"throughput": "1.02x"}
+    else:
+        recipe = settings.read_yaml(settings.recipe_path("pocket"))
+    return Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=args.quick))
+
+
+def prepare(run: Run) -> None:
+    """Library, scores and costs, where they are not there."""
+    run.write()
+    for each in (LIBRARY, SCORE):
+        pipeline.execute_stage(each, Job(run))
+    pipeline.execute_stage(COST, run.place_job())
+
+
+@dataclass
+class Workshop:
+    """The run, and what is computed once."""
+
+    run: Run
+    size: Size
+    folder: Path  # where rows are kept
+
+    @cached_property
+    def parent(self) -> Architecture:
+        """The parent's blocks."""
+        return Architecture.of_parent(self.run.parent.shape)
+
+    @cached_property
+    def seen(self) -> baselines.Activations:
+        """The parent's activations on text for scores."""
+        return baselines.activations(self.run)
+
+    @cached_property
+    def kl(self) -> AssembledKL:
+        """KL of assembled children on text for scores."""
+        return AssembledKL(self.run, baselines.text_shards(self.run))
+
+    @cached_property
+    def costs(self) -> table.CostTable:
+        """Of the main scenario."""
+        return table.read(self.run.place_job())
+
+    def predicted(self, architecture: Architecture) -> float:
+        """Speed-up by the cost table."""
+        parent = self.costs.predict_parent(self.parent).total_s
+        return parent / self.costs.predict(architecture).total_s
+
+    def job(self, speedup: float, margin: float = 0.0) -> Job:
+        """A question at the place `here`."""
+        wish = SearchConfig(throughput=f"{speedup:.4f}x", margin=margin)
+        return self.run.job_of("question", ChildConfig(search=wish))
+
+    def state(self, candidate: Candidate) -> tuple[PuzzleConfig, Architecture, baselines.State]:
+        """Config, blocks and weights of a candidate, as its method makes it."""
+        architecture = Architecture.from_names(candidate.blocks)
+        if candidate.narrow is not None:
+            return baselines.narrow_model(self.run, self.seen, candidate.narrow)
+        config = self.run.parent.child_config(architecture)
+        if candidate.weights == "cut":
+            return config, architecture, baselines.cut_from_parent(self.run, architecture)
+        state = dict(ChildState(self.run, architecture))
+        if candidate.weights == "random":
+            state = baselines.random_weights(state)
+        return config, architecture, state
+
+    # ------------------------------------------------------------------------------------- speeds
+
+    def measure(self, candidate: Candidate) -> Candidate:
+        """With its speed-up, as the product measures it."""
+        job = self.run.place_job()
+        scenario = served_scenarios(job)["main"]
+        with tempfile.TemporaryDirectory() as name:
+            made, architecture, state = self.state(candidate)
+            child.save(Path(name), made, architecture, state, self.run.parent.folder, "")
+            sides = (Served(self.run.parent.folder, scenario, 0), Served(Path(name), scenario, 0))
+            starts = self.size.starts
+            measurement = measure_pair(job.engine, *sides, starts, lambda m: True, lambda: None)
+        return candidate.model_copy(update={"speedup": measurement.speedup})
+
+    def candidate(
+        self,
+        method: str,
+        wish: float,
+        architecture: Architecture,
+        label: str,
+        weights: Weights = "parent",
+        narrow: baselines.Narrow | None = None,
+    ) -> Candidate:
+        """A child, measured, unless the same one was measured before."""
+        shape = self.run.parent.shape
+        parameters = architecture.parameters(shape)
+        if narrow is not None:  # every matrix has the hidden size on one side
+            parameters = round(parameters * narrow.hidden / shape.hidden_size)
+        made = Candidate(
+            method=method,
+            label=label,
+            wish=wish,
+            blocks=architecture.names,
+            weights=weights,
+            narrow=narrow,
+            speedup=Interval(value=0.0, low=0.0, high=0.0),
+            parameters=parameters,
+            kv_bytes_per_token=architecture.kv_elements_per_token(shape)
+            * self.run.parent.dtype.itemsize,
+            code=code_of(weights),
+        )
+        known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
+        same = [one for one in known if (one.blocks, one.narrow) == (made.blocks, narrow)]
+        if same:  # speed does not depend on the weights
+            return made.model_copy(update={"speedup": same[-1].speedup})
+        return self.measure(made)
+
+    def keep(self, candidates: Sequence[Candidate]) -> None:
+        """Append to `candidates.jsonl` and print."""
+        for one in candidates:
+            artifacts.append_record(self.folder / "candidates.jsonl", one)
+            speed = one.speedup.with_unit(".2f", "x")
+            common.print_row(one.method, f"{one.wish}x", one.label, speed, f"{one.parameters:,}")
+
+
+Knobs = Callable[[Workshop], list[tuple[Architecture, str, baselines.Narrow | None]]]
+
+
+def depth_by(choose: Callable[[Workshop, int], Architecture]) -> Knobs:
+    """A method that removes any number of layers."""
+
+    def knobs(shop: Workshop) -> list[tuple[Architecture, str, baselines.Narrow | None]]:
+        counts = range(1, len(shop.parent))
+        return [(choose(shop, n), f"{n} of {len(shop.parent)} layers", None) for n in counts]
+
+    return knobs
+
+
+def removal(half: str) -> Knobs:
+    """Greedy removal by KL."""
+
+    def knobs(shop: Workshop) -> list[tuple[Architecture, str, baselines.Narrow | None]]:
+        found = baselines.greedy_removal(shop.kl, shop.parent, half)
+        word = "layers" if half == "both" else f"{half}s"
+        return [(a, f"{n} of {len(a)} {word}", None) for n, a in enumerate(found) if n]
+
+    return knobs
+
+
+def narrower(depth: bool) -> Knobs:
+    """Minitron's widths."""
+
+    def knobs(shop: Workshop) -> list[tuple[Architecture, str, baselines.Narrow | None]]:
+        found = baselines.minitron(shop.run, shop.seen, depth)
+        blocks = [baselines.narrow_architecture(shop.parent, narrow) for narrow in found]
+        return [(a, narrow.label, narrow) for a, narrow in zip(blocks, found, strict=True)]
+
+    return knobs
+
+
+DISCRETE: dict[str, Knobs] = {
+    "depth, block influence": depth_by(
+        lambda shop, n: baselines.block_influence(shop.seen, shop.parent, n)
+    ),
+    "depth, contiguous": depth_by(lambda shop, n: baselines.contiguous(shop.seen, shop.parent, n)),
+    "depth, greedy by KL": removal("both"),
+    "depth, EvoPress": depth_by(
+        lambda shop, n: baselines.evopress(shop.run, shop.parent, n, shop.size.evolution)
+    ),
+    "Minitron, width": narrower(depth=False),
+    "Minitron, width and depth": narrower(depth=True),
+    "attention removal": removal("attention"),
+}
+SEARCHED = {"Puzzle, greedy": "greedy", "Puzzle, max-parameters": "most parameters"}
+SHAPES = {"Puzzle's shape, no BLD": "cut", "Puzzle's shape, random weights": "random"}
+DEFAULT, ADDITIVE = "Puzzle", "Puzzle, additive (as published)"
+METHODS = (DEFAULT, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
+
+
+def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
+    """The children on both sides of every wish."""
+    lazily = DISCRETE[method]
+    known: dict[int, Candidate] = {}
+    if method == "depth, EvoPress":  # a search for each number: only those that are needed
+        made: dict[int, tuple[Architecture, str, baselines.Narrow | None]] = {}
+        guesses = DISCRETE["depth, block influence"](shop)  # as many layers take about as long
+
+        def option(knob: int) -> tuple[Architecture, str, baselines.Narrow | None]:
+            if knob not in made:
+                blocks = baselines.evopress(shop.run, shop.parent, knob + 1, shop.size.evolution)
+                made[knob] = (blocks, guesses[knob][1], None)
+            return made[knob]
+
+    else:
+        guesses = lazily(shop)
+        option = guesses.__getitem__
+
+    def guess(knob: int) -> float:
+        architecture, _, narrow = guesses[knob]
+        if narrow is None:
+            return shop.predicted(architecture)
+        shape = shop.run.parent.shape  # no table knows these widths
+        parameters = architecture.parameters(shape) * narrow.hidden / shape.hidden_size
+        return float((shop.parent.parameters(shape) / parameters) ** 0.7)
+
+    def speed(knob: int) -> float:
+        return known[knob].speedup.value if knob in known else guess(knob)
+
+    for wish in shop.size.wishes:
+        while True:  # until both sides are measured
+            sides = baselines.around(speed, range(len(guesses)), wish)
+            missing = [knob for knob in sides if knob is not None and knob not in known]
+            if not missing:
+                break
+            for knob in missing:
+                architecture, label, narrow = option(knob)
+                weights = "parent" if narrow is None else "narrow"
+                known[knob] = shop.candidate(method, wish, architecture, label, weights, narrow)
+        yield [known[k].model_copy(update={"wish": wish}) for k in sides if k is not None]
+
+
+def aimed(
+    shop: Workshop, method: str, choose: Callable[[float], Architecture | None]
+) -> Iterator[list[Candidate]]:
+    """A child just above every wish; where it is missed or far beyond, the aim is corrected."""
+    for wish in shop.size.wishes:
+        aim, tries = wish, []
+        for _ in range(3):
+            architecture = choose(aim)
+            if architecture is None:
+                break
+            tries.append(shop.candidate(method, wish, architecture, "", "library"))
+            speed = tries[-1].speedup.value
+            if wish <= speed <= TOO_MUCH * wish:
+                break
+            aim *= 1.01 * wish / speed
+        met = [one for one in tries if one.speedup.value >= wish]
+        yield [min(met or tries, key=lambda one: abs(one.speedup.value - wish))] if tries else []
+
+
+def chosen_by(shop: Workshop, baseline: str) -> Callable[[float], Architecture | None]:
+    """What another way of choosing from the same library takes, with the same costs."""
+    choices = stage.read_choices(shop.job(1.0))
+
+    def choose(speedup: float) -> Architecture | None:
+        try:
+            _, best = stage.search(shop.job(speedup), choices)
+        except Infeasible:
+            return None
+        if baseline == ADDITIVE:
+            return best.solutions[0].architecture
+        found = baseline_choices(best.program, choices, shop.run.parent.shape, best.tables["main"])
+        blocks = next(one.blocks for one in found if one.name == baseline)
+        return None if blocks is None else Architecture.from_names(blocks)
+
+    return choose
+
+
+def default(shop: Workshop) -> Iterator[list[Candidate]]:
+    """The children that `puzzle child` makes: searched, served and corrected until they are met."""
+    for wish in shop.size.wishes:
+        name = f"h2h-{wish}".replace(".", "_")
+        settings = SearchConfig(throughput=f"{wish}x")
+        shop.run.write_child(name, ChildConfig(search=settings))
+        job = shop.run.child_job(name)
+        try:
+            pipeline.search_and_serve(job)
+        except Infeasible as error:
+            print(f"{DEFAULT} at {wish}x: {error}", flush=True)
+            yield []
+            continue
+        architecture = answers.read(job).best.architecture
+        made = shop.candidate(DEFAULT, wish, architecture, "", "library")
+        yield [made]
+
+
+def shapes(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
+    """The architecture of Puzzle's child with other first weights."""
+    for wish in shop.size.wishes:
+        for one in candidates_of(shop, DEFAULT, wish):
+            architecture = Architecture.from_names(one.blocks)
+            yield [shop.candidate(method, wish, architecture, "", SHAPES[method])]
+
+
+def candidates_of(shop: Workshop, method: str, wish: float) -> list[Candidate]:
+    """What a method has made for a wish: the last of every model, by rising speed."""
+    records = artifacts.read_records(shop.folder / "candidates.jsonl", Candidate)
+    mine = [one for one in records if (one.method, one.wish) == (method, wish)]
+    return sorted({one.key: one for one in mine}.values(), key=lambda one: one.speedup.value)
+
+
+def speed_part(shop: Workshop, methods: Sequence[str]) -> None:
+    """Measure what is not measured yet."""
+    common.print_header("method", "wish", "child", "speed-up", "parameters")
+    for method in methods:
+        known = [wish for wish in shop.size.wishes if candidates_of(shop, method, wish)]
+        if len(known) == len(shop.size.wishes):  # nothing to do
+            for wish in known:
+                for one in candidates_of(shop, method, wish):
+                    speed = one.speedup.with_unit(".2f", "x")
+                    common.print_row(method, f"{wish}x", one.label, speed, f"{one.parameters:,}")
+            continue
+        prepare(shop.run)
+        if method == DEFAULT:
+            found = default(shop)
+        elif method in SHAPES:
+            found = shapes(shop, method)
+        elif method in SEARCHED or method == ADDITIVE:
+            found = aimed(shop, method, chosen_by(shop, SEARCHED.get(method, ADDITIVE)))
+        else:
+            found = discrete(shop, method)
+        for group in found:
+            shop.keep(group)

@@ -1,0 +1,362 @@
+"""The rows of the head-to-head: quality of every child, the table, the picture, the sentences.
+
+Not a benchmark itself.
+"""
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import matplotlib
+import numpy as np
+import torch
+from contest import DEFAULT, DISCRETE, Candidate, Row, Workshop, candidates_of, code_of, prepare
+
+from puzzle import artifacts
+from puzzle.config import ChildConfig, UptrainConfig
+from puzzle.engines.intervals import Interval
+from puzzle.evaluate.bootstrap import UnitSums, bootstrap
+from puzzle.evaluate.quality import Text, unit_sums
+from puzzle.model import child
+from puzzle.model.architecture import Architecture
+from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.report import pictures
+from puzzle.run import Run
+from puzzle.uptrain.gkd import Pair
+from puzzle.uptrain.trainer import Trainer
+
+# ------------------------------------------------------------------------------------------ quality
+
+
+def library_flops(run: Run) -> float:
+    """BLD: the parent's layers once, and 6 FLOPs a parameter of each variant, for every token."""
+    shape = run.parent.shape
+    parent = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
+    trained = sum(
+        shape.parameters(variant)
+        for index, layer in enumerate(run.space.layers)
+        for variant in layer.subblocks
+        if variant not in shape.parent_blocks[index].subblocks
+    )
+    return float(run.recipe.library.tokens * (2 * parent + 6 * trained))
+
+
+def token_flops(run: Run, parameters: int) -> float:
+    """Distillation: 6 FLOPs a parameter of the child and 2 of the parent, for every token."""
+    shape = run.parent.shape
+    return 6.0 * parameters + 2.0 * Architecture.of_parent(shape).parameters(shape)
+
+
+def tokens_for(shop: Workshop, candidate: Candidate) -> int:
+    """Tokens of distillation by which a candidate costs as much as Puzzle's child for its wish."""
+    run, (reference, *_) = shop.run, candidates_of(shop, DEFAULT, candidate.wish)
+    budget = library_flops(run) + shop.size.tokens * token_flops(run, reference.parameters)
+    if candidate.weights == "library":
+        budget -= library_flops(run)
+    step = run.recipe.uptrain.batch_sequences * run.recipe.corpus.sequence_length
+    return round(budget / token_flops(run, candidate.parameters) / step) * step
+
+
+def quality_of(shop: Workshop, model: PuzzleForCausalLM, split: str) -> tuple[UnitSums, UnitSums]:
+    """(of the model, of the parent) on one side of the corpus."""
+    run, size = shop.run, shop.run.recipe.evaluate.batch_sequences
+    text = Text.of(run, split, shop.size.sequences)  # type: ignore[arg-type]
+    known = shop.__dict__.setdefault(f"parent-{split}", [])
+    if not known:
+        known.append(unit_sums(run, run.parent_model, text, size))
+    return unit_sums(run, model, text, size), known[0]
+
+
+def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, split: str) -> Row:
+    """Distil, unless that is done, and evaluate."""
+    run, began = shop.run, time.perf_counter()
+    folder = run.folder / "trained" / f"{candidate.key}-{candidate.code}-{tokens}-{seed}"
+    made, _, state = shop.state(candidate)
+    device, attention = run.device.torch_device, run.placement.attention
+    model = child.build(made, state, torch.float32, device, attention)
+    if tokens:
+        changes: dict[str, object] = {
+            "tokens": tokens,
+            "seed": seed,
+            "keep": "last",
+            "validate_steps": 10**9,
+            "cosine_weight": 0.0 if candidate.narrow else run.recipe.uptrain.cosine_weight,
+        }
+        uptrain = UptrainConfig.model_validate(run.recipe.uptrain.model_dump() | changes)
+        job = run.job_of("head-to-head", ChildConfig(uptrain=uptrain))
+        (folder / artifacts.UNFINISHED).mkdir(parents=True, exist_ok=True)
+        weights = folder / "child.pt"
+        if weights.exists():
+            model.load_state_dict(torch.load(weights, weights_only=True))
+        else:
+            Trainer(job, folder, Pair(model, run.parent_model, uptrain)).train()
+            torch.save(model.state_dict(), weights)
+            shutil.rmtree(folder / artifacts.UNFINISHED)
+        model.eval()
+    found, parent = quality_of(shop, model, split)
+    return Row(
+        key=candidate.key,
+        tokens=tokens,
+        seed=seed,
+        split=split,
+        model=found,
+        parent=parent,
+        minutes=(time.perf_counter() - began) / 60,
+        code=candidate.code,
+    )
+
+
+def plan(shop: Workshop, methods: Sequence[str]) -> list[tuple[Candidate, int, int]]:
+    """(candidate, tokens, seed) of every row, cheap ones first."""
+    rows = [
+        (one, 0, 1)
+        for method in methods
+        for wish in shop.size.wishes
+        for one in candidates_of(shop, method, wish)
+    ]
+    for seed in range(1, shop.size.seeds + 1):
+        for wish in shop.size.trained:
+            for method in methods:
+                candidates = candidates_of(shop, method, wish)
+                rows += [(one, tokens_for(shop, one), seed) for one in candidates]
+    return rows
+
+
+def quality_part(shop: Workshop, methods: Sequence[str], split: str) -> None:
+    """Measure the rows that are missing, one after the other."""
+    path = shop.folder / "quality.jsonl"
+    rows = plan(shop, methods)
+    for number, (one, tokens, seed) in enumerate(rows, start=1):
+        known = artifacts.read_records(path, Row)
+        key = (one.key, tokens, seed, split, code_of(one.weights))
+        if key in {(r.key, r.tokens, r.seed, r.split, r.code) for r in known}:
+            continue
+        prepare(shop.run)
+        now = one.model_copy(update={"code": key[-1]})
+        row = measure_row(shop, now, tokens, seed, split)
+        artifacts.append_record(path, row)
+        kept = row.model.retention(row.parent)
+        print(
+            f"row {number} of {len(rows)}: {one.method}, {one.wish}x, {one.label or one.weights}, "
+            f"{tokens:,} tokens, seed {seed}: KL {row.model.mean('kl').value:.4f}, "
+            f"top-1 {kept.value if kept else 0:.2%}, {row.minutes:.1f} min",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method's figures at a wish, interpolated where its knob is discrete."""
+
+    method: str
+    wish: float
+    tokens: int
+    speeds: list[float]  # of the children it is made from
+    top1: Interval  # retention
+    kl: float
+    lm_loss: float
+    labels: list[str]
+    parameters: list[int]
+    kv_bytes_per_token: list[int]
+    seeds: int
+    minutes: float
+    stale: bool  # made by other code than that of now
+
+    def as_json(self) -> dict[str, Any]:
+        """For the results' file."""
+        return vars(self) | {"top1": self.top1.as_json()}
+
+
+def rows_for(
+    shop: Workshop, rows: Sequence[Row], candidate: Candidate, tokens: int, split: str
+) -> list[Row]:
+    """The rows of a candidate by seed, the newest of each."""
+    mine = [r for r in rows if (r.key, r.tokens, r.split) == (candidate.key, tokens, split)]
+    return list({row.seed: row for row in mine}.values())
+
+
+def point(
+    shop: Workshop, method: str, wish: float, trained: bool, split: str
+) -> Point | str | None:
+    """A method at a wish; "at most" where it does not get there; None where rows are missing."""
+    rows = artifacts.read_records(shop.folder / "quality.jsonl", Row)
+    found = candidates_of(shop, method, wish)
+    if not found:
+        return None
+    speeds = [one.speedup.value for one in found]
+    if method in DISCRETE and max(speeds) < wish:
+        return f"at most {max(speeds):.2f}x"
+    of_each = []
+    for one in found:
+        tokens = tokens_for(shop, one) if trained else 0
+        of_each.append(rows_for(shop, rows, one, tokens, split))
+    if not all(of_each):
+        return None
+    weights = [1.0] * len(found)
+    if method in DISCRETE:
+        low, high = (0.0 if len(found) == 1 else math.log(speeds[0])), math.log(speeds[-1])
+        share = (math.log(wish) - low) / (high - low) if high > low else 1.0
+        weights = [share] if len(found) == 1 else [1 - share, share]
+    first = [each[0] for each in of_each]
+    seeds = min(len(each) for each in of_each)
+
+    def mean(metric: str, of_nothing: float) -> float:
+        value = sum(
+            weight * sum(row.model.mean(metric).value for row in each) / len(each)
+            for weight, each in zip(weights, of_each, strict=True)
+        )
+        return value + (1 - sum(weights)) * of_nothing  # the parent is on the slower side
+
+    parent = first[0].parent
+    columns = [parent.metrics["top1"]]
+    columns += [
+        [
+            sum(values) / len(values)
+            for values in zip(*(r.model.metrics["top1"] for r in each), strict=True)
+        ]
+        for each in of_each
+    ]
+
+    def retention(sums: Any) -> Any:
+        kept = sum(w * sums[i + 1] for i, w in enumerate(weights)) / np.maximum(sums[0], 1e-12)
+        return kept + (1 - sum(weights))
+
+    return Point(
+        method=method,
+        wish=wish,
+        tokens=round(sum(w * r.tokens for w, r in zip(weights, first, strict=True))),
+        speeds=speeds,
+        top1=bootstrap(columns, retention),
+        kl=mean("kl", 0.0),
+        lm_loss=mean("lm_loss", parent.mean("lm_loss").value),
+        labels=[one.label for one in found],
+        parameters=[one.parameters for one in found],
+        kv_bytes_per_token=[one.kv_bytes_per_token for one in found],
+        seeds=seeds,
+        minutes=sum(row.minutes for row in first),
+        stale=any(row.code != code_of(one.weights) for row, one in zip(first, found, strict=True)),
+    )
+
+
+def table_part(shop: Workshop, methods: Sequence[str], split: str) -> list[Point]:
+    """Print every wish's table; the points that are there."""
+    points = []
+    for wish in shop.size.wishes:
+        for trained in (False, True) if wish in shop.size.trained else (False,):
+            when = "after distillation at equal FLOPs" if trained else "before distillation"
+            print(f"\n{wish}x, {when}, on {split} text")
+            names = ("method", "children at", "top-1 kept", "95 % interval", "KL", "LM loss")
+            common.print_header(*names, "parameters", "KV B/token", "tokens", "seeds", "min")
+            found = [(method, point(shop, method, wish, trained, split)) for method in methods]
+            ranked = sorted(
+                found, key=lambda pair: -pair[1].top1.value if isinstance(pair[1], Point) else 1
+            )
+            for method, one in ranked:
+                if not isinstance(one, Point):
+                    common.print_row(method, one or "not run", *[""] * 9)
+                    continue
+                points.append(one)
+                common.print_row(
+                    method + (" (other code)" if one.stale else ""),
+                    " and ".join(f"{speed:.2f}x" for speed in one.speeds),
+                    f"{one.top1.value:.1%}",
+                    f"{one.top1.low:.1%} to {one.top1.high:.1%}",
+                    f"{one.kl:.3f}",
+                    f"{one.lm_loss:.3f}",
+                    " and ".join(f"{p / 1e6:.1f}M" for p in one.parameters),
+                    " and ".join(map(str, one.kv_bytes_per_token)),
+                    f"{one.tokens:,}",
+                    one.seeds,
+                    f"{one.minutes:.0f}",
+                )
+    return points
+
+
+# ------------------------------------------------------------------------------------------ readme
+
+SECTION = re.compile(r"(<!-- head-to-head:begin -->\n).*?(<!-- head-to-head:end -->)", re.DOTALL)
+
+
+def update_readme(points: Sequence[Point], root: Path) -> str:
+    """Write picture and sentences into the repository at `root`; returns the sentences."""
+    artifacts.write_text(root / "docs" / "images" / "head_to_head.svg", picture(points))
+    section = "\n".join(
+        [
+            *sentences(points),
+            "",
+            "![who keeps more at the same speed](docs/images/head_to_head.svg)",
+        ]
+    )
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme = SECTION.sub(lambda markers: f"{markers[1]}{section}\n{markers[2]}", readme)
+    artifacts.write_text(root / "README.md", readme)
+    return section
+
+
+def sentences(points: Sequence[Point]) -> list[str]:
+    """Where Puzzle wins, by how much, and where it does not."""
+    told = []
+    for wish in sorted({point.wish for point in points if point.tokens}):
+        at = sorted((p for p in points if p.wish == wish and p.tokens), key=lambda p: -p.top1.value)
+        ours = next((p for p in at if p.method == DEFAULT), None)
+        others = [p for p in at if not p.method.startswith(DEFAULT)]
+        if ours is None or not others:
+            continue
+        best = others[0]
+        word = "keeps" if ours.top1.value >= best.top1.value else "keeps only"
+        told.append(
+            f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
+            f"Puzzle's child {word} {_share(ours)} of the parent's top-1 accuracy; the best of "
+            f"{len(others)} other methods ({best.method}) keeps {_share(best)}, the worst "
+            f"({others[-1].method}) {_share(others[-1])}."
+        )
+    return told
+
+
+def _share(one: Point) -> str:
+    return f"{one.top1.value:.1%} ({one.top1.low:.1%} to {one.top1.high:.1%})"
+
+
+def picture(points: Sequence[Point]) -> str:
+    """Retention against speed-up, a line per method: before and after distillation."""
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    methods = list(dict.fromkeys(point.method for point in points))
+    colours = dict(zip(methods, pyplot.get_cmap("tab20").colors, strict=False))
+    titles = ("as it is made", "after distillation, at equal training FLOPs")
+    for axis, trained, title in zip(axes, (False, True), titles, strict=True):
+        for method in methods:
+            mine = sorted(
+                (p for p in points if p.method == method and bool(p.tokens) == trained),
+                key=lambda p: p.wish,
+            )
+            if mine:
+                is_ours = method == DEFAULT
+                axis.plot(
+                    [p.wish for p in mine],
+                    [100 * p.top1.value for p in mine],
+                    "o-",
+                    label=method,
+                    color=pictures.ACCENT if is_ours else colours[method],
+                    linewidth=2.2 if is_ours else 1.0,
+                    ms=4,
+                    zorder=3 if is_ours else 2,
+                )
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_xlabel("measured speed-up")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 accuracy kept, %")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    return pictures.svg(figure)

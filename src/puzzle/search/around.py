@@ -1,0 +1,225 @@
+"""The search around an incumbent: what replacements do to each other, measured.
+
+Replace-1-block scores are made at the parent and added up, which is right for light compression and
+far off for heavy. So, once a search has found the best sum: every block that a search could choose
+is put into that child in the place of its own, and the KL is measured in the company of the other
+chosen blocks, on a part of the text. Around the child these differences add up as well as they ever
+do. They propose further children within the same limits: those that the program, solved again with
+them, takes when 1, 2, 3, ... layers may change, and the most promising exchanges of two. Of these
+the one with the least KL when it is assembled, on all of the text, is the next incumbent; and so on
+until none is better, `search.refinements` times with new differences.
+
+What is measured is remembered in `assembled.jsonl` in the child's folder, so an interrupted search
+goes on, and the next search of the same child knows it too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.errors import UserError
+from puzzle.model.architecture import Architecture, Block
+from puzzle.score import SCORE
+from puzzle.score.candidates import candidates
+from puzzle.search import mip
+from puzzle.search.program import Program, Row
+from puzzle.search.space_program import Choices, Limit, build
+from puzzle.stage import Job
+
+if TYPE_CHECKING:
+    from puzzle.score.assembled import AssembledKL
+
+ASSEMBLED = "assembled.jsonl"  # in the child's folder
+PART = 0.25  # of the text, on which exchanges are measured
+CHANGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # layers in which a step may differ
+EXCHANGES = 48  # of two layers, that are tried on a part of the text
+TRIED = 6  # of those, on all of it
+LEAST_GAIN = 0.002  # of the KL, for which there is another step
+SOLVE_S, SOLVE_GAP = 10.0, 1e-3
+
+
+class AssembledScore(Record):
+    """One line of `assembled.jsonl`."""
+
+    scores: str  # fingerprint of the scores whose text it is measured on
+    whole: bool  # on all of that text, or on its first part
+    blocks: list[str]
+    kl: float  # of the assembled child, nats per token
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What the search around an incumbent has found."""
+
+    blocks: list[str]
+    kl: float
+    first_kl: float  # of the best sum of scores
+    steps: int  # that were better than the one before
+
+
+class Measurement:
+    """Assembled KLs of a child's architectures, from memory or measured when first asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.path = job, job.child.folder / ASSEMBLED
+        self.scores = job.manifest(SCORE).fingerprint
+        records = artifacts.read_records(self.path, AssembledScore)
+        self.known = {(r.whole, *r.blocks): r.kl for r in records if r.scores == self.scores}
+
+    @cached_property
+    def _on(self) -> "dict[bool, AssembledKL]":
+        """On all of the text, and on its first part."""
+        from puzzle.score.assembled import AssembledKL
+        from puzzle.score.stage import all_shards
+
+        run = self.job.run
+        shards = [shard for shard in all_shards(run) if shard.questions is None]
+        first = shards[: max(1, round(PART * len(shards)))]
+        return {True: AssembledKL(run, shards), False: AssembledKL(run, first)}
+
+    def kl(self, blocks: Sequence[str], *, whole: bool = True) -> float:
+        """Of one child."""
+        if (whole, *blocks) not in self.known:
+            found = self._on[whole].kl(Architecture.from_names(blocks))
+            self._remember(whole, blocks, found)
+        return self.known[(whole, *blocks)]
+
+    def exchanged(self, blocks: Sequence[str], layers: Sequence[Sequence[Block]]) -> np.ndarray:
+        """Of the child with one block exchanged, on a part of the text [C]: for every block."""
+
+        def with_block(index: int, block: Block) -> list[str]:
+            return [*blocks[:index], block.name, *blocks[index + 1 :]]
+
+        missing = [
+            [block for block in layer if (False, *with_block(index, block)) not in self.known]
+            for index, layer in enumerate(layers)
+        ]
+        if any(missing):
+            measured = self._on[False]
+            total = sum(map(len, missing)) * len(measured.texts)
+            architecture = Architecture.from_names(blocks)
+            with self.job.run.progress.task("scoring around the child", total, "blocks") as task:
+                found = measured.exchanged(architecture, missing, task.advance)
+                for index, by_name in enumerate(found):
+                    for block in missing[index]:
+                        self._remember(False, with_block(index, block), by_name[block.name])
+        pairs = [(index, block) for index, layer in enumerate(layers) for block in layer]
+        return np.array([self.known[(False, *with_block(i, block))] for i, block in pairs])
+
+    def _remember(self, whole: bool, blocks: Sequence[str], kl: float) -> None:
+        if not np.isfinite(kl):
+            raise UserError(f"search: the KL of an assembled child is {kl}; score again")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = AssembledScore(scores=self.scores, whole=whole, blocks=list(blocks), kl=kl)
+        artifacts.append_record(self.path, record)
+        self.known[(whole, *blocks)] = kl
+
+
+def refine(
+    job: Job,
+    choices: Choices,
+    limits: Sequence[Limit],
+    starts: Sequence[list[str]],
+    refused: Sequence[list[str]],
+) -> Refined:
+    """The best child by its assembled KL that steps around an incumbent lead to.
+
+    Args:
+        job: a child's.
+        choices: the blocks and their scores.
+        limits: what the child must keep.
+        starts: children to start from; the first one keeps the limits.
+        refused: children that are not taken.
+    """
+    measurement = Measurement(job)
+    near = _candidates(job, choices, starts)
+    program = _without(build(near, limits, job.child.search), near, refused)
+    feasible = [blocks for blocks in starts if program.feasible(near.columns(blocks))]
+    best = min(feasible or [starts[0]], key=measurement.kl)
+    first_kl, steps = measurement.kl(starts[0]), 0
+    for _ in range(job.child.search.refinements):
+        before = best
+        costs = measurement.exchanged(best, near.layers)
+        while True:
+            following = _step(measurement, replace(program, costs=costs), near, best)
+            if measurement.kl(following) > (1 - LEAST_GAIN) * measurement.kl(best):
+                break
+            best, steps = following, steps + 1
+        if best == before:
+            break
+    return Refined(best, measurement.kl(best), first_kl, steps)
+
+
+def _step(
+    measurement: Measurement, program: Program, choices: Choices, incumbent: list[str]
+) -> list[str]:
+    """The best of what the differences propose; the incumbent where they propose nothing."""
+    proposed = _solved(program, choices, incumbent)
+    pairs = _exchanges_of_two(program, choices, incumbent)
+    pairs = [blocks for blocks in pairs if blocks not in proposed]
+    proposed += sorted(pairs, key=lambda b: measurement.kl(b, whole=False))[:TRIED]
+    return min(proposed, key=measurement.kl, default=incumbent)
+
+
+def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choices:
+    """The blocks that some search could choose by their scores, and those of the starts."""
+    shape = job.run.parent.shape
+    layers, losses = [], []
+    for index, layer in enumerate(choices.layers):
+        first = int(choices.starts[index])
+        of_layer = dict(zip(layer, choices.losses[first : first + len(layer)], strict=True))
+        kept = candidates(layer, list(of_layer.values()), shape)
+        used = {blocks[index] for blocks in starts}
+        kept += [block for block in layer if block.name in used and block not in kept]
+        layers.append(kept)
+        losses += [of_layer[block] for block in kept]
+    return Choices(layers, np.array(losses))
+
+
+def _without(program: Program, choices: Choices, refused: Sequence[list[str]]) -> Program:
+    rows = [choices.columns(names) for names in refused if choices.has(names)]
+    away = (mip.overlap_row(columns, len(columns) - 1) for columns in rows)
+    return replace(program, extra=(*program.extra, *away))
+
+
+def _solved(program: Program, choices: Choices, incumbent: list[str]) -> list[list[str]]:
+    """The best children that differ from the incumbent in at most 1, 2, 3, ... layers."""
+    own, count = choices.columns(incumbent), len(incumbent)
+    found: list[list[str]] = []
+    for changes in (*(c for c in CHANGES if c < count), count):
+        at_least = Row(own, -np.ones(count), float(changes - count))
+        within = replace(program, extra=(*program.extra, at_least))
+        optimum = mip.solve(within, gap=SOLVE_GAP, time_limit_s=SOLVE_S)
+        if optimum is not None:
+            blocks = choices.names(optimum.columns)
+            if blocks not in (incumbent, *found):
+                found.append(blocks)
+    return found
+
+
+def _exchanges_of_two(program: Program, choices: Choices, incumbent: list[str]) -> list[list[str]]:
+    """The exchanges of two layers that keep the limits and promise most, the best first."""
+    own, groups = choices.columns(incumbent), program.groups
+    gain = program.costs - program.costs[own][groups]
+    slack = program.limits - program.resources[:, own].sum(axis=1)
+    change = program.resources - program.resources[:, own[groups]]
+    promised: list[tuple[float, int, int]] = []
+    for first, start in zip(range(len(gain)), program.starts[1:][groups], strict=True):
+        others = np.arange(start, len(gain))
+        both = gain[first] + gain[others]
+        fits = (change[:, first, None] + change[:, others] <= slack[:, None]).all(axis=0)
+        worth = others[fits & (both < 0) & (others != own[groups[others]])]
+        if first != own[groups[first]]:
+            promised += [(float(gain[first] + gain[c]), first, int(c)) for c in worth]
+    found = []
+    for _, first, second in sorted(promised)[:EXCHANGES]:
+        columns = own.copy()
+        columns[groups[first]], columns[groups[second]] = first, second
+        if program.feasible(columns):
+            found.append(choices.names(columns))
+    return found

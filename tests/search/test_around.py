@@ -1,0 +1,209 @@
+"""The search around an incumbent: measured in the company of the other chosen blocks."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from puzzle import artifacts, config, pipeline
+from puzzle.config import ChildConfig, SearchConfig
+from puzzle.model import child
+from puzzle.model.architecture import Architecture, parse_block
+from puzzle.run import Run
+from puzzle.score.assembled import AssembledKL
+from puzzle.score.stage import all_shards
+from puzzle.search import SEARCH, answers, around, stage
+from puzzle.search.answers import Solution
+from puzzle.search.program import Program, starts_of
+from puzzle.search.space_program import Choices
+from puzzle.training.losses import METRICS, token_metrics
+
+WISH = {"parameters": "70%"}
+pytestmark = pytest.mark.training
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    shutil.copytree(
+        finished_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("children")
+    )
+    recipe = finished_run.recipe.model_dump(mode="json")
+    recipe["search"] = WISH | {"refinements": 3}
+    copied = Run(config.parse(recipe), tmp_path / "run", finished_run.progress)
+    copied.write()
+    return copied
+
+
+def start(job):
+    """What the sum of scores alone would choose, and the limits it keeps."""
+    choices = stage.read_choices(job)
+    _, best = stage.search(job, choices)
+    return choices, best
+
+
+@torch.no_grad()
+def really_assembled_kl(run, tmp_path, blocks):
+    """Oracle: a child in a folder, loaded by transformers' rules and run over the text."""
+    job = run.job_of("oracle", ChildConfig(search=SearchConfig(architecture=blocks)))
+    run.write_child("oracle", ChildConfig(search=SearchConfig(architecture=blocks)))
+    from puzzle.assemble.stage import ChildState
+
+    architecture = Architecture.from_names(blocks)
+    folder = tmp_path / "oracle"
+    state = ChildState(job.run, architecture)
+    config = run.parent.child_config(architecture)
+    child.save(folder, config, architecture, state, run.parent.folder, "")
+    model, parent = child.load(folder, torch.float32, torch.device("cpu")), run.parent_model
+    total, count = 0.0, 0
+    for shard in all_shards(run):
+        hidden = [m.model(shard.tokens_BS).last_hidden_state[:, :-1] for m in (parent, model)]
+        metrics = token_metrics(
+            hidden[0].flatten(0, 1),
+            parent.lm_head.weight,
+            hidden[1].flatten(0, 1)[None],
+            model.lm_head.weight,
+            shard.tokens_BS[:, 1:].flatten(),
+        )
+        total += float(metrics[0, METRICS.index("kl")].sum())
+        count += metrics.shape[-1]
+    return total / count
+
+
+def test_assembled_kls_and_exchanges_are_those_of_really_assembled_children(run, tmp_path):
+    job = run.child_job("main")
+    choices, best = start(job)
+    blocks = best.solutions[0].blocks
+    measured = AssembledKL(run, all_shards(run))
+    expected = really_assembled_kl(run, tmp_path, blocks)
+    assert measured.kl(Architecture.from_names(blocks)) == pytest.approx(expected, rel=1e-4)
+    calls = []
+    exchanged = list(
+        measured.exchanged(Architecture.from_names(blocks), choices.layers, lambda: calls.append(1))
+    )
+    assert len(calls) == len(choices.losses) * len(measured.texts)
+    for index in (0, 2):
+        block = choices.layers[index][-1].name
+        other = [*blocks[:index], block, *blocks[index + 1 :]]
+        expected = measured.kl(Architecture.from_names(other))
+        assert exchanged[index][block] == pytest.approx(expected, rel=1e-4)
+        assert exchanged[index][blocks[index]] == pytest.approx(
+            measured.kl(Architecture.from_names(blocks)), rel=1e-4
+        )
+
+
+def test_the_child_keeps_its_limits_and_is_never_worse_than_the_best_sum(run):
+    job = run.child_job("main")
+    choices, best = start(job)
+    first = best.solutions[0].blocks
+    found = around.refine(job, choices, best.limits, [first], [])
+    assert found.kl <= found.first_kl
+    assert best.program.feasible(choices.columns(found.blocks))
+    kl = AssembledKL(run, all_shards(run)).kl(Architecture.from_names(found.blocks))
+    assert found.kl == pytest.approx(kl, rel=1e-5)
+
+
+def test_no_single_exchange_within_the_limits_is_better_in_the_end(run):
+    """Oracle: every exchange of one block, measured one by one."""
+    job = run.child_job("main")
+    choices, best = start(job)
+    found = around.refine(job, choices, best.limits, [best.solutions[0].blocks], [])
+    measured = AssembledKL(run, all_shards(run))
+    near = around._candidates(job, choices, [found.blocks])
+    better = 0
+    for index, layer in enumerate(near.layers):
+        for block in layer:
+            other = [*found.blocks[:index], block.name, *found.blocks[index + 1 :]]
+            if best.program.feasible(choices.columns(other)):
+                kl = measured.kl(Architecture.from_names(other))
+                better += kl < found.kl * (1 - around.LEAST_GAIN) - 1e-9
+    assert better == 0
+
+
+def test_what_was_refused_is_not_taken_and_the_best_start_is(run):
+    job = run.child_job("main")
+    choices, best = start(job)
+    first = best.solutions[0].blocks
+    found = around.refine(job, choices, best.limits, [first], [])
+    other = around.refine(job, choices, best.limits, [first, found.blocks], [])
+    assert other.kl <= found.kl
+    if found.blocks != first:
+        refused = around.refine(job, choices, best.limits, [first], [found.blocks])
+        assert refused.blocks != found.blocks
+
+
+def test_proposals_differ_in_few_layers_first_and_keep_the_limits():
+    """A program of three layers whose best choice is known for every number of changes.
+
+    The limit allows one of the large blocks at a time: no single exchange is better, two are.
+    """
+    layers = [[parse_block(f"gqa_2+gated_{width}") for width in (96, 64, 32)] for _ in range(3)]
+    costs = np.array([0.0, 1.0, 1.5, -2.0, 1.0, 0.0, 5.0, 0.5, 0.0])
+    sizes = np.array([3.0, 2.0, 1.0] * 3)[None]
+    program = Program(starts_of([3] * 3), costs, sizes, np.array([5.0]))
+    choices, incumbent = (
+        Choices(layers, costs),
+        ["gqa_2+gated_96", "gqa_2+gated_32", "gqa_2+gated_32"],
+    )
+    solved = around._solved(program, choices, incumbent)
+    assert solved == [["gqa_2+gated_32", "gqa_2+gated_96", "gqa_2+gated_32"]]
+    for blocks in (*solved, *around._exchanges_of_two(program, choices, incumbent)):
+        columns = choices.columns(blocks)
+        assert program.feasible(columns) and blocks != incumbent
+    best, *_ = around._exchanges_of_two(program, choices, incumbent)
+    by_hand = min(
+        (
+            sum(costs[columns])
+            for columns in map(np.array, itertools.product(range(3), range(3, 6), range(6, 9)))
+            if program.feasible(columns) and sum(columns != choices.columns(incumbent)) == 2
+        ),
+    )
+    assert sum(costs[choices.columns(best)]) == pytest.approx(by_hand)
+
+
+def test_a_killed_search_goes_on_with_what_it_measured(run, monkeypatch):
+    job = run.child_job("main")
+    choices, best = start(job)
+    first = best.solutions[0].blocks
+    real, done = AssembledKL.exchanged, []
+
+    def dies(self, *args):
+        for layer in real(self, *args):
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(1)
+            yield layer
+
+    monkeypatch.setattr(AssembledKL, "exchanged", dies)
+    with pytest.raises(KeyboardInterrupt):
+        around.refine(job, choices, best.limits, [first], [])
+    records = artifacts.read_records(job.child.folder / around.ASSEMBLED, around.AssembledScore)
+    asked = []
+
+    def counted(self, architecture, others, on_block):
+        asked.append([len(layer) for layer in others])
+        return real(self, architecture, others, on_block)
+
+    monkeypatch.setattr(AssembledKL, "exchanged", counted)
+    resumed = around.refine(job, choices, best.limits, [first], [])
+    assert asked[0][:2] == [0, 0] and sum(asked[0][2:]) > 0 and len(records) > 2
+    monkeypatch.setattr(AssembledKL, "exchanged", real)
+    (job.child.folder / around.ASSEMBLED).unlink()
+    assert around.refine(job, choices, best.limits, [first], []) == resumed
+
+
+def test_a_child_that_is_made_says_its_assembled_kl_and_a_question_does_not(run):
+    pipeline.execute_stage(SEARCH, run.child_job("main"))
+    best = answers.read(run.child_job("main")).best
+    assert best.kl is not None and best.rank == best.kl
+    assert best.bound <= best.objective + 1e-9
+    _, asked = start(run.child_job("main"))
+    assert asked.solutions[0].kl is None
+
+
+def test_the_rank_is_the_kl_where_it_is_known():
+    solution = Solution(blocks=[], objective=0.4, bound=0.3, gap=0.1, predicted={})
+    assert solution.rank == 0.4
+    assert solution.model_copy(update={"kl": 0.9}).rank == 0.9
+    assert solution.model_copy(update={"kl": 0.9, "target": 2.0}).rank == 2.0
