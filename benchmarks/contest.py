@@ -167,7 +167,7 @@ class Workshop:
 
     def predicted(self, architecture: Architecture) -> float:
         """Speed-up by the cost table."""
-        parent = self.costs.predict_parent(self.parent).total_s
+        parent = self.costs.predict(self.parent).total_s
         return parent / self.costs.predict(architecture).total_s
 
     def job(self, speedup: float, margin: float = 0.0) -> Job:

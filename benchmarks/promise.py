@@ -146,7 +146,7 @@ def predicted_speedup(job: Job, architecture: Architecture) -> float:
     """From the table, uncorrected."""
     costs = table.read(job)
     parent = Architecture.of_parent(job.run.parent.shape)
-    return costs.predict_parent(parent).total_s / costs.predict(architecture).total_s
+    return costs.predict(parent).total_s / costs.predict(architecture).total_s
 
 
 # ------------------------------------------------------------------------------------------- noise

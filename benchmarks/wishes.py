@@ -39,7 +39,7 @@ def row(child: ChildSummary, seconds: float) -> str:
         child.verdict or "",
         f"{child.parameters:,}",
         f"{child.kl:.4f}",
-        f"{child.retention:.1%}",
+        f"{child.retention.value:.1%}" if child.retention else "",
         duration(seconds),
     ]
     return f"| {' | '.join(cells)} |"

@@ -64,3 +64,11 @@ def test_a_wrong_value_says_what_it_got():
 def test_a_source_is_exactly_one_thing():
     with pytest.raises(UserError, match="exactly one of stdlib, path, dataset"):
         config.parse({"corpus": {"sources": [{"path": "a", "dataset": "b"}]}})
+
+
+@pytest.mark.parametrize("section", ["search", "children"])
+def test_a_wish_without_a_unit_is_answered_with_one(section):
+    wish = {"throughput": 2}
+    recipe = {"search": wish} if section == "search" else {"children": {"fast": {"search": wish}}}
+    with pytest.raises(UserError, match=r"throughput: got 2; expected a number .*: 2x$"):
+        config.parse(recipe).all_children()

@@ -8,7 +8,14 @@ resolved recipe is written to `RUN/run.yaml`.
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 
 from puzzle import settings
 
@@ -223,8 +230,16 @@ LessIsBetter = Literal[
 Constrained = Literal[MoreIsBetter, LessIsBetter]
 CONSTRAINTS: tuple[str, ...] = get_args(Constrained)
 TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
+
+
+def _with_unit(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"expected a number with a unit, or relative to the parent: {value:g}x")
+    return value
+
+
 # One text for every scenario, or a text by the scenario's name.
-Quantity = str | dict[str, str] | None
+Quantity = Annotated[str | dict[str, str] | None, BeforeValidator(_with_unit)]
 
 
 class SearchConfig(Section):

@@ -34,7 +34,8 @@ def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(allowed)}"
         return f"{where}: unknown key {key!r}; {hint}"
-    return f"{where}: {key or 'recipe'}: got {first['input']!r}; {first['msg']}"
+    message = first["msg"].removeprefix("Value error, ")  # one of ours
+    return f"{where}: {key or 'recipe'}: got {first['input']!r}; {message}"
 
 
 def validate(model: type[M], values: object, where: str) -> M:

@@ -1,8 +1,6 @@
 """Turns of steps: what is asked of the engines, and what is made of the times."""
 
-import contextlib
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -206,29 +204,6 @@ def test_two_that_do_not_fit_take_turns_whole(tmp_path, monkeypatch):
     assert not result.in_turn and result.speedup.value == pytest.approx(2.0)
     sides = [side for side, _ in log]
     assert sum(a != b for a, b in itertools.pairwise(sides)) == 3  # 0, 1, 0, 1
-
-
-def test_a_probe_beside_the_parent_runs_its_layers_from_the_first_step_of_every_start(tmp_path):
-    ran = []
-
-    class Probe(ScriptedSession):
-        def advance(self, steps, layers=()):
-            ran.append(tuple(layers))
-            return super().advance(steps, layers)
-
-    def open_probe(folder, scenario):
-        return Probe(1, [], lambda *_: 1.0, lambda: ran.append("started"))
-
-    engine = replace(scripted(lambda *_: 2.0), probe=open_probe)
-    (tmp_path / "0").mkdir()
-    sides = [Served(tmp_path / "0", SCENARIO, 0, layers) for layers in ((), (0, 2, 5))]
-    with contextlib.closing(turns.starts_of(engine, sides)) as served:
-        shown = [start for start, _ in itertools.islice(served, 2)]
-    figures = {"ratio": lambda s: s.total[0] / s.total[1]}
-    assert intervals.intervals(shown, figures, looks=1)["ratio"].value == pytest.approx(2.0)
-    begins = [index for index, what in enumerate(ran) if what == "started"]
-    assert len(begins) == 2 and all(ran[index + 1] == (0, 2, 5) for index in begins)
-    assert set(ran) == {"started", (0, 2, 5), ()}  # and then as before
 
 
 def test_a_faster_side_alone_may_have_more_prefills(tmp_path):

@@ -165,3 +165,33 @@ def test_least_squares_is_numpys_where_the_ridge_is_small(tiny, layer, variant, 
     state = initialization.initial_state(layer.state_dict(), variant, tiny.shape, calibration)
     matrix = next(t for name, t in state.items() if "linear_" in name or "down_proj" in name)
     torch.testing.assert_close(matrix.double(), torch.from_numpy(expected.T), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.3, 0.7, 1.0, 30.0])
+def test_least_squares_shrink_towards_the_pruned_weights(tiny, layer, ratio, monkeypatch):
+    """Errors on other tokens, by calibration tokens for each FFN channel: few must not ruin it."""
+    generator = torch.Generator().manual_seed(int(10 * ratio))
+    width, kept = tiny.shape.intermediate_size, FFN("gated", 64)
+    tokens = round(ratio * width)
+    mixing = torch.randn(64, 64, generator=generator) * torch.linspace(2, 0.1, 64)  # correlated
+    seen, unseen = (torch.randn(1, n, 64, generator=generator) @ mixing for n in (tokens, 4000))
+    real = initialization.solve
+
+    def towards_nothing(gram, cross, near):
+        return real(gram, cross, torch.zeros_like(near))
+
+    def error(least_squares, solve):
+        monkeypatch.setattr(initialization, "solve", solve)
+        calibration = initialization.calibrate(layer, [seen], context(tokens), least_squares)
+        state = initialization.initial_state(layer.state_dict(), kept, tiny.shape, calibration)
+        module = variants.block_module(tiny, 0, kept.alone, "sdpa")
+        module.load_state_dict(state)
+        output, expected = (m.eval().feed_forward(unseen) for m in (module, layer))
+        return float((output - expected).square().mean())
+
+    pruned, ours, zero = error(False, real), error(True, real), error(True, towards_nothing)
+    if ratio <= 1:
+        assert ours < zero
+    else:
+        assert ours < pruned

@@ -9,12 +9,11 @@ import pytest
 from served import SERVED, give_or_take
 from typer.testing import CliRunner
 
-from puzzle import artifacts, cli, pipeline
+from puzzle import cli, pipeline
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
 from puzzle.cost.refit import CostModel, Observation, in_own_table
-from puzzle.cost.table import FITS, ScenarioFit
 from puzzle.errors import Infeasible, UserError
 from puzzle.model import child
 from puzzle.model.architecture import Architecture, parse_block
@@ -423,36 +422,6 @@ def test_a_child_beside_the_parent_at_another_batch_size_corrects_its_own_table(
     model = CostModel.of(tables["main"], parent, [in_own_table(seen, tables, parent)])
     corrected = model.table.predict(Architecture.from_names(blocks)).total_s
     assert corrected == pytest.approx(factor * own.total_s, rel=0.01)
-
-
-def test_children_are_compared_with_the_parent_as_it_is_served(copied_run):
-    """The engine's own class for the parent takes a tenth longer than the probe's parent."""
-    before = ask(copied_run, throughput="1.2x")
-    path = copied_run.child_job("main").folder(COST) / FITS
-    fits = artifacts.read_records(path, ScenarioFit)
-    slower = {"parent_prefill": 1.1, "parent_decode": 1.1}
-    artifacts.write_records(path, [fit.model_copy(update=slower) for fit in fits])
-    after = ask(copied_run, throughput="1.2x")
-    seconds = [answer.parent["main"].latency_s for answer in (before, after)]
-    assert seconds[1] == pytest.approx(1.1 * seconds[0])
-    (limit,), (tighter,) = (answer.constraints for answer in (after, before))
-    assert limit.limit == pytest.approx(1.1 * tighter.limit)
-
-    job = question(copied_run, throughput="1.2x")
-    parent = Architecture.of_parent(job.run.parent.shape)
-    costs, blocks = table.read(job), before.best.blocks
-    own = costs.predict(Architecture.from_names(blocks))
-    seen = Observation(  # the child as predicted, against the parent as served: nothing to correct
-        scenario="main",
-        blocks=blocks,
-        compared_with=parent.names,
-        compared_in="main",
-        prefill=give_or_take(own.prefill_s / costs.predict_parent(parent).prefill_s, 0.001),
-        decode=give_or_take(own.decode_s / costs.predict_parent(parent).decode_s, 0.001),
-    )
-    model = CostModel.of(costs, parent, [in_own_table(seen, {"main": costs}, parent)])
-    corrected = model.table.predict(Architecture.from_names(blocks)).total_s
-    assert corrected == pytest.approx(own.total_s, rel=1e-6)
 
 
 def test_near_the_best_attainable_there_is_a_child_without_a_margin(finished_run):

@@ -10,6 +10,7 @@ from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.config import CONSTRAINTS
+from puzzle.engines.intervals import Interval
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
@@ -32,7 +33,9 @@ class ChildSummary(Record):
     measured_speedup: float | None = None
     verdict: Verdict | None = None
     kl: float | None = None  # of the finished child, nats per token
-    retention: float | None = None  # of top-1 accuracy
+    retention: Interval | None = None  # of top-1 accuracy
+    # Top-1 accuracy minus that of the first child in the list, where both saw the same test text.
+    top1_difference: Interval | None = None
     disk_bytes: int = 0
     current: bool = True  # its files are of what is asked of it now
 
@@ -63,8 +66,7 @@ def summarise(job: Job) -> ChildSummary:
             updates["measured_speedup"] = results.speedup
             updates["verdict"] = results.verdict
         updates["kl"] = results.uptrained.quality.kl.value
-        retention = results.uptrained.retention
-        updates["retention"] = None if retention is None else retention.value
+        updates["retention"] = results.uptrained.retention
     for stage in (EVALUATE, UPTRAIN, ASSEMBLE, SEARCH):
         manifest = artifacts.read_manifest(job.folder(stage))
         if manifest is not None:
@@ -94,8 +96,20 @@ def disk_bytes(folder: Path) -> int:
 
 
 def summaries(runs: list[Run]) -> list[ChildSummary]:
-    """Every child of several runs."""
-    return [summarise(run.child_job(name)) for run in runs for name in run.child_names()]
+    """Every child of several runs; those that are evaluated against the first that is."""
+    jobs = [run.child_job(name) for run in runs for name in run.child_names()]
+    found, first = [], None
+    for job in jobs:
+        child = summarise(job)
+        if child.retention is not None:
+            shown = evaluation.read_qualities(job).uptrained.text
+            if first is None:
+                first = shown
+            elif shown.is_on_text_of(first):
+                updates = {"top1_difference": shown.difference(first, "top1")}
+                child = child.model_copy(update=updates)
+        found.append(child)
+    return found
 
 
 def print_summaries(children: list[ChildSummary]) -> None:
@@ -119,12 +133,21 @@ def print_summaries(children: list[ChildSummary]) -> None:
             _figure(child.measured_speedup, ".2f", "x"),
             verdict,
             _figure(child.kl, ".4f"),
-            _figure(child.retention, ".1%"),
+            _figure(None if child.retention is None else child.retention.value, ".1%"),
             "" if child.parameters is None else f"{child.parameters / 1e6:,.1f}M",
             f"{child.disk_bytes / 2**20:,.0f} MiB",
         )
     console = Console(highlight=False)
     console.print(table)
+    first = next((child for child in children if child.retention is not None), None)
+    for child in children:
+        gap = child.top1_difference
+        if gap is not None and first is not None:
+            console.print(
+                f"{child.child} against {first.child}: top-1 accuracy {gap.value:+.2%} "
+                f"({gap.low:+.2%} to {gap.high:+.2%} with a confidence of 95 %)",
+                soft_wrap=True,
+            )
     if any(not child.current for child in children):
         console.print(
             "stale: made for an earlier wish, or from earlier files; `puzzle child` makes it anew",

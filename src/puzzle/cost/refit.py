@@ -37,7 +37,7 @@ class Observation(Record):
     scenario: str  # the table it is served in: `main`, `main@32` or another scenario
     blocks: list[str]
     compared_with: list[str]
-    compared_in: str | None = None  # the table of the served parent; None: not against it
+    compared_in: str | None = None  # the table of the other; None: the same
     prefill: Interval
     decode: Interval | None  # None where one token is put out
     memory_bytes: int | None = None  # of the architecture, as the engine had it
@@ -117,15 +117,14 @@ class CostModel:
 def in_own_table(
     seen: Observation, tables: Mapping[str, CostTable], parent: Architecture
 ) -> Observation:
-    """An observation against the parent as served, as one against the parent of its own table.
+    """An observation against the parent in another table, as one against it in its own.
 
     With a sweep of batch sizes the parent is served at its best batch and the child at another; the
     parent's seconds in both tables are what the tables keep fixed.
     """
-    if seen.compared_in is None:
+    if seen.compared_in in (None, seen.scenario):
         return seen
-    other = tables[seen.compared_in].predict_parent(parent)
-    own = tables[seen.scenario].predict(parent)
+    other, own = (tables[name].predict(parent) for name in (seen.compared_in, seen.scenario))
 
     def scaled(ratio: Interval, factor: float) -> Interval:
         low, value, high = (factor * x for x in (ratio.low, ratio.value, ratio.high))

@@ -2,16 +2,12 @@
 
 One probe model holds copies of every distinct variant, each alone in a layer (`probe.py`). The
 engine serves it, and which layers run is exchanged between its steps (`measure.py`); a regression
-gives every variant's seconds with a standard error (`regression.py`). The parent itself is served
-beside the probe, because the engine's own class for it may be slower or faster. KV bytes are the
-pages that the engine allocates. Paper: section 4.1, appendix B.
+gives every variant's seconds with a standard error (`regression.py`). KV bytes are the pages that
+the engine allocates. Paper: section 4.1, appendix B.
 
 Reads: shapes only, no trained weights. Writes: `places/<place>/cost/` (see `table.py`).
 """
 
-import contextlib
-import itertools
-import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,13 +23,10 @@ from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.scenarios import element_bytes, served_scenarios
 from puzzle.cost.table import COSTS, FITS, HEADER, CostHeader, ScenarioFit, VariantCost
 from puzzle.engines import ENGINE_OVERHEAD_BYTES
-from puzzle.engines.intervals import Figure, intervals
-from puzzle.engines.turns import Served, starts_of
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
 from puzzle.stage import Job, Need, Work
 
-START_S = 7.0  # of two engines, with their turns, about
 PROBE = "probe"  # the probe's folder, removed at the end
 
 
@@ -137,9 +130,8 @@ def _measure(job: Job, folder: Path) -> None:
     for name, scenario in scenarios.items():
         if name in done:
             continue
-        costs, fit = _measure_scenario(job, probe, name, scenario, folder / PROBE)
-        if job.engine.measured:
-            fit = _with_parent(job, (costs, fit), probe, scenario, folder / PROBE)
+        measurement = _measure_scenario(job, probe, name, scenario, folder / PROBE)
+        costs, fit = measurement
         fits = [*(known for known in fits if known.scenario != name), fit]
         records += costs
         artifacts.write_records(folder / FITS, fits)
@@ -164,48 +156,6 @@ def _measure_scenario(
         return measurement.records(table.distinct_variants(job))
 
 
-def _with_parent(
-    job: Job,
-    known: tuple[list[VariantCost], ScenarioFit],
-    probe: Probe,
-    scenario: ScenarioConfig,
-    folder: Path,
-) -> ScenarioFit:
-    """With the seconds of the parent as it is served over those of the probe's parent.
-
-    Engines have a model class of their own for the parent, and children are compared with that.
-    """
-    costs, fit = known
-    cached = {(cost.slot, cost.variant): cost.kv_cache_bytes for cost in costs}
-
-    def cache(architecture: Architecture) -> int:
-        halves = (half for block in architecture for half in block.subblocks)
-        return sum(cached.get((half.slot, half.name), 0) for half in halves)
-
-    starts = job.place.cost.starts
-    layers = tuple(probe.layers_of(probe.reference, random.Random(0)))
-    sides = (
-        Served(job.run.parent.folder, scenario, cache(probe.reference)),
-        Served(folder, scenario, cache(probe.architecture), layers),
-    )
-    title = f"the parent as {job.engine.name} serves it, beside the probe"
-    with (
-        job.measuring(),
-        job.run.progress.task(title, starts, "starts") as task,
-        contextlib.closing(starts_of(job.engine, sides)) as served,
-    ):
-        shown = []
-        for start, _ in itertools.islice(served, starts):
-            shown.append(start)
-            task.advance()
-    figures: dict[str, Figure] = {"prefill": lambda s: s.prefill[0] / s.prefill[1]}
-    if scenario.output_length > 1:
-        figures["decode"] = lambda s: s.decode[0] / s.decode[1]
-    ratios = intervals(shown, figures, looks=1)
-    factors = {f"parent_{phase}": ratio.value for phase, ratio in ratios.items()}
-    return fit.model_copy(update=factors)
-
-
 def _need(job: Job) -> Need:
     parent = job.run.parent
     model_bytes = Architecture.of_parent(parent.shape).parameters(parent.shape)
@@ -214,7 +164,7 @@ def _need(job: Job) -> Need:
     return Need(
         memory_bytes=2.0 * (model_bytes + ENGINE_OVERHEAD_BYTES),
         disk_bytes=model_bytes,
-        seconds=scenarios * (job.place.cost.seconds + job.place.cost.starts * START_S),
+        seconds=scenarios * job.place.cost.seconds,
     )
 
 

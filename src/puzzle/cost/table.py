@@ -8,7 +8,7 @@ one for the constant: embedding, head, sampling, scheduling), each figure with i
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -95,8 +95,6 @@ class ScenarioFit(Record):
     prefill_samples: int
     decode_samples: int
     noise: float  # standard deviation of the parent's steps over their mean
-    parent_prefill: float = 1.0  # seconds of the parent as it is served over the probe's parent
-    parent_decode: float = 1.0
 
 
 class CostHeader(Record):
@@ -117,8 +115,6 @@ class CostTable:
     variants: dict[tuple[str, str], Cost]  # by slot and variant name
     constant: Cost
     errors: dict[tuple[str, str], float] = field(default_factory=dict)  # standard, of seconds
-    parent_prefill: float = 1.0  # of the parent as it is served: `ScenarioFit`
-    parent_decode: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -133,15 +129,6 @@ class CostTable:
     def predict(self, architecture: Architecture) -> Cost:
         """The cost of a whole model."""
         return sum((self.block(block) for block in architecture), self.constant)
-
-    def predict_parent(self, parent: Architecture) -> Cost:
-        """The cost of the parent as the engine serves it: with a model class of its own."""
-        cost = self.predict(parent)
-        return replace(
-            cost,
-            prefill_s=cost.prefill_s * self.parent_prefill,
-            decode_s=cost.decode_s * self.parent_decode,
-        )
 
 
 def distinct_variants(job: Job) -> list[Subblock]:
@@ -191,10 +178,7 @@ def read(job: Job, scenario: str = "main") -> CostTable:
     variants: dict[tuple[str, str], Cost] = {(r.slot, r.variant): r.cost for r in records}
     errors: dict[tuple[str, str], float] = {(r.slot, r.variant): r.stderr_s for r in records}
     constant = variants.pop((CONSTANT, CONSTANT))
-    fits = artifacts.read_records(path.with_name(FITS), ScenarioFit)
-    fit = next((fit for fit in fits if fit.scenario == scenario), None)
-    parent = (1.0, 1.0) if fit is None else (fit.parent_prefill, fit.parent_decode)
-    return CostTable(header, header.scenarios[scenario], variants, constant, errors, *parent)
+    return CostTable(header, header.scenarios[scenario], variants, constant, errors)
 
 
 def are_from_elsewhere(job: Job) -> bool:

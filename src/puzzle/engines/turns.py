@@ -43,7 +43,6 @@ class Served:
     folder: Path
     scenario: ScenarioConfig
     kv_cache_bytes: int  # as predicted, to know whether two engines fit
-    layers: tuple[int, ...] = ()  # of a probe, those that run; empty: an ordinary checkpoint
 
     @property
     def tokens(self) -> int:
@@ -133,8 +132,8 @@ def measure_pair(
     """
     looks = LOOKS if engine.measured else 1
     starts = starts if engine.measured else 1
-    in_turn = fit_together((parent, child))
-    served = starts_of(engine, (parent, child))
+    in_turn = parent.memory_bytes + child.memory_bytes < available_bytes()
+    served = _beside(engine, (parent, child)) if in_turn else _alone(engine, (parent, child))
     shown: list[Start] = []
     with contextlib.closing(served):
         for look in range(1, looks + 1):
@@ -155,30 +154,12 @@ class Sizes(NamedTuple):
     memory: int | None
 
 
-def fit_together(sides: Sequence[Served]) -> bool:
-    """Whether the device has room for an engine of each side at once."""
-    return sum(side.memory_bytes for side in sides) < available_bytes()
-
-
-def starts_of(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
-    """Start after start of the engines of all sides, for ever: in turn, where they fit together."""
-    return _beside(engine, sides) if fit_together(sides) else _alone(engine, sides)
-
-
-def _open(engine: Engine, side: Served) -> Session:
-    return (engine.probe if side.layers else engine.serve)(side.folder, side.scenario)
-
-
 def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
-    """The same, all sides together."""
+    """Start after start of all sides together, for ever."""
     scenarios = [side.scenario for side in sides]
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(_open(engine, side)) for side in sides]
+        opened = [stack.enter_context(engine.serve(s.folder, s.scenario)) for s in sides]
         while True:
-            for session, side in zip(opened, sides, strict=True):
-                if side.layers:  # these run from here on
-                    session.begin(side.scenario)
-                    session.advance(1, side.layers)
             start = serve_in_turn(opened, scenarios)
             yield (
                 start,

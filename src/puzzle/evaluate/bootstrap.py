@@ -37,9 +37,13 @@ class UnitSums(Record):
         columns = [self.metrics[metric], parent.metrics[metric]]
         return bootstrap(columns, lambda sums: sums[0] / np.maximum(sums[1], 1e-12))
 
+    def is_on_text_of(self, other: "UnitSums") -> bool:
+        """Whether both were measured on the same text, so that they compare."""
+        return (self.units, self.tokens) == (other.units, other.tokens)
+
     def difference(self, other: "UnitSums", metric: str) -> Interval:
         """Per token, minus another model's on the same text. Raises `ValueError` for other text."""
-        if (self.units, self.tokens) != (other.units, other.tokens):
+        if not self.is_on_text_of(other):
             raise ValueError("two models that were not evaluated on the same text do not compare")
         columns: list[Sequence[float]] = [self.metrics[metric], other.metrics[metric], self.tokens]
         return bootstrap(columns, lambda sums: (sums[0] - sums[1]) / sums[2])

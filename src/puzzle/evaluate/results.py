@@ -116,6 +116,11 @@ def read(job: Job) -> Results:
     return Results.read(job.folder(EVALUATE) / RESULTS)
 
 
+def read_qualities(job: Job) -> Qualities:
+    """What the models of a finished child have shown, unit by unit."""
+    return Qualities.read(job.folder(EVALUATE) / QUALITY)
+
+
 def missed(job: Job) -> str:
     """The message of a finished child that misses what was asked."""
     hint = "`puzzle child` with the same wish looks for another"

@@ -7,7 +7,8 @@
 - linear FFN: the product of down and up, gate ignored.
 
 With `library.initialization: least_squares` the linear variants, and the down projection that is
-left after pruning, solve a ridge regression on calibration activations instead: ours, not the
+left after pruning, solve a ridge regression on calibration activations instead, which shrinks
+towards the weights above: with few tokens it stays near them, with many it fits. Ours, not the
 paper's (docs/log.md compares them).
 
 Shape legend: B batch, S sequence, T = B * S tokens, D hidden, I intermediate, K KV heads, d head
@@ -118,15 +119,17 @@ def calibrate(
     return Calibration(contribution_I, *(sums.grams.get(name) for name in names))
 
 
-def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor) -> torch.Tensor:
-    """argmin_W |X W^T - Y|^2 + ridge |W|^2, [M, N], from X^T X and X^T Y; solved in float64.
+def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor, near_MN: torch.Tensor) -> torch.Tensor:
+    """argmin_W |X W^T - Y|^2 + ridge |W - near|^2, [M, N], from X^T X and X^T Y; in float64.
 
     A float64 `gram_NN` is overwritten: its callers make it for this call.
     """
     gram = gram_NN.double()
+    near = near_MN.double()
+    left_NM = cross_NM.double() - gram @ near.T  # what the weights to stay near do not explain
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
     factor = torch.linalg.cholesky(gram, out=gram)
-    return torch.cholesky_solve(cross_NM.double(), factor).T.float().contiguous()
+    return (near + torch.cholesky_solve(left_NM, factor).T).float().contiguous()
 
 
 def initial_state(
@@ -159,7 +162,7 @@ def initial_state(
     down = down_DI[:, kept].clone()
     if calibration.intermediate_II is not None and len(kept) < down_DI.shape[1]:
         rows_KI = calibration.intermediate_II[kept]
-        down = solve(rows_KI[:, kept].double(), rows_KI @ down_DI.T)
+        down = solve(rows_KI[:, kept].double(), rows_KI @ down_DI.T, down)
     return norms | {
         "mlp.gate_proj.weight": parent_state["mlp.gate_proj.weight"][kept].clone(),
         "mlp.up_proj.weight": parent_state["mlp.up_proj.weight"][kept].clone(),
@@ -172,19 +175,19 @@ def _norms(parent_state: State) -> State:
 
 
 def _initial_linear_ffn(parent_state: State, calibration: Calibration) -> torch.Tensor:
+    matrix = parent_state["mlp.down_proj.weight"] @ parent_state["mlp.up_proj.weight"]
     if calibration.ffn_in_DD is not None and calibration.ffn_out_DD is not None:
-        return solve(calibration.ffn_in_DD, calibration.ffn_out_DD)
-    return parent_state["mlp.down_proj.weight"] @ parent_state["mlp.up_proj.weight"]
+        return solve(calibration.ffn_in_DD, calibration.ffn_out_DD, matrix)
+    return matrix
 
 
 def _initial_attention(
     parent_state: State, variant: Attention, shape: ModelShape, calibration: Calibration
 ) -> State:
     if variant.kind == "linear":
+        matrix = linear_attention(parent_state, shape)
         if calibration.attention_in_DD is not None and calibration.attention_out_DD is not None:
-            matrix = solve(calibration.attention_in_DD, calibration.attention_out_DD)
-        else:
-            matrix = linear_attention(parent_state, shape)
+            matrix = solve(calibration.attention_in_DD, calibration.attention_out_DD, matrix)
         return _norms(parent_state) | {"self_attn.linear_attn.weight": matrix}
     pooled = (".k_proj.", ".v_proj.", *([".k_norm."] if shape.qk_norm == "projection" else []))
     return {

@@ -4,7 +4,7 @@ from pydantic import Field
 
 from puzzle import artifacts
 from puzzle.artifacts import Record
-from puzzle.cost.table import Cost, CostTable
+from puzzle.cost.table import CostTable
 from puzzle.model.architecture import Architecture
 from puzzle.search import SEARCH
 from puzzle.search.constraints import Constraint, Tables
@@ -26,9 +26,9 @@ class Figures(Record):
     kv_cache_bytes: int
 
     @classmethod
-    def of(cls, table: CostTable, total: Cost) -> "Figures":
-        """Of a whole model that costs so much in the table's scenario."""
-        steps = table.scenario.output_length - 1
+    def of(cls, table: CostTable, architecture: Architecture) -> "Figures":
+        """What a table predicts of an architecture."""
+        total, steps = table.predict(architecture), table.scenario.output_length - 1
         return cls(
             throughput_tok_per_s=table.tokens / total.total_s,
             user_throughput_tok_per_s=steps / total.decode_s if steps else 0.0,
@@ -119,12 +119,7 @@ class BaselineChoice(Record):
 
 def predict(tables: Tables, architecture: Architecture) -> dict[str, Figures]:
     """Predicted figures in every scenario."""
-    return {name: Figures.of(t, t.predict(architecture)) for name, t in tables.items()}
-
-
-def predict_parent(tables: Tables, parent: Architecture) -> dict[str, Figures]:
-    """The same of the parent as the engine serves it."""
-    return {name: Figures.of(t, t.predict_parent(parent)) for name, t in tables.items()}
+    return {name: Figures.of(table, architecture) for name, table in tables.items()}
 
 
 def read(job: Job) -> Answer:

@@ -208,7 +208,7 @@ def constraints(
         kind, table = KINDS[name], tables[scenario]
         compared = reference if scenario == "main" else table
         number, is_relative = parse_quantity(name, text)
-        of_parent = kind.figure(compared, kind.resource(compared.predict_parent(parent)))
+        of_parent = kind.figure(compared, kind.resource(compared.predict(parent)))
         value = number * of_parent if is_relative else number
         limits.append(
             Constraint(

@@ -51,7 +51,7 @@ def frontier(
             objective=optimum.objective,
             gap=optimum.gap,
             blocks=architecture.names,
-            figures=Figures.of(table, table.predict(architecture)),
+            figures=Figures.of(table, architecture),
         )
         points.append((used, point))
     return _undominated(points)
@@ -107,7 +107,7 @@ def baseline_choices(
                 name=name,
                 objective=float(choices.losses[columns].sum()),
                 blocks=blocks,
-                figures=Figures.of(table, table.predict(Architecture.from_names(blocks))),
+                figures=Figures.of(table, Architecture.from_names(blocks)),
             )
         )
     return records

@@ -38,7 +38,6 @@ from puzzle.search.answers import (
     Solution,
     SweepPoint,
     predict,
-    predict_parent,
 )
 from puzzle.search.constraints import KINDS, Constraint, Tables, check, constraints
 from puzzle.search.frontier import baseline_choices, frontier
@@ -180,7 +179,7 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
             )
             for one in swept
         ],
-        parent=predict_parent(best.tables | {"main": of_parent}, parent),
+        parent=predict(best.tables | {"main": of_parent}, parent),
         solutions=best.solutions,
     )
     return answer, best
@@ -234,8 +233,7 @@ def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> 
 
 def best_of_parent(tables: Tables, swept: Iterable[str], parent: Architecture) -> CostTable:
     """The main scenario at the batch size, of those swept, where the parent is fastest."""
-    compared = (tables[name] for name in swept)
-    return max(compared, key=lambda t: t.tokens / t.predict_parent(parent).total_s)
+    return max((tables[name] for name in swept), key=lambda t: t.tokens / t.predict(parent).total_s)
 
 
 def summary(answer: Answer) -> str:
