@@ -1,8 +1,8 @@
 """Who keeps more of the parent at the same measured speed? The embedded parent on vLLM.
 
     python benchmarks/head_to_head.py [--run runs/head-to-head] [--parts speed quality table]
-                                      [--only METHOD ...] [--tokens N] [--seeds N] [--final]
-                                      [--quick] [--json]
+                                      [--only METHOD ...] [--wishes X ...] [--tokens N]
+                                      [--seeds N] [--final] [--readme] [--quick] [--json]
 
 speed     What every method makes of the parent for each wish (benchmarks/baselines.py), served
           beside the parent in turn: half an hour that needs a quiet machine.
@@ -53,13 +53,15 @@ def main() -> None:
     options.add_argument("--run", type=Path, default=Path("runs/head-to-head"))
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--wishes", nargs="+", type=float, default=list(contest.WISHES))
     options.add_argument("--tokens", type=int, default=1_200_000, help="of a Puzzle child")
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--final", action="store_true", help="read test text: once, at the end")
     options.add_argument("--readme", action="store_true", help="write README's part, too")
     args = common.start(options)
-    evolution = Evolution()
-    size = contest.Size(contest.WISHES, contest.TRAINED, args.tokens, args.seeds, 4, evolution, 128)
+    evolution, wishes = Evolution(), tuple(args.wishes)
+    trained = tuple(wish for wish in contest.TRAINED if wish in wishes)
+    size = contest.Size(wishes, trained, args.tokens, args.seeds, 4, evolution, 128)
     if args.quick:
         quick = Evolution(2, 2, 1, (1, 1))
         size = contest.Size((1.02,), (1.02,), 2048, 1, 2, quick, 4)
