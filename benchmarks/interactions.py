@@ -1,0 +1,201 @@
+"""What replacements do to each other: does the search around a child find better ones?
+
+    python benchmarks/interactions.py [--run runs/interactions] [--parts gains drops]
+                                      [--quick] [--json]
+
+The library, scores and costs are the demo's, made in the run directory if they are not there. Every
+KL is of a child assembled in memory, before uptraining.
+
+gains   For every speed-up, at equal predicted cost: the best sum of scores, and the child that
+        `puzzle child` makes from it (search/around.py). On the text that scored the blocks, and on
+        validation text, which chose nothing.
+drops   Only whole layers are removed, 3, 4 and 6 of them (not the first, whose attention stock vLLM
+        needs): how far the sum of scores, greedy removal, block influence and the search around the
+        best sum are from the best of all choices, on the text that scored the blocks.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import baselines
+import common
+import numpy as np
+
+from puzzle import config, pipeline, settings
+from puzzle.config import ChildConfig, SearchConfig
+from puzzle.cost import COST, table
+from puzzle.library import LIBRARY
+from puzzle.model.architecture import Architecture, Block
+from puzzle.progress import Progress
+from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.score.assembled import AssembledKL
+from puzzle.score.exact import Shard
+from puzzle.search import around, stage
+from puzzle.search.constraints import KINDS
+from puzzle.search.space_program import Choices, Limit
+from puzzle.stage import Job
+
+PARTS = ("gains", "drops")
+SPEEDUPS, DROPPED = (1.25, 1.5, 1.75, 2.17, 2.5, 3.0), (3, 4, 6)
+
+
+def open_run(folder: Path, args: argparse.Namespace) -> Run:
+    """A run with library, scores and costs, made where they are not there."""
+    if args.quick:
+        recipe = common.tiny_recipe(folder.parent)
+        run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=True))
+    elif (folder / "run.yaml").exists():
+        run = Run.open(folder, Progress())
+    else:
+        recipe = settings.read_yaml(settings.recipe_path("pocket"))
+        run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress())
+    run.write()
+    for each in (LIBRARY, SCORE):
+        pipeline.execute_stage(each, Job(run))
+    pipeline.execute_stage(COST, run.place_job())
+    return run
+
+
+def job_of(run: Run, name: str, **search: object) -> Job:
+    """A child of this benchmark; what it measures is remembered in its folder."""
+    return run.job_of(name, ChildConfig(search=SearchConfig.model_validate(search)))
+
+
+def validation_kl(run: Run) -> AssembledKL:
+    """On text that chose nothing."""
+    size = run.recipe.score.shard_sequences
+    parts = run.corpus["validation"].head(2 * run.recipe.score.sequences).split(size)
+    return AssembledKL(run, [Shard(str(index), tokens) for index, tokens in enumerate(parts)])
+
+
+def gains(run: Run, speedups: Sequence[float]) -> list[dict[str, Any]]:
+    """The best sum against the child around it."""
+    unseen, rows = validation_kl(run), []
+    names = ("speed-up", "KL of the best sum", "around it", "", "validation", "around it", "")
+    common.print_header(*names, "steps", "seconds")
+    for speedup in speedups:
+        name = f"interactions-{speedup}".replace(".", "_")
+        job = job_of(run, name, throughput=f"{speedup}x", margin=0.0)
+        choices = stage.read_choices(job)
+        _, best = stage.search(job, choices)
+        first, began = best.solutions[0].blocks, time.perf_counter()
+        found = around.refine(job, choices, best.limits, [first], [])
+        seconds = time.perf_counter() - began
+        before, after = (unseen.kl(Architecture.from_names(b)) for b in (first, found.blocks))
+        row = {
+            "speedup": speedup,
+            "sum": best.solutions[0].objective,
+            "kl_before": found.first_kl,
+            "kl_after": found.kl,
+            "validation_before": before,
+            "validation_after": after,
+            "steps": found.steps,
+            "seconds": seconds,
+        }
+        rows.append(row)
+        common.print_row(
+            f"{speedup}x",
+            f"{found.first_kl:.3f}",
+            f"{found.kl:.3f}",
+            f"{found.kl / found.first_kl - 1:+.1%}",
+            f"{before:.3f}",
+            f"{after:.3f}",
+            f"{after / before - 1:+.1%}",
+            found.steps,
+            f"{seconds:.0f}",
+        )
+    return rows
+
+
+def drop_choices(run: Run, choices: Choices) -> Choices:
+    """Every layer's own block, or nothing at all; the first layer stays."""
+    layers: list[list[Block]] = []
+    losses: list[float] = []
+    for index, layer in enumerate(choices.layers):
+        kept = [block for block in layer if block == layer[0] or block.is_no_op]
+        kept = kept[:1] if index == 0 else kept
+        layers.append(kept)
+        first = int(choices.starts[index])
+        losses += [float(choices.losses[first + layer.index(block)]) for block in kept]
+    return Choices(layers, np.array(losses))
+
+
+def drops(run: Run, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """How far each way of choosing layers is from the best of all choices."""
+    shape, rows = run.parent.shape, []
+    parent = Architecture.of_parent(shape)
+    seen, kl = baselines.activations(run), AssembledKL(run, baselines.text_shards(run))
+    common.print_header("removed", "way", "KL", "above the best")
+    for count in counts:
+        job = job_of(run, f"drops-{count}", parameters="100%")
+        choices = drop_choices(run, stage.read_choices(job))
+        layer = shape.parameters(parent.blocks[0])
+        least = Limit(
+            KINDS["parameters"],
+            table.read(job),
+            float(parent.parameters(shape) - count * layer),
+        )
+        by_score = np.argsort(choices.losses[[int(s) + 1 for s in choices.starts[1:-1]]])
+        additive = [int(index) + 1 for index in by_score[:count]]
+        removed = {
+            "sum of scores": baselines.without(parent, additive),
+            "greedy by KL": _greedy(kl, parent, count),
+            "block influence": _influence(seen, parent, count),
+        }
+        start = removed["sum of scores"].names
+        found = around.refine(job, choices, [least], [start], [])
+        removed["around the sum"] = Architecture.from_names(found.blocks)
+        kls = {way: kl.kl(architecture) for way, architecture in removed.items()}
+        combinations = itertools.combinations(range(1, len(parent)), count)
+        best = min(kl.kl(baselines.without(parent, layers)) for layers in combinations)
+        for way, value in kls.items():
+            rows.append({"removed": count, "way": way, "kl": value, "best": best})
+            common.print_row(count, way, f"{value:.4f}", f"{value / best - 1:+.1%}")
+    return rows
+
+
+def _greedy(kl: AssembledKL, parent: Architecture, count: int) -> Architecture:
+    """Greedy removal without the first layer."""
+    removed: list[int] = []
+    for _ in range(count):
+        left = [layer for layer in range(1, len(parent)) if layer not in removed]
+        costs = {layer: kl.kl(baselines.without(parent, [*removed, layer])) for layer in left}
+        removed.append(min(left, key=costs.__getitem__))
+    return baselines.without(parent, removed)
+
+
+def _influence(seen: baselines.Activations, parent: Architecture, count: int) -> Architecture:
+    """Block influence without the first layer."""
+    for removed in range(count, len(parent)):
+        found = baselines.block_influence(seen, parent, removed)
+        gone = [layer for layer, block in enumerate(found) if block.is_no_op and layer > 0]
+        if len(gone) == count:
+            return baselines.without(parent, gone)
+    raise AssertionError("block influence removes one layer more each time")
+
+
+def main() -> None:
+    """The command line."""
+    options = common.parser(__doc__, "a tiny parent, one of everything")
+    options.add_argument("--run", type=Path, default=Path("runs/interactions"))
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    args = common.start(options)
+    speedups, counts = ((1.02,), (1,)) if args.quick else (SPEEDUPS, DROPPED)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = open_run(Path(temporary) / "run" if args.quick else args.run, args)
+        figures: dict[str, Any] = {}
+        if "gains" in args.parts:
+            figures["gains"] = gains(run, speedups)
+        if "drops" in args.parts:
+            figures["drops"] = drops(run, counts)
+    common.print_json(args, figures)
+
+
+if __name__ == "__main__":
+    main()
