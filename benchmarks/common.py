@@ -167,7 +167,7 @@ def tiny_recipe(root: Path) -> Settings:
             "validation_sequences": 8,
             "chunk_steps": 2,
         },
-        "score": {"sequences": 4, "shard_sequences": 2},
+        "score": {"sequences": 4, "shard_sequences": 2, "assembled": 0},
         "cost": {
             "engine": "roofline",
             "scenario": {"batch_size": 4, "input_length": 16, "output_length": 8},

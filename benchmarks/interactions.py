@@ -1,11 +1,14 @@
 """What replacements do to each other: does the search around a child find better ones?
 
-    python benchmarks/interactions.py [--run runs/interactions] [--parts gains drops]
+    python benchmarks/interactions.py [--run runs/interactions] [--parts prediction gains drops]
                                       [--quick] [--json]
 
 The library, scores and costs are the demo's, made in the run directory if they are not there. Every
 KL is of a child assembled in memory, before uptraining.
 
+prediction  Children of 1.25x to 4x, the best sums and sums that random scores have led astray: how
+        far the sum of scores is from the KL of the assembled child, and how far the curve through
+        the 16 children that `puzzle run` assembles is (search/curve.py).
 gains   For every speed-up, at equal predicted cost: the best sum of scores, and the child that
         `puzzle child` makes from it (search/around.py). On the text that scored the blocks, and on
         validation text, which chose nothing.
@@ -19,6 +22,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ import numpy as np
 from puzzle import config, pipeline, settings
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
+from puzzle.errors import Infeasible
 from puzzle.library import LIBRARY
 from puzzle.model.architecture import Architecture, Block
 from puzzle.progress import Progress
@@ -36,12 +41,13 @@ from puzzle.run import Run
 from puzzle.score import SCORE
 from puzzle.score.assembled import AssembledKL
 from puzzle.score.exact import Shard
-from puzzle.search import around, stage
+from puzzle.search import around, stage, validate
 from puzzle.search.constraints import KINDS
 from puzzle.search.space_program import Choices, Limit
 from puzzle.stage import Job
 
-PARTS = ("gains", "drops")
+PARTS = ("prediction", "gains", "drops")
+PREDICTED = tuple(np.round(np.geomspace(1.25, 4.0, 20), 3))
 SPEEDUPS, DROPPED = (1.25, 1.5, 1.75, 2.17, 2.5, 3.0), (3, 4, 6)
 
 
@@ -49,6 +55,7 @@ def open_run(folder: Path, args: argparse.Namespace) -> Run:
     """A run with library, scores and costs, made where they are not there."""
     if args.quick:
         recipe = common.tiny_recipe(folder.parent)
+        recipe["score"] |= {"assembled": 8}
         run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=True))
     elif (folder / "run.yaml").exists():
         run = Run.open(folder, Progress())
@@ -111,6 +118,51 @@ def gains(run: Run, speedups: Sequence[float]) -> list[dict[str, Any]]:
             f"{seconds:.0f}",
         )
     return rows
+
+
+def prediction(run: Run, speedups: Sequence[float]) -> dict[str, Any]:
+    """Relative errors of the sum and of the curve, below 2x and from 2x on."""
+    validate.assemble_some(run)
+    kl, rng = AssembledKL(run, baselines.text_shards(run)), np.random.default_rng(0)
+    rows: list[dict[str, float]] = []
+    for speedup in speedups:
+        job = job_of(run, "prediction", throughput=f"{speedup}x", margin=0.0)
+        choices = stage.read_choices(job)
+        for astray in (0.0, 0.3, 0.6):
+            factors = rng.lognormal(0, astray, len(choices.losses)) if astray else 1.0
+            led = replace(choices, losses=choices.losses * factors)
+            try:
+                _, best = stage.search(job, led)
+            except Infeasible:
+                continue
+            columns = choices.columns(best.solutions[0].blocks)
+            total = float(choices.losses[columns].sum())
+            assert choices.curve is not None
+            rows.append(
+                {
+                    "speedup": float(speedup),
+                    "astray": astray,
+                    "sum": total,
+                    "curve": choices.curve.kl(total),
+                    "kl": kl.kl(best.solutions[0].architecture),
+                }
+            )
+    common.print_header("children", "number", "median error of the sum", "of the curve", "worst")
+    figures: dict[str, Any] = {"rows": rows}
+    for name, low, high in (("below 2x", 0.0, 2.0), ("2x and beyond", 2.0, np.inf)):
+        part = [row for row in rows if low <= row["speedup"] < high]
+        if not part:
+            continue
+        errors = {
+            how: np.array([abs(row[how] / row["kl"] - 1) for row in part])
+            for how in ("sum", "curve")
+        }
+        medians = {how: float(np.median(values)) for how, values in errors.items()}
+        figures[name] = medians
+        worst = float(errors["curve"].max())
+        cells = (f"{medians['sum']:.1%}", f"{medians['curve']:.1%}", f"{worst:.1%}")
+        common.print_row(name, len(part), *cells)
+    return figures
 
 
 def drop_choices(run: Run, choices: Choices) -> Choices:
@@ -187,9 +239,12 @@ def main() -> None:
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = common.start(options)
     speedups, counts = ((1.02,), (1,)) if args.quick else (SPEEDUPS, DROPPED)
+    predicted = (1.01, 1.02) if args.quick else PREDICTED
     with tempfile.TemporaryDirectory() as temporary:
         run = open_run(Path(temporary) / "run" if args.quick else args.run, args)
         figures: dict[str, Any] = {}
+        if "prediction" in args.parts:
+            figures["prediction"] = prediction(run, predicted)
         if "gains" in args.parts:
             figures["gains"] = gains(run, speedups)
         if "drops" in args.parts:

@@ -113,7 +113,7 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "initialization": "training_free",
             "learning_rate": 1.5e-3,
         },
-        "score": {"sequences": 8, "shard_sequences": 4, "tokens_per_pass": 512},
+        "score": {"assembled": 0, "sequences": 8, "shard_sequences": 4, "tokens_per_pass": 512},
         "cost": {
             "engine": "roofline",
             "device_sheet": str(DEVICE_SHEET),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -125,6 +126,12 @@ class LibraryConfig(Section):
     memory: Literal["auto", "resident", "streamed"] = "auto"
 
 
+def _none_or_some(count: int) -> int:
+    if count < 0 or 0 < count < 4:
+        raise ValueError("expected 0, or at least 4")
+    return count
+
+
 class ScoreConfig(Section):
     """Replace-1-block scores.
 
@@ -139,6 +146,9 @@ class ScoreConfig(Section):
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
     fisher_samples: Positive = 16  # predictions drawn for every sequence
+    # Children that `puzzle run` assembles in memory, to know which KL a sum of scores stands for;
+    # 0, or any from 4 on.
+    assembled: Annotated[int, AfterValidator(_none_or_some)] = 16
     # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval.
     task: str | None = None
     task_questions: Positive = 64
@@ -257,8 +267,8 @@ class SearchConfig(Section):
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None
-    # The other direction: the best of one figure within a loss of quality, `kl`: the sum of scores,
-    # which is the predicted KL before uptraining, in nats per token.
+    # The other direction: the best of one figure within a loss of quality, `kl`: the predicted KL
+    # before uptraining, in nats per token, going by children that were assembled.
     maximize: MoreIsBetter | None = None
     minimize: LessIsBetter | None = None
     kl: float | None = Field(default=None, gt=0)

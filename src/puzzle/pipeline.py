@@ -40,6 +40,7 @@ def execute(run: Run) -> None:
         run = Run(run.recipe, run.folder, run.progress, wait=run.wait)  # with the narrowed space
     for stage in (LIBRARY, SCORE):
         execute_stage(stage, Job(run))
+    _assemble_some(run)
     missed = []
     for job in run.recipe_jobs():
         try:
@@ -50,6 +51,13 @@ def execute(run: Run) -> None:
             )
     if missed:
         raise Infeasible("; ".join(missed))
+
+
+def _assemble_some(run: Run) -> None:
+    """Which KL a sum of scores stands for."""
+    from puzzle.search import validate
+
+    validate.assemble_some(run)
 
 
 def make_child(job: Job) -> None:

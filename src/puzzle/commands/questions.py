@@ -114,8 +114,11 @@ def answer_question(job: Job, quiet: bool, as_json: bool) -> None:
         speedup = figures.throughput_tok_per_s / parent.throughput_tok_per_s
         if quiet:
             continue
+        kl = solution.predicted_kl
+        stands_for = "" if kl is None else f", about {kl:.2g} nats of KL"
         print(
-            f"{number}: score sum {solution.objective:.4f} (proven gap {solution.gap:.2%}), "
+            f"{number}: score sum {solution.objective:.4f} (proven gap {solution.gap:.2%})"
+            f"{stands_for}, "
             f"predicted {speedup:.2f}x throughput, {figures.parameters:,} parameters, "
             f"{figures.memory_bytes / 2**20:,.0f} MiB"
         )

@@ -49,6 +49,8 @@ class Solution(Record):
     target: float | None = None  # the least of what is maximized or minimized; seconds or bytes
     # Of the assembled child on the text for scores, nats per token; None where only sums are known.
     kl: float | None = None
+    # What the sum stands for, going by assembled children; None where none were assembled.
+    predicted_kl: float | None = None
     bound: float  # proven: no choice has less of the target, or else of the sum of losses
     gap: float  # of the same, relative
     seconds: float = Field(default=0.0, exclude=True)  # not in the file: no part of the result

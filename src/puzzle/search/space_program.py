@@ -18,6 +18,7 @@ from puzzle.cost.table import CostTable
 from puzzle.errors import UserError
 from puzzle.model.architecture import Block
 from puzzle.search.constraints import Constraint, Kind, Tables
+from puzzle.search.curve import Curve
 from puzzle.search.mip import nearest
 from puzzle.search.program import Program, Row, starts_of
 
@@ -37,6 +38,7 @@ class Choices:
 
     layers: list[list[Block]]
     losses: np.ndarray
+    curve: Curve | None = None  # of KLs that sums of the losses stand for
 
     @property
     def blocks(self) -> list[Block]:
@@ -97,7 +99,7 @@ def build(
 
 
 def for_target(program: Program, choices: Choices, target: Limit, kl: float) -> Program:
-    """The other direction: the least of a resource, with a sum of losses of at most `kl`.
+    """The other direction: the least of a resource, with losses that stand for at most `kl`.
 
     `target` names the resource; its limit does not count.
     """
@@ -107,7 +109,7 @@ def for_target(program: Program, choices: Choices, target: Limit, kl: float) -> 
         program,
         costs=np.array([costs[block] for block in choices.blocks], dtype=float),
         resources=np.vstack([program.resources, choices.losses]),
-        limits=np.append(program.limits, kl),
+        limits=np.append(program.limits, choices.curve.score_sum(kl) if choices.curve else kl),
     )
 
 

@@ -122,7 +122,9 @@ def read_choices(job: Job) -> Choices:
         for index, layer in enumerate(scores.scored_layers(job.run, losses))
     ]
     values = [losses[index, block.name] for index, layer in enumerate(layers) for block in layer]
-    return Choices(layers, np.array(values))
+    from puzzle.search import validate
+
+    return Choices(layers, np.array(values), validate.curve(job.run))
 
 
 def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer, Searched]:
@@ -352,9 +354,11 @@ def _solution(
         kind, table = KINDS[settings.target], tables["main"]
         constant, per = kind.resource(table.constant), kind.amount(table.scenario)
         target, bound = ((least + constant) / per for least in (optimum.objective, optimum.bound))
+    score_sum = float(choices.losses[optimum.columns].sum())
     return Solution(
         blocks=blocks,
-        objective=float(choices.losses[optimum.columns].sum()),
+        objective=score_sum,
+        predicted_kl=choices.curve.kl(score_sum) if choices.curve else None,
         target=target,
         bound=bound,
         gap=optimum.gap,

@@ -2,6 +2,9 @@
 
     puzzle score RUN --validate N
 
+`puzzle run` does it with `score.assembled` children. What searched children have shown becomes a
+curve, by which a sum of scores is told as the KL that it stands for, and a wish for a KL as a sum.
+
 Half of the architectures are random, with a random share of layers changed; the other half are what
 a search takes for falling limits on the parameters. Each is assembled from the library in memory
 and run over the sequences that the scores were made on.
@@ -26,6 +29,7 @@ from puzzle.score import SCORE, results
 from puzzle.score.assembled import AssembledKL
 from puzzle.score.stage import all_shards
 from puzzle.search import mip
+from puzzle.search.curve import Curve
 from puzzle.search.program import Program
 from puzzle.search.space_program import Choices
 from puzzle.stage import Job
@@ -61,6 +65,21 @@ class Validation(Record):
     overall: Correlation
     by_removed: dict[str, Correlation]  # by the share of parameters that is removed
     points: list[ValidationPoint]
+
+
+def curve(run: Run) -> Curve | None:
+    """Of the scores of now; None where no children were assembled, or the scores are no KLs."""
+    found = read(run)
+    if found is None or found.metric != "kl":
+        return None
+    return Curve.of([(p.score_sum, p.kl) for p in found.points if p.origin == "searched"])
+
+
+def assemble_some(run: Run) -> None:
+    """As many children as the recipe asks for, unless some were assembled before."""
+    settings = run.recipe.score
+    if settings.assembled and settings.metric == "kl" and read(run) is None:
+        validate(run, settings.assembled)
 
 
 def read(run: Run) -> Validation | None:
