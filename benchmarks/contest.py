@@ -51,8 +51,9 @@ LIBRARY_CODE = (  # decides which child, and its first weights
     "library/training.py",
     "library/initialization.py",
     "score/exact.py",
-    "search/space_program.py",
-    "search/stage.py",
+    "score/assembled.py",
+    "search/mip.py",
+    "search/around.py",
 )
 TOO_MUCH = 1.05  # a child that was aimed at a wish is searched again where it is faster than this
 Weights = str  # library, parent, cut or random: where a child's weights come from
