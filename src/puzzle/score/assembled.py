@@ -7,6 +7,7 @@ exchange reuses the child's states before the exchanged block, as exact scores r
 Shape legend: B sequences, S positions, D hidden, C candidates.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class AssembledKL:
                 _, context = self.parent.model.embed(tokens_BS[:1])
                 final_BSD = self.parent.model.norm(last_BSD)
                 self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context))
+
+    def on_first(self, count: int) -> "AssembledKL":
+        """The same on so many shards; the library is held once."""
+        other = copy.copy(self)
+        other.texts = self.texts[:count]
+        return other
 
     @property
     def tokens(self) -> int:

@@ -41,20 +41,24 @@ def _execute(job: Job, folder: Path) -> None:
     scoring = _Scoring(run, folder / SCORES, run.parent_model, LibraryBlocks(run, run.parent_model))
     blocks = [scored_blocks(layer.blocks, settings.granularity) for layer in run.space.layers]
     if settings.method != "exact":
-        text = [shard for shard in shards if shard.questions is None]
-        scoring.score("fisher", text, blocks)
+        scoring.score("fisher", text_shards(run), blocks)
     if settings.method == "hybrid":
         blocks = scoring.candidates(blocks)
     if settings.method != "fisher":
         scoring.score("exact", shards, blocks)
 
 
-def all_shards(run: Run) -> list[Shard]:
-    """The text that is scored, and the task's questions if there is one."""
+def text_shards(run: Run) -> list[Shard]:
+    """The text that is scored."""
     settings = run.recipe.score
     rows_NS = run.corpus["score"].head(settings.sequences)
     parts = rows_NS.split(settings.shard_sequences)
-    shards = [Shard(str(index), tokens_BS) for index, tokens_BS in enumerate(parts)]
+    return [Shard(str(index), tokens_BS) for index, tokens_BS in enumerate(parts)]
+
+
+def all_shards(run: Run) -> list[Shard]:
+    """The text that is scored, and the task's questions if there is one."""
+    shards = text_shards(run)
     for index, batch in enumerate(run.questions("score")):
         shards.append(Shard(f"task-{index}", batch.tokens_RS, batch))
     return shards

@@ -75,12 +75,11 @@ class Measurement:
     def _on(self) -> "dict[bool, AssembledKL]":
         """On all of the text, and on its first part."""
         from puzzle.score.assembled import AssembledKL
-        from puzzle.score.stage import all_shards
+        from puzzle.score.stage import text_shards
 
-        run = self.job.run
-        shards = [shard for shard in all_shards(run) if shard.questions is None]
-        first = shards[: max(1, round(PART * len(shards)))]
-        return {True: AssembledKL(run, shards), False: AssembledKL(run, first)}
+        shards = text_shards(self.job.run)
+        whole = AssembledKL(self.job.run, shards)
+        return {True: whole, False: whole.on_first(max(1, round(PART * len(shards))))}
 
     def kl(self, blocks: Sequence[str], *, whole: bool = True) -> float:
         """Of one child."""
@@ -209,7 +208,7 @@ def _exchanges_of_two(program: Program, choices: Choices, incumbent: list[str]) 
     slack = program.limits - program.resources[:, own].sum(axis=1)
     change = program.resources - program.resources[:, own[groups]]
     promised: list[tuple[float, int, int]] = []
-    for first, start in zip(range(len(gain)), program.starts[1:][groups], strict=True):
+    for first, start in enumerate(program.starts[1:][groups]):
         others = np.arange(start, len(gain))
         both = gain[first] + gain[others]
         fits = (change[:, first, None] + change[:, others] <= slack[:, None]).all(axis=0)

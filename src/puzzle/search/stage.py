@@ -228,7 +228,7 @@ def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> 
     if one.solutions:
         bound = min(solution.rank, one.solutions[0].bound)
         gap = (solution.rank - bound) / max(abs(solution.rank), 1e-12)
-        kl = one.solutions[0].kl and final.objective
+        kl = None if one.solutions[0].kl is None else final.objective
         solution = solution.model_copy(update={"bound": bound, "gap": gap, "kl": kl})
     return replace(one, solutions=[solution])
 

@@ -22,7 +22,7 @@ from puzzle.search.answers import Solution
 from puzzle.search.promise import Verdict
 from puzzle.stage import Job
 
-LEAST_GAIN = 0.01  # in the sum of scores, for which another child is assembled and served
+LEAST_GAIN = 0.01  # of what the search makes least, for which another child is assembled and served
 # Settings of a search that do not change what is asked for
 NOT_ASKED = {
     "attempts",
@@ -45,7 +45,7 @@ class MeasuredChild(Record):
     wish: str  # fingerprint of what was asked, and of the scores it was searched with
     asked: list[str]  # the constraints, in words, for people
     blocks: list[str]
-    objective: float  # what the search makes least: the sum of scores, or a target
+    objective: float  # what the search makes least: `Solution.rank`
     tables: dict[str, str]  # by scenario: the name of its costs
     parent_tables: dict[str, str]  # the same, of the parent beside it
     measurements: dict[str, Measurement]  # by scenario

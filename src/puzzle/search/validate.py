@@ -27,7 +27,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.run import Run
 from puzzle.score import SCORE, results
 from puzzle.score.assembled import AssembledKL
-from puzzle.score.stage import all_shards
+from puzzle.score.stage import text_shards
 from puzzle.search import mip
 from puzzle.search.curve import Curve
 from puzzle.search.program import Program
@@ -127,7 +127,7 @@ def _measure(run: Run, count: int) -> Validation:
     choices = Choices(results.scored_layers(run, losses), np.array([]))
     architectures = _random_architectures(choices, count - count // 2)
     architectures += _searched_architectures(run, choices, losses, count // 2)
-    measurement = AssembledKL(run, [s for s in all_shards(run) if s.questions is None])
+    measurement = AssembledKL(run, text_shards(run))
     parent = sum(shape.parameters(block) for block in Architecture.of_parent(shape))
     points: list[ValidationPoint] = []
     with run.progress.task("assembling and measuring", len(architectures), "children") as task:
