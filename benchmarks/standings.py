@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import matplotlib
 import numpy as np
 import torch
 from contest import DEFAULT, DISCRETE, Candidate, Row, Workshop, candidates_of, code_of, prepare
@@ -26,10 +25,13 @@ from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
-from puzzle.report import pictures
+from puzzle.report import charts
+from puzzle.report.charts import Axis, Mark, Series
 from puzzle.run import Run
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.trainer import Trainer
+
+COLOURS, DASHES = ("attention", "ffn", "good", "extra", "parent"), ("", "6 3", "2 3")
 
 # ------------------------------------------------------------------------------------------ quality
 
@@ -328,35 +330,29 @@ def _share(one: Point) -> str:
 
 def picture(points: Sequence[Point]) -> str:
     """Retention against speed-up, a line per method: before and after distillation."""
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     methods = list(dict.fromkeys(point.method for point in points))
-    colours = dict(zip(methods, pyplot.get_cmap("tab20").colors, strict=False))
     titles = ("as it is made", "after distillation, at equal training FLOPs")
-    for axis, trained, title in zip(axes, (False, True), titles, strict=True):
-        for method in methods:
+    shown = []
+    for trained, title in zip((False, True), titles, strict=True):
+        series = []
+        for number, method in enumerate(methods):
             mine = sorted(
                 (p for p in points if p.method == method and bool(p.tokens) == trained),
                 key=lambda p: p.wish,
             )
-            if mine:
-                is_ours = method == DEFAULT
-                axis.plot(
-                    [p.wish for p in mine],
-                    [100 * p.top1.value for p in mine],
-                    "o-",
-                    label=method,
-                    color=pictures.ACCENT if is_ours else colours[method],
-                    linewidth=2.2 if is_ours else 1.0,
-                    ms=4,
-                    zorder=3 if is_ours else 2,
-                )
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlabel("measured speed-up")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 accuracy kept, %")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    return pictures.svg(figure)
+            marks = [
+                Mark(p.wish, p.top1.value, f"{method}, {p.wish:.2f}x: {p.top1.value:.1%}")
+                for p in mine
+            ]
+            colour = "child" if method == DEFAULT else COLOURS[number % len(COLOURS)]
+            dash = "" if method == DEFAULT else DASHES[number // len(COLOURS) % len(DASHES)]
+            if marks:
+                series.append(Series(method, marks, colour, "both", dash))
+        if not series:
+            continue
+        marks = [mark for one in series for mark in one.marks]
+        x = Axis.of("measured speed-up", [mark.x for mark in marks])
+        y = Axis.of("top-1 accuracy kept", [mark.y for mark in marks])
+        y = Axis(y.label, y.low, y.high, percent=True)
+        shown.append((title, charts.plot(title, x, y, series, size=(640.0, 380.0))))
+    return charts.standalone(charts.stack(shown))

@@ -13,14 +13,11 @@ import argparse
 import re
 from pathlib import Path
 
-import matplotlib
-
 from puzzle.artifacts import write_text
 from puzzle.commands.summary import ChildSummary, summarise
 from puzzle.evaluate import results as evaluation
-from puzzle.model.architecture import Architecture
 from puzzle.progress import Progress, duration
-from puzzle.report import pictures
+from puzzle.report import charts, strip
 from puzzle.report.stage import stage_seconds
 from puzzle.run import Run
 from puzzle.stage import Job
@@ -66,36 +63,15 @@ def section(jobs: list[Job]) -> str:
 
 
 def picture(jobs: list[Job]) -> str:
-    """Speed against what is kept, and below each child its architecture."""
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    shape = jobs[0].run.parent.shape
-    figure, axes = pyplot.subplots(
-        len(jobs), 1, figsize=(7.5, 1.7 * len(jobs)), sharex=True, squeeze=False
-    )
-    for axis, job in zip(axes[:, 0], jobs, strict=True):
+    """The architecture of each child, under what it is worth."""
+    shown = []
+    for job in jobs:
         results = evaluation.read(job)
-        for x, block in enumerate(Architecture.from_names(results.architecture)):
-            kv_share = block.attention.kv_heads / shape.num_key_value_heads
-            pictures.draw_half(axis, x, 1, block.attention, kv_share)
-            ffn_share = block.ffn.intermediate_size / shape.intermediate_size
-            pictures.draw_half(axis, x, -1, block.ffn, ffn_share)
-        axis.axhline(0, color=pictures.INK, linewidth=0.8)
-        axis.set_ylim(-1.4, 1.4)
-        axis.set_yticks([0.5, -0.5], ["attention", "FFN"], fontsize=8)
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
         retention = results.uptrained.retention
         kept = 0.0 if retention is None else retention.value
         title = f"{job.child.name}: {results.speedup:.2f}x, keeps {kept:.1%} of top-1"
-        axis.set_title(title, fontsize=9, loc="left")
-    axes[-1, 0].set_xlim(-0.7, shape.num_hidden_layers - 0.3)
-    axes[-1, 0].set_xticks(range(shape.num_hidden_layers))
-    axes[-1, 0].set_xlabel("layer")
-    figure.tight_layout()
-    return pictures.svg(figure)
+        shown.append((title, strip.architecture(title, results.blocks, job.run.parent.shape)))
+    return charts.standalone(charts.stack(shown))
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def tiny_recipe(tiny_folder: Path, text_folder: Path, out: Path) -> dict:
             "checkpoint_steps": 2,
             "validate_steps": 4,
         },
-        "evaluate": {"sequences": 16},
+        "evaluate": {"sequences": 16, "questions": 4, "samples": 1, "sample_tokens": 4},
     }
 
 

@@ -8,6 +8,7 @@ last line. torch takes seconds to import, so a command imports it only when its 
 import os
 import signal
 import sys
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -209,8 +210,28 @@ app.command()(children.child)
 app.command(name="children")(children.children)
 app.command()(children.compare)
 app.command()(children.remove)
-for _stage in (ASSEMBLE, UPTRAIN, EVALUATE, REPORT):
+for _stage in (ASSEMBLE, UPTRAIN, EVALUATE):
     _child_stage_command(_stage)
+
+
+@app.command()
+def report(
+    run_directory: RunArgument,
+    child: ChildOption = "main",
+    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser, too.")] = False,
+    wait: Wait = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write report/index.html and the model card."""
+    job = open_run(run_directory, quiet, wait).child_job(child)
+    run_stage(REPORT, job, as_json)
+    if open_:
+        page = (job.folder(REPORT) / "index.html").resolve()
+        if not webbrowser.open(page.as_uri()):
+            raise UserError(f"report --open: no browser here; the page is {page}")
+
+
 app.command()(serving.export)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serving.serve

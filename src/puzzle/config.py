@@ -35,9 +35,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # als
 
 
 class SourceConfig(Section):
-    """Where text comes from. In YAML: `stdlib`, a path, or a mapping with one of the three."""
+    """Where text comes from. In YAML: `stdlib`, `parent`, a path, or a mapping with one of four."""
 
     stdlib: bool = False
+    parent: bool = False  # text that the parent itself writes, for parents whose data nobody has
     path: str | None = None
     dataset: str | None = None
     subset: str | None = None
@@ -50,19 +51,22 @@ class SourceConfig(Section):
     @classmethod
     def _shorthand(cls, value: object) -> object:
         if isinstance(value, str):
-            return {"stdlib": True} if value == "stdlib" else {"path": value}
+            return {value: True} if value in ("stdlib", "parent") else {"path": value}
         return value
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "SourceConfig":
-        if sum((self.stdlib, self.path is not None, self.dataset is not None)) != 1:
-            raise ValueError("a source is exactly one of stdlib, path, dataset")
+        named = (self.stdlib, self.parent, self.path is not None, self.dataset is not None)
+        if sum(named) != 1:
+            raise ValueError("a source is exactly one of stdlib, parent, path, dataset")
         return self
 
     @property
     def label(self) -> str:
         """The source's name in messages and fingerprints."""
-        return "stdlib" if self.stdlib else str(self.path or self.dataset)
+        if self.stdlib or self.parent:
+            return "stdlib" if self.stdlib else "parent"
+        return str(self.path or self.dataset)
 
 
 class CorpusConfig(Section):
@@ -373,11 +377,32 @@ class UptrainConfig(Section):
         return self
 
 
+class HarnessTask(Section):
+    """A task of lm-evaluation-harness: its name, or the path of a YAML file in its format."""
+
+    task: str
+    shots: Annotated[int, Field(ge=0)] | None = None  # default: the task's own
+    limit: Positive | None = None  # documents at most
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"task": value} if isinstance(value, str) else value
+
+
 class EvaluateConfig(Section):
-    """How the finished child's quality is measured, on sequences of test text."""
+    """How the finished child's quality is measured, on test text."""
 
     sequences: Positive = 128
     batch_sequences: Positive = 8
+    # Tokens of the sequences on which quality is measured by position, and of the longest local
+    # questions; default: the parent's context, at most 32,768, as far as the test text goes.
+    context: Annotated[int, Field(ge=2)] | None = None
+    # Of each local task: cloze, copying, needle in a haystack, choice of a continuation; 0: none.
+    questions: int = Field(default=32, ge=0)
+    samples: int = Field(default=3, ge=0)  # texts that parent and child write
+    sample_tokens: Positive = 64
+    tasks: list[HarnessTask] = []  # of lm-evaluation-harness (the extra `eval`)
 
 
 class PlaceConfig(Section):

@@ -60,8 +60,8 @@ class Task:
         if self.owner.plain and now - self.last_line >= LINE_EVERY_S and self.done > self.resumed:
             self.last_line = now
             rate = (self.done - self.resumed) / (now - self.started)
-            left = duration((self.total - self.done) / rate)
-            share = self.done / self.total if self.total else 1.0
+            left = duration(max(0.0, self.total - self.done) / rate)
+            share = min(1.0, self.done / self.total) if self.total else 1.0
             detail = f", {note}" if note else ""
             self.owner.say(
                 f"  {self.name}: {share:.0%}, {rate:,.4g} {self.unit}/s, {left} left{detail}"

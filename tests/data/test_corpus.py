@@ -98,7 +98,10 @@ def test_batches_cover_an_epoch_exactly_once_whatever_their_size(tmp_path, token
 
 
 def test_a_mixture_keeps_its_weights_in_tokens():
-    streams = [iter([Tokenised(0, [0] * 10)] * 300), iter([Tokenised(1, [1] * 3)] * 1000)]
+    streams = [
+        iter([Tokenised(0, [0] * 10, [True] * 10)] * 300),
+        iter([Tokenised(1, [1] * 3, [True] * 3)] * 1000),
+    ]
     taken = itertools.islice(packing.mixture(streams, [3.0, 1.0]), 400)
     tokens = np.concatenate([document.ids for document in taken])
     assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
@@ -128,21 +131,24 @@ def test_a_text_in_two_sources_never_stands_on_two_sides(tmp_path, tokenizer):
 
 
 def test_a_stream_that_ends_leaves_the_rest_to_the_others():
-    streams = [iter([Tokenised(0, [0])] * 5), iter([Tokenised(1, [1])] * 50)]
+    streams = [iter([Tokenised(0, [0], [True])] * 5), iter([Tokenised(1, [1], [True])] * 50)]
     assert len(list(packing.mixture(streams, [1.0, 1.0]))) == 55
 
 
 def test_packing_keeps_every_token_in_order_and_drops_only_the_last_rest():
-    documents = [Tokenised(i, ids) for i, ids in enumerate(([1, 2, 3], [4], [5, 6, 7, 8, 9], [0]))]
-    tokens, numbers = np.stack(list(packing.pack(documents, 4)), axis=1).tolist()
+    texts = ([1, 2, 3], [4], [5, 6, 7, 8, 9], [0])
+    documents = [Tokenised(i, ids, [id % 2 == 0 for id in ids]) for i, ids in enumerate(texts)]
+    tokens, numbers, counted = np.stack(list(packing.pack(documents, 4)), axis=1).tolist()
     assert tokens == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert numbers == [[0, 0, 0, 1], [2, 2, 2, 2]]
+    assert counted == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
 def test_every_sequence_begins_as_a_document_does():
     """9 begins a text. A sequence that starts with a document has it once."""
-    documents = [Tokenised(i, ids) for i, ids in enumerate(([9, 1, 2, 3, 4], [9, 5], [9, 6, 7, 8]))]
-    tokens, numbers = np.stack(list(packing.pack(documents, 3, [9])), axis=1).tolist()
+    texts = ([9, 1, 2, 3, 4], [9, 5], [9, 6, 7, 8])
+    documents = [Tokenised(i, ids, [True] * len(ids)) for i, ids in enumerate(texts)]
+    tokens, numbers, _ = np.stack(list(packing.pack(documents, 3, [9])), axis=1).tolist()
     assert tokens == [[9, 1, 2], [9, 3, 4], [9, 5, 9], [9, 6, 7]]
     assert numbers == [[0, 0, 0], [0, 0, 0], [1, 1, 2], [2, 2, 2]]
 
@@ -157,12 +163,14 @@ def test_documents_begin_and_end_as_the_tokenizer_makes_them_by_default(tokenize
     )
     frame = packing.Frame.of(with_bos)
     assert frame == ([bos], [tokenizer.eos_token_id])
-    assert frame.around([5, 6]) == frame.around([bos, 5, 6]) == [bos, 5, 6, tokenizer.eos_token_id]
+    for ids in ([5, 6], [bos, 5, 6]):
+        assert frame.around(0, ids, None).ids == [bos, 5, 6, tokenizer.eos_token_id]
+    assert frame.around(0, [5, 6], [True, False]).counted == [False, True, False, False]
 
 
 def test_every_document_ends_with_the_end_of_text_token(tokenizer):
     config = CorpusConfig(sources=["stdlib"])
-    _, ids = next(packing.tokenised_documents(config.sources[0], "train", config, tokenizer, {}))
+    _, ids, _ = next(packing.tokenised_documents(config.sources[0], "train", config, tokenizer, {}))
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
 
 

@@ -1,6 +1,7 @@
 """Quality by document, and intervals that are as wide as documents differ."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from puzzle.commands.summary import print_summaries, summaries
 from puzzle.evaluate.bootstrap import UnitSums, bootstrap
 from puzzle.evaluate.quality import LEAST_DOCUMENTS, Text, unit_sums
-from puzzle.evaluate.results import ModelQuality, Quality
+from puzzle.evaluate.results import Quality
 from puzzle.run import Run
 
 
@@ -86,30 +87,32 @@ def test_sequences_stand_in_where_there_are_few_documents(finished_run):
 def test_the_quality_of_the_parent_against_itself_is_without_loss(finished_run):
     text = Text.of(finished_run, "test", 4)
     shown = unit_sums(finished_run, finished_run.parent_model, text, 4)
-    found = Quality.of(ModelQuality(text=shown, right=[True, False, True]))
-    assert found.kl.value == pytest.approx(0, abs=1e-5) and found.kl.low >= 0
-    assert found.task.value == pytest.approx(2 / 3)
+    found = Quality.of(shown)
+    assert found.kl.value == pytest.approx(0, abs=1e-5)
+    assert 0 <= found.kl.low <= found.kl.value <= found.kl.high
+    assert found.perplexity.value == pytest.approx(math.exp(found.lm_loss.value))
+    assert found.perplexity.low == pytest.approx(math.exp(found.lm_loss.low))
 
 
 def test_children_are_compared_with_the_first_on_the_same_text(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run.folder, tmp_path / "run")
     run = Run(finished_run.recipe, tmp_path / "run", finished_run.progress)
     shutil.copytree(run.folder / "children" / "main", run.folder / "children" / "worse")
-    path = run.folder / "children" / "worse" / "evaluate" / "quality.json"
+    path = run.folder / "children" / "worse" / "evaluate" / "uptrained.quality.json"
     shown = json.loads(path.read_text())
-    counts = shown["uptrained"]["text"]["metrics"]["top1"]
-    shown["uptrained"]["text"]["metrics"]["top1"] = [count - 1 for count in counts]
+    counts = shown["text"]["metrics"]["top1"]
+    shown["text"]["metrics"]["top1"] = [count - 1 for count in counts]
     path.write_text(json.dumps(shown))
     main, worse = summaries([run])
     if main.retention is None:  # a random parent may have no right answer
         pytest.skip("the tiny parent has no right answer on its test text")
-    expected = -len(counts) / sum(shown["uptrained"]["text"]["tokens"])
+    expected = -len(counts) / sum(shown["text"]["tokens"])
     assert main.top1_difference is None
     assert worse.top1_difference.value == pytest.approx(expected)
     assert worse.top1_difference.high < 0
     print_summaries([main, worse])
     assert "worse against main: top-1 accuracy -" in capsys.readouterr().out
 
-    shown["uptrained"]["text"]["tokens"][0] += 1  # another text
+    shown["text"]["tokens"][0] += 1  # another text
     path.write_text(json.dumps(shown))
     assert summaries([run])[1].top1_difference is None

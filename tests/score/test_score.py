@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from puzzle import artifacts, pipeline
 from puzzle.data import tasks
 from puzzle.errors import UserError
-from puzzle.evaluate.quality import right_answers
+from puzzle.evaluate.skills import right_answers
 from puzzle.library import LIBRARY, weights
 from puzzle.model.architecture import FFN, Attention, Block, ModelShape, parse_block
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
@@ -294,7 +294,9 @@ def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run, tmp_path,
         assert scores[layer, name].means["task"] == pytest.approx(right / len(questions))
     parent = scores[0, run.parent.shape.widest_block.name].means["task"]
     monkeypatch.setattr(run, "questions", lambda split, real=run.questions: real("score"))
-    right = right_answers(run, run.parent_model)  # the same questions, as `evaluate` counts them
+    right = right_answers(
+        run, run.parent_model, run.questions("test")
+    )  # the same questions, as `evaluate` counts them
     assert sum(right) / len(right) == pytest.approx(parent)
 
 

@@ -33,7 +33,7 @@ from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.run import Run
 from puzzle.score import SCORE
-from puzzle.search import SEARCH
+from puzzle.search import SEARCH, answers
 from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
 
@@ -105,7 +105,15 @@ def child(
     kl: PredictedKL = None,
     place: Annotated[str | None, typer.Option(help="Where it will be served.")] = None,
     solution: Annotated[
-        int | None, typer.Option(help="Make this one of the solutions, from 0.", min=0)
+        int | None,
+        typer.Option(help="Make this one of the solutions that `puzzle search` lists.", min=0),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            help="With --solution: of this child's solutions, and then of the points of its "
+            "frontier, as its report numbers them."
+        ),
     ] = None,
     architecture: Annotated[
         Path | None,
@@ -121,6 +129,8 @@ def child(
     run = open_run(run_directory, quiet, wait)
     if solution is not None and architecture is not None:
         raise UserError("child: give --solution or --architecture, not both")
+    if of is not None and solution is None:
+        raise UserError(f"child: --of {of} goes with --solution; give the number of a solution")
     if architecture is not None:
         from puzzle.model.child import read_block_names
 
@@ -128,7 +138,7 @@ def child(
         changes["architecture"] = blocks
     wish = child_settings(run, name, changes, set_ or [], place)
     if solution is not None:
-        wish = _with_solution(run, name, wish, solution)
+        wish = _with_solution(run, name, wish, solution, of)
     job = run.job_of(name, wish)
     for stage in (SEARCH, ASSEMBLE, UPTRAIN):
         stage.work().check(job)
@@ -182,8 +192,28 @@ def child_settings(
     return wish
 
 
-def _with_solution(run: Run, name: str, wish: ChildConfig, number: int) -> ChildConfig:
-    """The wish made exact: the solution that `puzzle search` lists under this number."""
+def _with_solution(
+    run: Run, name: str, wish: ChildConfig, number: int, of: str | None
+) -> ChildConfig:
+    """The wish made exact: the solution that `puzzle search`, or a child's report, numbers so."""
+    if of is None:
+        blocks = _solution(run, name, wish, number)
+    else:
+        job = run.child_job(of)
+        job.manifest(SEARCH)
+        listed = answers.architectures(job)
+        if number >= len(listed):
+            raise UserError(
+                f"--solution: got {number}, but child {of} has only {len(listed)} solutions and "
+                "points of its frontier, from 0"
+            )
+        blocks = listed[number]
+    exact = wish.search.model_copy(update={"architecture": blocks} | dict.fromkeys(config.TARGETS))
+    return wish.model_copy(update={"search": exact})
+
+
+def _solution(run: Run, name: str, wish: ChildConfig, number: int) -> list[str]:
+    """The blocks of the solution that `puzzle search` lists under this number."""
     from puzzle.search import stage
 
     search = wish.search.model_copy(update={"architecture": None})
@@ -196,9 +226,7 @@ def _with_solution(run: Run, name: str, wish: ChildConfig, number: int) -> Child
             f"--solution: got {number}, but there are only {len(answer.solutions)} solutions, "
             "from 0; lower search.diversity"
         )
-    blocks = answer.solutions[number].blocks
-    exact = wish.search.model_copy(update={"architecture": blocks} | dict.fromkeys(config.TARGETS))
-    return wish.model_copy(update={"search": exact})
+    return answer.solutions[number].blocks
 
 
 def children(run_directory: RunArgument, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -216,10 +244,18 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Children of one or several runs side by side."""
-    found = summaries([open_run(folder, quiet) for folder in run_directories])
+    """Children of one or several runs side by side; also as a page, `RUN/compare/index.html`."""
+    runs = [open_run(folder, quiet) for folder in run_directories]
+    found = summaries(runs)
+    page = None
+    if any(child.retention is not None for child in found):
+        from puzzle.report import compare as comparing
+
+        page = comparing.write(runs[0], found)
     if not quiet:
         print_summaries(found)
+        if page is not None:
+            print(f"page: {page}")
     emit([child.as_json() for child in found], as_json)
 
 
@@ -276,7 +312,7 @@ def print_child(job: Job, as_json: bool) -> None:
     from puzzle.report.table import print_results
 
     results = evaluation.read(job)
-    print_results(results, page(job))
+    print_results(job, results, page(job))
     summary: dict[str, JsonValue] = {"run": str(job.run.folder), "name": job.child.name}
     summary["verdict"] = results.verdict
     emit(summary | results.as_json(), as_json)

@@ -102,7 +102,7 @@ def summaries(runs: list[Run]) -> list[ChildSummary]:
     for job in jobs:
         child = summarise(job)
         if child.retention is not None:
-            shown = evaluation.read_qualities(job).uptrained.text
+            shown = evaluation.read_quality(job, "uptrained").text
             if first is None:
                 first = shown
             elif shown.is_on_text_of(first):

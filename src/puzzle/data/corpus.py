@@ -7,8 +7,8 @@ shards through `Sequences`, which says what each side is for.
 The sides never overlap: a document belongs to one by a hash of its name (files) or of its text
 (rows), and a text seen twice, in whichever source, is dropped the second time.
 
-Reads: what `sources.py` reads. Writes: `<out>/<split>-NNNNN.safetensors` (int32, [sequences,
-sequence_length]), `<out>/<split>.json` (`SideRecord`) and a manifest.
+Reads: what `sources.py` reads. Writes: `<out>/<split>-NNNNN.safetensors` (as `Sequences` reads
+them), `<out>/<split>.json` (`SideRecord`) and a manifest.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def _build_side(
 def _write_shards(
     context: _BuildContext, split: Split, tokens: int, rows: Iterator[npt.NDArray[np.int32]]
 ) -> int:
-    """Write rows [2, S] as shards of at most `SHARD_TOKENS`; returns how many there were."""
+    """Write rows [3, S] as shards of at most `SHARD_TOKENS`; returns how many there were."""
     rows_per_shard = max(1, SHARD_TOKENS // context.config.sequence_length)
     count = 0
     with context.progress.task(f"tokenising ({split})", total=tokens, unit="tokens") as task:
@@ -158,6 +158,7 @@ def _write_shards(
                 break
             count += len(shard)
             with artifacts.atomic_path(context.out / f"{split}-{index:05d}.safetensors") as path:
-                tokens_NS, documents_NS = np.stack(shard, axis=1)
-                save_file({"tokens": tokens_NS, "documents": documents_NS}, path)
+                tokens_NS, documents_NS, counted_NS = np.stack(shard, axis=1)
+                tensors = {"tokens": tokens_NS, "documents": documents_NS}
+                save_file(tensors | {"counted": counted_NS.astype(np.uint8)}, path)
     return count

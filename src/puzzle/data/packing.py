@@ -16,6 +16,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from puzzle.config import CorpusConfig, SourceConfig
+from puzzle.data.rows import Spans
 from puzzle.data.sequences import Split
 from puzzle.data.sources import Document, documents
 
@@ -24,10 +25,14 @@ QUARTERS: tuple[Split, ...] = ("score", "validation", "test", "test")  # of the 
 
 
 class Tokenised(NamedTuple):
-    """A document's token ids, and its number on its side of the split."""
+    """A document's token ids, and its number on its side of the split.
+
+    `counted` says of every token whether quality is measured on it.
+    """
 
     number: int
     ids: list[int]
+    counted: list[bool]
 
 
 class Frame(NamedTuple):
@@ -45,13 +50,18 @@ class Frame(NamedTuple):
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         return cls(framed[:at], framed[at + len(bare) :] or [tokenizer.eos_token_id])
 
-    def around(self, ids: list[int]) -> list[int]:
+    def around(self, number: int, ids: list[int], counted: list[bool] | None) -> Tokenised:
         """A whole document; one that has the prefix already, as chat templates write it, keeps it.
 
         The end is always added: a chat that ends with its last turn is followed by another text.
+        `counted` None: all of it, with what is added.
         """
         start = [] if self.prefix and ids[: len(self.prefix)] == self.prefix else self.prefix
-        return [*start, *ids, *self.suffix]
+        framed = [*start, *ids, *self.suffix]
+        if counted is None:
+            return Tokenised(number, framed, [True] * len(framed))
+        before, after = [False] * len(start), [False] * len(self.suffix)
+        return Tokenised(number, framed, [*before, *counted, *after])
 
 
 def split_of(document: Document, held_out_fraction: float) -> Split:
@@ -87,24 +97,33 @@ def tokenised_documents(
     texts = _new_texts(documents(source, tokenizer, config.seed), split, config, taken)
     while batch := list(itertools.islice(texts, TOKENIZE_BATCH)):
         encoded = tokenizer(
-            [text for _, text in batch],
+            [document.text for _, document in batch],
             add_special_tokens=False,
             return_attention_mask=False,
+            return_offsets_mapping=any(document.counted is not None for _, document in batch),
             verbose=False,
         )
-        for (number, _), ids in zip(batch, encoded["input_ids"], strict=True):
-            yield Tokenised(number, frame.around(ids))
+        for index, (number, document) in enumerate(batch):
+            counted = None
+            if document.counted is not None:
+                counted = _counted(encoded["offset_mapping"][index], document.counted)
+            yield frame.around(number, encoded["input_ids"][index], counted)
+
+
+def _counted(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+    """Of every token, from its first and last character, whether it lies in one of the spans."""
+    return [any(low <= first < high for low, high in spans) for first, _ in offsets]
 
 
 def _new_texts(
     stream: Iterable[Document], split: Split, config: CorpusConfig, taken: dict[str, None]
-) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of one side that are not in `taken`, which grows by them."""
+) -> Iterator[tuple[int, Document]]:
+    """Numbers and documents of one side that are not in `taken`, which grows by them."""
     for document in stream:
         key = hashlib.sha256(document.text.encode("utf-8", "replace")).hexdigest()[:24]
         if key not in taken and split_of(document, config.held_out_fraction) == split:
             taken[key] = None
-            yield len(taken) - 1, document.text
+            yield len(taken) - 1, document
 
 
 def mixture(streams: list[Iterator[Tokenised]], weights: list[float]) -> Iterator[Tokenised]:
@@ -127,17 +146,20 @@ def mixture(streams: list[Iterator[Tokenised]], weights: list[float]) -> Iterato
 def pack(
     stream: Iterable[Tokenised], sequence_length: int, prefix: Sequence[int] = ()
 ) -> Iterator[npt.NDArray[np.int32]]:
-    """Cut a stream of documents into sequences of exactly `sequence_length` tokens, int32 [2, S].
+    """Cut a stream of documents into sequences of exactly `sequence_length` tokens, int32 [3, S].
 
-    The second row has every token's document. A sequence that begins inside a document begins with
-    `prefix`. What does not fill the last sequence is dropped.
+    The second row has every token's document, the third 1 where quality is measured on the token. A
+    sequence that begins inside a document begins with `prefix`. What does not fill the last
+    sequence is dropped.
     """
     prefix = list(prefix)
     pending: list[int] = []
     numbers: list[int] = []
-    for number, ids in stream:
+    marks: list[bool] = []
+    for number, ids, counted in stream:
         pending += ids
         numbers += [number] * len(ids)
+        marks += counted
         at = 0
         while True:
             start = [] if pending[at : at + len(prefix)] == prefix else prefix
@@ -145,7 +167,11 @@ def pack(
             if end > len(pending):
                 break
             of_start = [numbers[at]] * len(start)
-            row = [[*start, *pending[at:end]], [*of_start, *numbers[at:end]]]
+            row = [
+                [*start, *pending[at:end]],
+                [*of_start, *numbers[at:end]],
+                [*([marks[at]] * len(start)), *marks[at:end]],
+            ]
             yield np.asarray(row, dtype=np.int32)
             at = end
-        del pending[:at], numbers[:at]
+        del pending[:at], numbers[:at], marks[:at]

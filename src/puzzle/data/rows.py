@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +11,7 @@ from puzzle.config import SourceConfig
 from puzzle.errors import UserError
 
 Row = dict[str, object]  # values by column
+Spans = tuple[tuple[int, int], ...]  # parts of a text, each from a character to before another
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
@@ -60,14 +62,17 @@ def hub_rows(source: SourceConfig, seed: int) -> Iterator[Row]:
     yield from rows.shuffle(seed=seed, buffer_size=1000)
 
 
-def row_text(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def row_text(
+    row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, Spans | None]:
     """A row's text column, or its chat messages through the tokenizer's chat template.
 
+    Of a chat also where the assistant speaks; None for plain text, which counts as a whole.
     Raises `UserError` where the row has neither, or the chat has no template.
     """
     text = row.get(source.text_column)
     if isinstance(text, str):
-        return text
+        return text, None
     messages = row.get(source.messages_column)
     if not isinstance(messages, list):
         raise UserError(
@@ -82,8 +87,29 @@ def row_text(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase 
             "use plain text, or a parent with a chat template"
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        chat = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise UserError(
             f"corpus source {source.label}: the chat template refuses a row: {error}"
         ) from None
+    return chat, assistant_spans(chat, messages)
+
+
+def assistant_spans(chat: str, messages: list[Any]) -> Spans:
+    """Where the assistant's messages stand in a chat that a template has written.
+
+    The content alone, as the template shows it: what it adds around a message is the same for all.
+    A message that the template has changed (some drop earlier reasoning) is not found, and does not
+    count.
+    """
+    spans, at = [], 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        text = content.strip() if isinstance(content, str) else ""
+        start = chat.find(text, at) if text else -1
+        if start < 0:
+            continue
+        at = start + len(text)
+        if message.get("role") == "assistant":
+            spans.append((start, at))
+    return tuple(spans)

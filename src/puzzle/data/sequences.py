@@ -1,7 +1,8 @@
 """The packed corpus as its readers see it: batches that are a pure function of (seed, step).
 
 Exact resume therefore needs no data-loader state. Reads the safetensors shards that `corpus.build`
-writes: `<folder>/<split>-NNNNN.safetensors` (`tokens` and `documents`, int32, [sequences, S]).
+writes: `<folder>/<split>-NNNNN.safetensors` (`tokens` and `documents`, int32, and `counted`, uint8,
+all [sequences, S]).
 
 The four sides of the split share no document, and each has one use: BLD, calibration and
 uptraining read `train`; block scores `score`; whatever else chooses (the weights that uptraining
@@ -48,6 +49,7 @@ class Sequences:
         ]
         self._shards = [file.get_slice("tokens") for file in self._files]
         self._documents = [file.get_slice("documents") for file in self._files]
+        self._counted = [file.get_slice("counted") for file in self._files]
         shapes = [shard.get_shape() for shard in self._shards]
         self._first_rows = np.cumsum([0, *(shape[0] for shape in shapes)])
         self.sequence_length: int = shapes[0][1]
@@ -86,6 +88,13 @@ class Sequences:
         """int64 [len(indices), S]: the document that each token of these sequences is of."""
         return self._read(self._documents, indices)
 
+    def counted(self, indices: Iterable[int]) -> torch.Tensor:
+        """bool [len(indices), S]: whether quality is measured on each token.
+
+        Of chats only what the assistant says is counted, of all other text every token.
+        """
+        return self._read(self._counted, indices).bool()
+
     def _read(self, shards: list[_Slice], indices: Iterable[int]) -> torch.Tensor:
         rows = []
         for index in indices:
@@ -110,6 +119,10 @@ class Sequences:
     def head_documents(self, count: int) -> torch.Tensor:
         """int64 [min(count, N), S]: the document of each token of `head`."""
         return self.documents(self._shuffled(position) for position in range(min(count, len(self))))
+
+    def head_counted(self, count: int) -> torch.Tensor:
+        """bool [min(count, N), S]: whether quality is measured on each token of `head`."""
+        return self.counted(self._shuffled(position) for position in range(min(count, len(self))))
 
     def _shuffled(self, position: int) -> int:
         """The sequence that stands at a position of the endless shuffled stream."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
 from puzzle.config import CorpusConfig, SourceConfig
-from puzzle.data.rows import hub_rows, jsonl_rows, parquet_rows, row_text
+from puzzle.data.rows import Row, hub_rows, jsonl_rows, parquet_rows, row_text
 from puzzle.errors import UserError
 
 TEXT_SUFFIXES = {
@@ -52,6 +52,9 @@ class Document:
 
     name: str
     text: str
+    # The parts, from a character to before another, that quality is measured on: the assistant's
+    # turns of a chat; None: all of it.
+    counted: tuple[tuple[int, int], ...] | None = None
 
 
 def documents(
@@ -64,7 +67,7 @@ def documents(
     """
     if source.dataset:
         for row in hub_rows(source, seed):
-            yield Document("", row_text(row, source, tokenizer))
+            yield _row(row, source, tokenizer)
         return
     files = stdlib_files() if source.stdlib else _local_files(Path(source.path or "").expanduser())
     for index in np.random.default_rng(seed).permutation(len(files)):
@@ -72,13 +75,17 @@ def documents(
         if path.suffix in ROW_SUFFIXES:
             rows = jsonl_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
             for row in rows:
-                yield Document("", row_text(row, source, tokenizer))
+                yield _row(row, source, tokenizer)
         elif source.path and len(files) == 1:
             yield from _pieces(path)
         else:
             text = _read_text(path)
             if text and text.strip():
                 yield Document(name, text)
+
+
+def _row(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:
+    return Document("", *row_text(row, source, tokenizer))
 
 
 def source_fingerprints(config: CorpusConfig) -> dict[str, str]:

@@ -102,6 +102,15 @@ class QuestionBatch:
             )
         ]
 
+    def said(self, is_first_RT: torch.Tensor) -> list[bool]:
+        """For every question with one choice, whether greedy decoding says just that.
+
+        `is_first_RT` is 1 where the next token is the model's most likely one.
+        """
+        is_choice_RT = self.is_choice_RT.to(is_first_RT.device)
+        found: list[bool] = (is_first_RT.bool() | ~is_choice_RT).all(-1).tolist()
+        return found
+
 
 def fingerprint(task: str | None) -> str:
     """What a score depends on besides the task's name: a file's content, a package's version."""
@@ -117,7 +126,11 @@ def batches(
 ) -> list[QuestionBatch]:
     """The questions of a task in batches of `settings.shard_sequences`; see `load`."""
     questions = load(task, tokenizer, text, settings)[: settings.questions]
-    size, length = settings.shard_sequences, settings.sequence_length
+    return to_batches(questions, settings.shard_sequences, settings.sequence_length)
+
+
+def to_batches(questions: Sequence[Question], size: int, length: int) -> list[QuestionBatch]:
+    """Batches of `size` questions, in rows no longer than `length`."""
     return [_batch(questions[i : i + size], length) for i in range(0, len(questions), size)]
 
 

@@ -1,4 +1,14 @@
-"""What `evaluate` writes: the quality of parent, child and uptrained child, and their speed."""
+"""What `evaluate` writes: the quality of parent, child and uptrained child, and their speed.
+
+`results.json` holds what people ask for (docs/results.md describes it); `<model>.quality.json` what
+each model has shown document by document and question by question, written when it is finished, so
+that an interrupted evaluation does not repeat a model, and two children can be compared.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
 
 from puzzle.artifacts import Record
 from puzzle.assemble.measured import Measured
@@ -6,13 +16,17 @@ from puzzle.cost.table import CostHeader
 from puzzle.engines.intervals import Interval
 from puzzle.engines.turns import Measurement
 from puzzle.evaluate import EVALUATE
-from puzzle.evaluate.bootstrap import UnitSums, bootstrap
+from puzzle.evaluate.bootstrap import UnitSums
+from puzzle.evaluate.context import Buckets
 from puzzle.model.architecture import Architecture
 from puzzle.search.answers import Figures
 from puzzle.search.promise import Verdict
 from puzzle.stage import Job
 
-RESULTS, QUALITY = "results.json", "quality.json"
+RESULTS = "results.json"
+GROWS = 1.0  # times the KL of the first positions, from which on a child is said to lose context
+Model = Literal["parent", "child", "uptrained"]
+MODELS: tuple[Model, ...] = get_args(Model)
 
 
 class Quality(Record):
@@ -20,40 +34,54 @@ class Quality(Record):
 
     kl: Interval  # KL(parent || model), nats per token
     lm_loss: Interval  # cross entropy of the next token, nats per token
+    perplexity: Interval  # exp of it
     top1: Interval  # accuracies
     top5: Interval
     top10: Interval
     cosine: Interval  # 1 - cos of the final hidden states
-    task: Interval | None = None  # accuracy on `score.task`
 
     @classmethod
-    def of(cls, shown: "ModelQuality") -> "Quality":
+    def of(cls, text: UnitSums) -> "Quality":
         """From what a model has shown."""
-        means = {metric: shown.text.mean(metric) for metric in shown.text.metrics}
-        kl = means["kl"]  # rounding may take a KL of 0 just below it
-        means["kl"] = Interval(value=max(0.0, kl.value), low=max(0.0, kl.low), high=kl.high)
-        if shown.right is not None:
-            columns = [[float(right) for right in shown.right], [1.0] * len(shown.right)]
-            means["task"] = bootstrap(columns, lambda sums: sums[0] / sums[1])
-        return cls(**means)
+        means = {metric: text.mean(metric) for metric in text.metrics}
+        # rounding may take a KL of 0 just below it
+        means["kl"] = each(means["kl"], lambda value: max(0.0, value))
+        return cls(**means, perplexity=each(means["lm_loss"], math.exp))
+
+
+def each(interval: Interval, function: Callable[[float], float]) -> Interval:
+    """A growing function of an estimate and of both ends of its interval."""
+    low, value, high = map(function, (interval.low, interval.value, interval.high))
+    return Interval(value=value, low=low, high=high)
 
 
 class ModelQuality(Record):
-    """What one model has shown, unit by unit."""
+    """`<model>.quality.json`: what one model has shown, unit by unit."""
 
     text: UnitSums
-    right: list[bool] | None  # the answers to the questions of `score.task` that chose nothing
+    by_position: Buckets
+    right: dict[str, list[bool]]  # by task, of each question whether the answer was right
+    samples: list[str]  # what it wrote
 
 
-class Qualities(Record):
-    """`quality.json`: kept, so that an interrupted measurement does not cost it again.
+class PositionCurve(Record):
+    """Quality by position in a long sequence; see `context.py`."""
 
-    Two children that were evaluated on the same text compare by it.
-    """
+    ends: list[int]  # a bucket holds the positions from the end of the one before it
+    kl: list[Interval]  # nats per token
+    lm_loss: list[Interval]
+    growth: Interval | None  # the KL of the last bucket over that of the first
 
-    parent: ModelQuality
-    child: ModelQuality
-    uptrained: ModelQuality
+    @classmethod
+    def of(cls, buckets: Buckets) -> "PositionCurve":
+        """From what a model has shown."""
+        kl, lm_loss = (buckets.mean(name) for name in ("kl", "lm_loss"))
+        return cls(ends=buckets.ends, kl=kl, lm_loss=lm_loss, growth=buckets.growth())
+
+    @property
+    def loses_context(self) -> bool:
+        """Whether the loss of quality surely grows with the context."""
+        return self.growth is not None and self.growth.low > GROWS
 
 
 class ModelResult(Record):
@@ -61,8 +89,44 @@ class ModelResult(Record):
 
     quality: Quality
     retention: Interval | None  # top-1 accuracy over the parent's
+    by_position: PositionCurve
     parameters: int
     kv_cache_bytes_per_token: int
+
+
+class TaskResult(Record):
+    """One task: the accuracy (or another metric) of all three models."""
+
+    name: str
+    source: Literal["local", "score.task", "lm-eval"]
+    questions: int | None  # of lm-eval's tasks its own files say it
+    chance: float | None  # what guessing gets right, where that is known
+    parent: Interval
+    child: Interval
+    uptrained: Interval
+
+    def in_words(self, value: Interval) -> str:
+        """`71.9 % (56.2 % to 84.4 %)`, or a number where it is no share."""
+        if self.source == "lm-eval" and not 0 <= value.value <= 1:
+            return value.with_unit(".4g", "")
+        return Interval(
+            value=100 * value.value, low=100 * value.low, high=100 * value.high
+        ).with_unit(".1f", " %")
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the parent itself is not surely better than guessing."""
+        return self.chance is not None and self.parent.low <= self.chance
+
+
+class SampleResult(Record):
+    """A piece of test text, and how the models go on from its beginning."""
+
+    prompt: str
+    text: str  # how it goes on itself
+    parent: str
+    child: str
+    uptrained: str
 
 
 class Results(Record):
@@ -71,7 +135,11 @@ class Results(Record):
     parent: ModelResult
     child: ModelResult
     uptrained: ModelResult
-    evaluated_tokens: int
+    evaluated_tokens: int  # of test text, that quality is measured on
+    sources: list[str]  # of the corpus
+    from_parent: bool  # whether some of the test text was written by the parent
+    tasks: list[TaskResult]
+    samples: list[SampleResult]
     architecture: list[str]
     batch_size: int  # of the main scenario
     predicted_parent: Figures  # in the main scenario
@@ -106,6 +174,29 @@ class Results(Record):
         return Architecture.from_names(self.architecture)
 
     @property
+    def models(self) -> dict[Model, ModelResult]:
+        """Parent, child and uptrained child."""
+        return {"parent": self.parent, "child": self.child, "uptrained": self.uptrained}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user must know before the child is shipped, a sentence each."""
+        curve, told = self.uptrained.by_position, []
+        if curve.loses_context and curve.growth is not None:
+            told.append(
+                f"The child loses more where more text stands before a token: its KL is "
+                f"{curve.kl[0].value:.3f} nats per token in the first {curve.ends[0]} positions "
+                f"and {curve.kl[-1].value:.3f} in positions {curve.ends[-2]:,} to "
+                f"{curve.ends[-1]:,}, {curve.growth.with_unit('.1f', ' times')} as much."
+            )
+        if self.from_parent:
+            told.append(
+                "Some of the test text was written by the parent itself; figures on it say how "
+                "well the child imitates, not how well it reads other text."
+            )
+        return told
+
+    @property
     def verdict(self) -> Verdict:
         """Whether the finished child meets what was asked."""
         return self.served.verdict
@@ -116,9 +207,14 @@ def read(job: Job) -> Results:
     return Results.read(job.folder(EVALUATE) / RESULTS)
 
 
-def read_qualities(job: Job) -> Qualities:
-    """What the models of a finished child have shown, unit by unit."""
-    return Qualities.read(job.folder(EVALUATE) / QUALITY)
+def quality_path(folder: Path, model: Model) -> Path:
+    """Where the quality of a model is kept, in the stage's folder."""
+    return folder / f"{model}.quality.json"
+
+
+def read_quality(job: Job, model: Model) -> ModelQuality:
+    """What a model of a finished child has shown, unit by unit."""
+    return ModelQuality.read(quality_path(job.folder(EVALUATE), model))
 
 
 def missed(job: Job) -> str:

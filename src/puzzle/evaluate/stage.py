@@ -1,67 +1,147 @@
 """Stage `evaluate`: parent, child and uptrained child on test text, and once more served.
 
-Quality (`quality.py`): KL(parent || model) in nats per token, LM loss, top-1 and top-5 token
-accuracy; retention is the model's top-1 accuracy over the parent's. Test text has chosen nothing:
-no other stage reads it. Speed: the uptrained child against the parent, a few steps in turn, beside
-what the cost model predicted. The promise is judged by this measurement.
+Quality on test text, which has chosen nothing (no other stage reads it): KL(parent || model) in
+nats per token, LM loss, perplexity, top-1, 5 and 10 (`quality.py`); the same by position up to the
+parent's context (`context.py`); local tasks (`skills.py`), tasks of lm-evaluation-harness
+(`harness.py`), samples (`samples.py`). Retention is a model's top-1 accuracy over the parent's.
+Speed: the uptrained child against the parent, a few steps in turn, beside what the cost model
+predicted. The promise is judged by this measurement.
 
 Reads: `child/`, `uptrained/`, the test side of the corpus, the search's answer, costs. Writes:
-`evaluate/results.json` and `evaluate/quality.json` (`results.py`).
+`results.json`, `<model>.quality.json` (`results.py`), `lm_eval/`.
 """
 
+import gc
 from pathlib import Path
 
 import torch
 
+from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.assemble.stage import serving_need
 from puzzle.cost.table import read_header
 from puzzle.data import tasks
-from puzzle.evaluate.quality import Text, right_answers, unit_sums
+from puzzle.evaluate import context, harness, samples, skills
+from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.evaluate.results import (
-    QUALITY,
+    MODELS,
     RESULTS,
+    Model,
     ModelQuality,
     ModelResult,
-    Qualities,
+    PositionCurve,
     Quality,
     Results,
+    SampleResult,
+    TaskResult,
+    quality_path,
 )
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
+from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.search import answers
 from puzzle.stage import Job, Need, Work
 from puzzle.uptrain import UPTRAIN
 
 
 def _facts(job: Job) -> Inputs:
-    return job.run.data_facts | {"task": tasks.fingerprint(job.run.recipe.score.task)}
+    files = {task.task: tasks.fingerprint(task.task) for task in job.child.evaluate.tasks}
+    return job.run.data_facts | {"task": tasks.fingerprint(job.run.recipe.score.task)} | files
+
+
+def _check(job: Job) -> None:
+    harness.check(job.child.evaluate.tasks)
 
 
 def _execute(job: Job, folder: Path) -> None:
-    run, answer = job.run, answers.read(job)
-    if not (folder / QUALITY).exists():
-        _qualities(job).write(folder / QUALITY)
-    qualities = Qualities.read(folder / QUALITY)
-    architecture = child.read_architecture(job.folder(ASSEMBLE))
-    parent_architecture = Architecture.of_parent(run.parent.shape)
+    for model in MODELS:
+        _judge(job, folder, model)
+    job.run.release_models()
+    shown = {model: ModelQuality.read(quality_path(folder, model)) for model in MODELS}
     served = measured.measure(job, job.folder(UPTRAIN))
+    _results(job, folder, shown, served).write(folder / RESULTS)
+    for line in measured.compare(measured.read(job), served):
+        job.run.progress.say(f"  {line}")
 
-    def result(shown: ModelQuality, blocks: Architecture) -> ModelResult:
-        elements = blocks.kv_elements_per_token(run.parent.shape)
+
+def _judge(job: Job, folder: Path, name: Model) -> None:
+    """Everything that one model shows; what an interrupted evaluation has finished stays."""
+    run, settings = job.run, job.child.evaluate
+    path = quality_path(folder, name)
+    left = [task for task in settings.tasks if not harness.result_path(folder, task, name).exists()]
+    if path.exists() and not left:
+        return
+    model = _load(job, name)
+    if not path.exists():
+        _shown(job, name, model).write(path)
+    for task in left:
+        run.progress.say(f"  lm-eval: {task.task}, {name}")
+        results = harness.evaluate(run, model, task, settings.batch_sequences)
+        artifacts.write_json(harness.result_path(folder, task, name), results)
+    del model
+    gc.collect()  # one model beside the parent at a time
+
+
+def _load(job: Job, name: Model) -> PuzzleForCausalLM:
+    run = job.run
+    if name == "parent":
+        return run.parent_model
+    at = job.folder(ASSEMBLE if name == "child" else UPTRAIN)
+    return child.load(at, torch.float32, run.device.torch_device, run.placement.attention)
+
+
+def _shown(job: Job, name: Model, model: PuzzleForCausalLM) -> ModelQuality:
+    run, settings = job.run, job.child.evaluate
+    length = context.length(run, settings.context)
+    tokens = settings.sequences * run.recipe.corpus.sequence_length
+    asked = {"score.task": run.questions("test")} if run.recipe.score.task else {}
+    if settings.questions:
+        for task, of_task in skills.questions(run, length, settings.questions).items():
+            asked[task] = tasks.to_batches(of_task, settings.batch_sequences, length)
+    questions = sum(len(batch.answers) for batches in asked.values() for batch in batches)
+    title = f"{name} on test text"
+    with run.progress.task(title, 2 * tokens, "tokens") as task_bar:
+        text = unit_sums(
+            run, model, Text.of(run, "test", settings.sequences), settings.batch_sequences
+        )
+        task_bar.advance(tokens)
+        by_position = context.by_position(run, model, length, tokens, task_bar.advance)
+    right = {}
+    with run.progress.task(f"{name}, {len(asked)} tasks", questions, "questions") as task_bar:
+        for task, batches in asked.items():
+            right[task] = skills.right_answers(run, model, batches)
+            task_bar.advance(len(right[task]), task)
+    written = samples.written(run, model, settings.samples, settings.sample_tokens)
+    return ModelQuality(text=text, by_position=by_position, right=right, samples=written)
+
+
+def _results(
+    job: Job, folder: Path, shown: dict[Model, ModelQuality], served: measured.Measured
+) -> Results:
+    run, answer = job.run, answers.read(job)
+    architecture = child.read_architecture(job.folder(ASSEMBLE))
+    blocks = dict.fromkeys(MODELS, architecture)
+    blocks["parent"] = Architecture.of_parent(run.parent.shape)
+
+    def result(name: Model) -> ModelResult:
+        elements = blocks[name].kv_elements_per_token(run.parent.shape)
         return ModelResult(
-            quality=Quality.of(shown),
-            retention=shown.text.retention(qualities.parent.text),
-            parameters=blocks.parameters(run.parent.shape),
+            quality=Quality.of(shown[name].text),
+            retention=shown[name].text.retention(shown["parent"].text),
+            by_position=PositionCurve.of(shown[name].by_position),
+            parameters=blocks[name].parameters(run.parent.shape),
             kv_cache_bytes_per_token=elements * run.parent.dtype.itemsize,
         )
 
-    results = Results(
-        parent=result(qualities.parent, parent_architecture),
-        child=result(qualities.child, architecture),
-        uptrained=result(qualities.uptrained, architecture),
-        evaluated_tokens=sum(qualities.parent.text.tokens),
+    sources = run.recipe.corpus.sources
+    return Results(
+        **{name: result(name) for name in MODELS},
+        evaluated_tokens=sum(shown["parent"].text.tokens),
+        sources=[source.label for source in sources],
+        from_parent=any(source.parent for source in sources),
+        tasks=_task_results(job, folder, shown),
+        samples=_sample_results(job, shown),
         architecture=architecture.names,
         batch_size=answer.batch_size,
         predicted_parent=answer.parent["main"],
@@ -69,29 +149,49 @@ def _execute(job: Job, folder: Path) -> None:
         served=served,
         costs=read_header(job),
     )
-    results.write(folder / RESULTS)
-    for line in measured.compare(measured.read(job), served):
-        run.progress.say(f"  {line}")
 
 
-def _qualities(job: Job) -> Qualities:
-    run, settings = job.run, job.child.evaluate
-    text = Text.of(run, "test", settings.sequences)
-    by_name = {}
-    folders = {"parent": None, "child": job.folder(ASSEMBLE), "uptrained": job.folder(UPTRAIN)}
-    device, attention = run.device.torch_device, run.placement.attention
-    with run.progress.task("quality on test text", len(folders), "models") as task:
-        for name, folder in folders.items():
-            model = run.parent_model
-            if folder is not None:
-                model = child.load(folder, torch.float32, device, attention)
-            is_asked = run.recipe.score.task is not None
-            by_name[name] = ModelQuality(
-                text=unit_sums(run, model, text, settings.batch_sequences),
-                right=right_answers(run, model) if is_asked else None,
+def _task_results(job: Job, folder: Path, shown: dict[Model, ModelQuality]) -> list[TaskResult]:
+    run, settings, found = job.run, job.child.evaluate, []
+    for task, right in shown["parent"].right.items():
+        is_recipes = task == "score.task"
+        found.append(
+            TaskResult(
+                name=str(run.recipe.score.task) if is_recipes else task,
+                source="score.task" if is_recipes else "local",
+                questions=len(right),
+                chance=None if is_recipes else skills.CHANCE[task.split(" ")[0]],
+                **{name: skills.accuracy(shown[name].right[task]) for name in MODELS},
             )
-            task.advance()
-    return Qualities(**by_name)
+        )
+    for asked in settings.tasks:
+        by_model = {
+            name: harness.metrics(harness.result_path(folder, asked, name)) for name in MODELS
+        }
+        found += [
+            TaskResult(
+                name=metric,
+                source="lm-eval",
+                questions=None,
+                chance=None,
+                **{name: by_model[name][metric] for name in MODELS},
+            )
+            for metric in by_model["parent"]
+        ]
+    return found
+
+
+def _sample_results(job: Job, shown: dict[Model, ModelQuality]) -> list[SampleResult]:
+    settings = job.child.evaluate
+    originals = samples.originals(job.run, settings.samples, settings.sample_tokens)
+    return [
+        SampleResult(
+            prompt=original.prompt,
+            text=original.text,
+            **{name: shown[name].samples[index] for name in MODELS},
+        )
+        for index, original in enumerate(originals)
+    ]
 
 
 def _need(job: Job) -> Need:
@@ -110,4 +210,4 @@ def _need(job: Job) -> Need:
     )
 
 
-WORK = Work(facts=_facts, execute=_execute, need=_need)
+WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)

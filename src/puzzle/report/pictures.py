@@ -1,144 +1,58 @@
-"""The report's pictures, as SVG text drawn with matplotlib."""
+"""The report's charts, drawn from what the stages have written."""
 
-import io
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import matplotlib
-import numpy as np
+from collections.abc import Sequence
 
 from puzzle.evaluate.results import Results
 from puzzle.library.records import read_curve, read_index
-from puzzle.model.architecture import Subblock, parse_block
+from puzzle.model.architecture import Architecture, parse_block
+from puzzle.report.charts import Axis, Mark, Series, heat_map, plot
 from puzzle.score import results as scores
-from puzzle.search import answers
+from puzzle.search import answers, tried
+from puzzle.search.answers import Figures
 from puzzle.search.validate import Validation
 from puzzle.stage import Job
 from puzzle.uptrain import trainer
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-PARENT_COLOUR, ATTENTION_COLOUR, FFN_COLOUR = "#c9ced6", "#3b6ea8", "#d9822b"
-ACCENT, INK, PALE_INK = "#b3261e", "#222222", "#666666"
 MOST_LEGEND_ENTRIES = 14
-
-
-def _subplots(width: float, height: float) -> "tuple[Figure, Axes]":
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(width, height))
-    return figure, axis
-
-
-def svg(figure: "Figure") -> str:
-    """A figure as SVG text, and closed."""
-    from matplotlib import pyplot
-
-    out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight")
-    pyplot.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def architecture(job: Job, results: Results) -> str:
-    """One column per layer: attention (KV heads) above, FFN (width) below, the parent's in grey."""
-    shape, blocks = job.run.parent.shape, results.blocks
-    figure, axis = _subplots(max(7.0, 0.62 * len(blocks)), 3.6)
-    for x, block in enumerate(blocks):
-        kv_share = block.attention.kv_heads / shape.num_key_value_heads
-        draw_half(axis, x, 1, block.attention, kv_share)
-        draw_half(axis, x, -1, block.ffn, block.ffn.intermediate_size / shape.intermediate_size)
-    axis.axhline(0, color=INK, linewidth=0.8)
-    axis.set_ylim(-1.3, 1.3)
-    axis.set_xlim(-0.7, len(blocks) - 0.3)
-    axis.set_yticks([0.5, -0.5], ["attention\n(KV heads)", "FFN\n(width)"])
-    axis.set_xticks(range(len(blocks)))
-    axis.set_xlabel("layer")
-    axis.tick_params(length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    axis.set_title(_architecture_title(results), fontsize=10, loc="left")
-    return svg(figure)
-
-
-def _architecture_title(results: Results) -> str:
-    share = results.uptrained.parameters / results.parent.parameters
-    retention = results.uptrained.retention
-    kept = "" if retention is None else f", {retention.value:.1%} of its top-1 accuracy"
-    speedup = results.speedup
-    return f"{speedup:.2f}x the parent's throughput, {share:.0%} of its parameters{kept}"
-
-
-def draw_half(axis: "Axes", x: int, sign: int, variant: Subblock, share: float) -> None:
-    """A bar for one subblock: upward (sign 1) or downward."""
-    colour = ATTENTION_COLOUR if variant.slot == "attention" else FFN_COLOUR
-    axis.bar(x, sign, width=0.82, color="none", edgecolor=PARENT_COLOUR, linewidth=1)
-    if variant.kind == "linear":
-        axis.bar(x, sign * 0.12, width=0.82, color=colour, hatch="///", edgecolor="white")
-    elif variant.kind != "no_op":
-        filling = colour if share < 1 else PARENT_COLOUR
-        axis.bar(x, sign * share, width=0.82, color=filling)
-    label = str(variant.size) if variant.size else variant.kind.replace("_", "-")
-    text_colour = INK if share < 1 else PALE_INK
-    axis.text(x, sign * 1.13, label, ha="center", va="center", fontsize=8, color=text_colour)
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
 def frontier(job: Job, results: Results) -> str:
-    """The best sum of scores for each throughput, the chosen child and the baselines."""
-    points, best = answers.read_frontier(job), answers.read(job).best
-    figure, axis = _subplots(6.4, 3.6)
-    speeds = [point.figures.throughput_tok_per_s for point in points]
-    objectives = [point.objective for point in points]
-    axis.plot(speeds, objectives, "o-", color=ATTENTION_COLOUR, ms=4)
-    parent_speed = results.predicted_parent.throughput_tok_per_s
-    axis.plot(parent_speed, 0, "s", color=INK, label="parent")
-    child_speed = results.predicted_child.throughput_tok_per_s
-    axis.plot(child_speed, best.objective, "D", color=ACCENT, label="chosen child")
-    for baseline, marker in zip(answers.read_baselines(job), "v^<>xP", strict=False):
-        if baseline.figures is not None and baseline.objective is not None:
-            speed = baseline.figures.throughput_tok_per_s
-            axis.plot(
-                speed,
-                baseline.objective,
-                marker,
-                color=FFN_COLOUR,
-                ms=5,
-                label=baseline.name,
-                linestyle="none",
-            )
-    axis.set_xlabel("predicted output tokens per second")
-    axis.set_ylabel("sum of block scores")
-    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    return svg(figure)
+    """The best sum of scores for each speed, the chosen child and other ways of choosing.
 
+    A point of the frontier carries its number, under which `puzzle child --solution` makes it.
+    """
+    answer, parent = answers.read(job), results.predicted_parent
+    first = len(answer.solutions)
 
-def _heat_map(
-    values: Mapping[tuple[int, str], float], columns: Sequence[str], layers: int, label: str
-) -> str:
-    """`values` by (layer, column), on a logarithmic scale; layers from left to right."""
-    from matplotlib.colors import LogNorm
+    def mark(name: str, figures: Figures, objective: float, **data: str) -> Mark:
+        speed = figures.throughput_tok_per_s / parent.throughput_tok_per_s
+        says = f"{name}: {speed:.2f}x predicted, sum of scores {objective:.4f}"
+        return Mark(speed, objective, says, data)
 
-    grid = np.full((len(columns), layers), np.nan)
-    for (layer, column), value in values.items():
-        grid[columns.index(column), layer] = value
-    positive = grid[np.isfinite(grid) & (grid > 0)]
-    width, height = max(6.0, 0.5 * layers + 2), 0.27 * len(columns) + 1.2
-    figure, axis = _subplots(width, height)
-    norm = None
-    if positive.size:
-        norm = LogNorm(max(positive.min(), positive.max() * 1e-4), positive.max())
-    shown = np.where(grid > 0, grid, np.nan)
-    image = axis.imshow(shown, aspect="auto", cmap="viridis_r", norm=norm)
-    axis.set_yticks(range(len(columns)), list(columns), fontsize=8)
-    axis.set_xticks(range(layers))
-    axis.set_xlabel("layer")
-    figure.colorbar(image, label=label)
-    return svg(figure)
+    points = [
+        mark(f"point {first + i}", p.figures, p.objective, solution=str(first + i))
+        for i, p in enumerate(answers.read_frontier(job))
+    ]
+    chosen = mark("this child", results.predicted_child, answer.best.objective, solution="0")
+    others = [
+        mark(b.name, b.figures, b.objective)
+        for b in answers.read_baselines(job)
+        if b.figures is not None and b.objective is not None
+    ]
+    series = [
+        Series("frontier", points),
+        Series("other ways of choosing", others, "ffn", "dots"),
+        Series("parent", [Mark(1.0, 0.0, "the parent")], "parent", "dot"),
+        Series("this child", [chosen], "child", "dot"),
+    ]
+    marks = [*points, chosen]
+    x = Axis.of("predicted throughput, times the parent's", [1.0, *(m.x for m in marks)])
+    # A bad choice may be so far off that nothing else could be told apart
+    near = [m.y for m in others if m.y < 3 * max(p.y for p in marks)]
+    y = Axis.of("sum of block scores", [0.0, *near, *(m.y for m in marks)], zero=True)
+    return plot("the best sum of block scores for each throughput", x, y, series)
 
 
 def block_scores(job: Job) -> str:
@@ -146,24 +60,26 @@ def block_scores(job: Job) -> str:
     kl = {key: score.kl for key, score in scores.read(job.run).items()}
     columns = sorted({name for _, name in kl}, key=parse_block, reverse=True)
     layers = job.run.parent.shape.num_hidden_layers
-    return _heat_map(kl, columns, layers, "KL, nats per token")
+    title = "KL(parent || parent with one block replaced), by layer and block"
+    return heat_map(title, columns, layers, kl, "nats per token")
 
 
 def validation(validated: Validation | None) -> str:
     """Sums of scores against the KL of assembled children; empty where that was not asked."""
     if validated is None or validated.overall.spearman is None:
         return ""
-    figure, axis = _subplots(6.4, 3.6)
-    for origin, colour in (("random", FFN_COLOUR), ("searched", ACCENT)):
-        points = [point for point in validated.points if point.origin == origin]
-        sums, kl = [point.score_sum for point in points], [point.kl for point in points]
-        axis.plot(sums, kl, "o", color=colour, ms=4, label=origin)
-    axis.set_xscale("symlog", linthresh=0.1)
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_xlabel("sum of block scores")
-    axis.set_ylabel("KL of the assembled child, nats per token")
-    axis.legend(frameon=False, fontsize=8)
-    return svg(figure)
+    series = []
+    for origin, colour in (("random", "ffn"), ("searched", "attention")):
+        marks = [
+            Mark(p.score_sum, p.kl, f"{origin}: sum {p.score_sum:.3f}, KL {p.kl:.3f}")
+            for p in validated.points
+            if p.origin == origin and p.score_sum > 0 and p.kl > 0
+        ]
+        series.append(Series(origin, marks, colour, "dots"))
+    marks = [mark for one in series for mark in one.marks]
+    x = Axis.of("sum of block scores", [mark.x for mark in marks], log=True)
+    y = Axis.of("KL of the assembled child, nats", [mark.y for mark in marks], log=True)
+    return plot("sums of scores against the KL of assembled children", x, y, series)
 
 
 def library(job: Job) -> str:
@@ -174,7 +90,8 @@ def library(job: Job) -> str:
     values = {(r.layer, f"{r.slot} {r.variant}"): r.nmse_after for r in index}
     columns = list(dict.fromkeys(column for _, column in values))
     layers = job.run.parent.shape.num_hidden_layers
-    return _heat_map(values, columns, layers, "normalised MSE of the block output")
+    title = "normalised MSE of the block's output, by layer and variant"
+    return heat_map(title, columns, layers, values, "of the parent's variance")
 
 
 def bld(job: Job) -> str:
@@ -185,41 +102,115 @@ def bld(job: Job) -> str:
         points.setdefault(point.tokens, []).append(point.validation)
     if not by_kind:
         return ""
-    figure, axis = _subplots(6.4, 3.6)
-    slots = [slot for slot, _ in by_kind]
+    slots, series = [slot for slot, _ in by_kind], []
     for index, ((slot, variant), points) in enumerate(by_kind.items()):
         place = slots[:index].count(slot)
-        axis.plot(
-            list(points),
-            [statistics.median(losses) for losses in points.values()],
-            label=f"{slot} {variant}",
-            color=ATTENTION_COLOUR if slot == "attention" else FFN_COLOUR,
-            linestyle=("-", "--", ":", "-.")[place % 4],
-            alpha=1 - 0.6 * place / slots.count(slot),
-        )
-    axis.set_yscale("log")
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("normalised MSE, held out")
-    if len(by_kind) <= MOST_LEGEND_ENTRIES:
-        axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    return svg(figure)
+        medians = {tokens: statistics.median(losses) for tokens, losses in points.items()}
+        name = f"{slot} {variant}" if len(by_kind) <= MOST_LEGEND_ENTRIES else ""
+        marks = [
+            Mark(tokens, loss, f"{slot} {variant}, {tokens:,} tokens: {loss:.4g}")
+            for tokens, loss in medians.items()
+        ]
+        colour = "attention" if slot == "attention" else "ffn"
+        dash = DASHES[place % len(DASHES)]
+        opacity = 1 - 0.5 * place / slots.count(slot)
+        series.append(Series(name, marks, colour, "line", dash, opacity=opacity))
+    marks = [mark for one in series for mark in one.marks]
+    x = Axis.of("tokens", [mark.x for mark in marks], zero=True)
+    y = Axis.of("normalised MSE, held out", [mark.y for mark in marks], log=True)
+    return plot("validation loss of the variants while they were trained", x, y, series)
 
 
 def uptraining(job: Job) -> str:
     """The KL on training batches and on validation text; that only without a KL weight."""
     curve = trainer.read_curve(job)
-    figure, axis = _subplots(6.4, 3.2)
     trained = [(point.tokens, point.losses["kl"]) for point in curve if "kl" in point.losses]
     validated = [(p.tokens, p.validation["kl"]) for p in curve if p.validation is not None]
-    for points, style, colour, label in (
-        (trained, "-", PARENT_COLOUR, "training batch"),
-        (validated, "o-", ACCENT, "validation"),
-    ):
-        tokens, kl = [at for at, _ in points], [value for _, value in points]
-        axis.plot(tokens, kl, style, color=colour, ms=4, label=label)
+    if not validated:
+        return ""
+    series = [
+        Series(name, [Mark(t, kl, f"{t:,} tokens: KL {kl:.4f}") for t, kl in points], colour, shape)
+        for name, points, colour, shape in (
+            ("training batch", trained, "parent", "line"),
+            ("validation text", validated, "child", "both"),
+        )
+    ]
+    x = Axis.of("tokens", [t for t, _ in (*trained, *validated)], zero=True)
     shown = [kl for _, kl in trained or validated]
-    axis.set_ylim(0, 2.5 * max(statistics.median(shown), 1e-6))
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("KL(parent || child), nats per token")
-    axis.legend(frameon=False)
-    return svg(figure)
+    high = min(max(shown), 2.5 * max(statistics.median(shown), 1e-6))
+    y = Axis.of(
+        "KL(parent || child), nats per token", [*(kl for _, kl in validated), high], zero=True
+    )
+    return plot("KL while the child was uptrained", x, y, series)
+
+
+def by_position(results: Results) -> str:
+    """KL by position before and after uptraining, with its intervals."""
+    series = []
+    for name, model, colour in (
+        ("before uptraining", results.child, "parent"),
+        ("uptrained", results.uptrained, "child"),
+    ):
+        curve = model.by_position
+        starts = [0, *curve.ends[:-1]]
+        marks = [
+            Mark(end, kl.value, f"positions {start:,} to {end:,}: KL {kl.with_unit('.4f', '')}")
+            for start, end, kl in zip(starts, curve.ends, curve.kl, strict=True)
+        ]
+        band = [(kl.low, kl.high) for kl in curve.kl]
+        series.append(Series(name, marks, colour, "both", band=band))
+    ends = results.uptrained.by_position.ends
+    heights = [value for one in series for ends_of in one.band for value in ends_of]
+    x = Axis.of("tokens before the end of the bucket", ends, log=True)
+    y = Axis.of("KL(parent || child), nats per token", heights, zero=True)
+    return plot("KL by position in a long sequence", x, y, series)
+
+
+def predictions(job: Job, results: Results) -> str:
+    """Predicted against measured speed-up of every child that was served for this one."""
+    from puzzle.cost import table as costs
+    from puzzle.search.stage import best_of_parent
+
+    cost = job.place.cost
+    tables = {name: costs.read(job, name) for name in cost.sweep}
+    parent = Architecture.of_parent(job.run.parent.shape)
+    of_parent = Figures.of(best_of_parent(tables, cost.sweep, parent), parent)
+    series: list[Series] = []
+    tries = tried.read_measured(job)
+    if not tries:
+        return ""
+    marks, band = [], []
+    for one in tries:
+        measured = one.measurements["main"].speedup
+        table = tables[one.tables["main"]]
+        figures = Figures.of(table, Architecture.from_names(one.blocks))
+        predicted = figures.throughput_tok_per_s / of_parent.throughput_tok_per_s
+        marks.append(Mark(predicted, measured.value, _predicted(predicted, measured.value)))
+        band.append((measured.low, measured.high))
+    series.append(Series("served before it was uptrained", marks, "attention", "dots", band=band))
+    if results.speed is not None:
+        speedup, predicted = results.speed.speedup, _predicted_speedup(results)
+        final = Mark(predicted, speedup.value, _predicted(predicted, speedup.value))
+        ends = [(speedup.low, speedup.high)]
+        series.append(Series("the finished child", [final], "child", "dots", band=ends))
+    return _against(series)
+
+
+def _predicted_speedup(results: Results) -> float:
+    child, parent = results.predicted_child, results.predicted_parent
+    return child.throughput_tok_per_s / parent.throughput_tok_per_s
+
+
+def _predicted(predicted: float, measured: float) -> str:
+    error = predicted / measured - 1
+    return f"predicted {predicted:.2f}x, measured {measured:.2f}x ({100 * error:+.1f} %)"
+
+
+def _against(series: Sequence[Series]) -> str:
+    """Measured over predicted, with the line on which both are equal."""
+    values = [value for one in series for mark in one.marks for value in (mark.x, mark.y)]
+    values += [value for one in series for ends in one.band for value in ends]
+    x, y = (Axis.of(f"{word} speed-up", values) for word in ("predicted", "measured"))
+    ends = [Mark(at, at, "") for at in (x.low, x.high)]
+    equal = Series("equal", ends, "parent", "line", "3 3")
+    return plot("predicted against measured speed-up", x, y, [equal, *series])

@@ -1,25 +1,22 @@
 """Stage `report`: one self-contained page, the model card with figures, the picture for a README.
 
-Reads every stage's files. Writes: `report/index.html` (pictures inline as SVG), `README.md` (the
+Reads every stage's files. Writes: `report/index.html` (`page.py`), `README.md` (the
 model card, to go beside the weights when they are published) and `architecture.svg`.
 """
 
-from importlib.resources import files
 from pathlib import Path
-
-import jinja2
 
 from puzzle import artifacts
 from puzzle.artifacts import Inputs
-from puzzle.assemble import ASSEMBLE, measured
+from puzzle.assemble import ASSEMBLE
 from puzzle.cost import COST
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.library import LIBRARY
-from puzzle.progress import duration
-from puzzle.report import REPORT, card, pictures, table
+from puzzle.report import REPORT, card, charts, strip
+from puzzle.report import page as pages
 from puzzle.score import SCORE
-from puzzle.search import SEARCH, answers, validate
+from puzzle.search import SEARCH, validate
 from puzzle.stage import Job, Need, Work
 from puzzle.uptrain import UPTRAIN
 
@@ -47,37 +44,18 @@ def stage_seconds(job: Job) -> dict[str, float]:
 
 
 def _execute(job: Job, folder: Path) -> None:
-    results, validation = evaluation.read(job), validate.read(job.run)
-    drawn = {
-        "architecture": pictures.architecture(job, results),
-        "frontier": pictures.frontier(job, results),
-        "scores": pictures.block_scores(job),
-        "validation": pictures.validation(validation),
-        "library": pictures.library(job),
-        "bld": pictures.bld(job),
-        "uptrain": pictures.uptraining(job),
-    }
-    template = (files("puzzle.report") / "page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    html = environment.from_string(template).render(
-        recipe=job.run.recipe,
-        child=job.child,
-        scenario=job.place.cost.scenario,
-        scenarios=job.place.cost.measured,
-        results=results,
-        rows=table.rows(results),
-        how=measured.how,
-        pictures=drawn,
-        space=job.run.space,
-        times=[(name, duration(seconds)) for name, seconds in stage_seconds(job).items()],
-        versions=artifacts.versions(),
-        baselines=answers.read_baselines(job),
-        answer=answers.read(job),
-        validation=validation,
-    )
-    artifacts.write_text(folder / "architecture.svg", drawn["architecture"])
+    results = evaluation.read(job)
+    picture = strip.architecture(_title(results), results.blocks, job.run.parent.shape)
+    artifacts.write_text(folder / "architecture.svg", charts.standalone(picture))
     artifacts.write_text(folder / "README.md", card.text(job, results))
-    artifacts.write_text(folder / "index.html", html)
+    artifacts.write_text(folder / "index.html", pages.html(job, stage_seconds(job)))
+
+
+def _title(results: evaluation.Results) -> str:
+    share = results.uptrained.parameters / results.parent.parameters
+    retention = results.uptrained.retention
+    kept = "" if retention is None else f", {retention.value:.1%} of its top-1 accuracy"
+    return f"{results.speedup:.2f}x the parent's throughput, {share:.0%} of its parameters{kept}"
 
 
 def _need(job: Job) -> Need:

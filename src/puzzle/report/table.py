@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from puzzle.engines.intervals import Interval
 from puzzle.evaluate.results import ModelResult, Quality, Results
+from puzzle.stage import Job
 
 
 class Row(NamedTuple):
@@ -22,9 +24,10 @@ class Row(NamedTuple):
 QUALITY_ROWS = (  # name, field of `Quality`, format
     ("KL(parent || model), nats/token", "kl", ".4f"),
     ("LM loss, nats/token", "lm_loss", ".4f"),
+    ("perplexity", "perplexity", ",.3f"),
     ("top-1 token accuracy", "top1", ".2%"),
     ("top-5 token accuracy", "top5", ".2%"),
-    ("accuracy on the task", "task", ".2%"),
+    ("top-10 token accuracy", "top10", ".2%"),
 )
 
 
@@ -86,18 +89,37 @@ def _retention_interval(model: ModelResult) -> str:
     return "" if kept is None or kept.low == kept.high else f"{kept.low:.1%} to {kept.high:.1%}"
 
 
-def print_results(results: Results, page: Path) -> None:
-    """The table, the promises and the page's path, on standard output."""
-    console = Console(highlight=False)
-    asked = ", ".join(promise.asked for promise in results.served.promises)
-    title = f"parent against child: {asked}" if asked else "parent against child"
-    table = Table(title=title, title_justify="left")
+def print_results(job: Job, results: Results, page: Path) -> None:
+    """The answer, the table, where the page is and what can be done next; 80 columns."""
+    console = Console(highlight=False, soft_wrap=True)
+    for line in answer(results):
+        console.print(line)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in Row._fields:
         label = "" if column == "name" else column
         table.add_column(label, justify="left" if column == "name" else "right")
     for row in rows(results):
         table.add_row(*row)
-    console.print(table)
-    for promise in results.served.promises:
-        console.print(promise.in_words)
-    console.print(f"report: {page}", soft_wrap=True)
+    Console(highlight=False).print(table)
+    for warning in results.warnings:
+        console.print(f"note: {warning}")
+    run, name = job.run.folder, job.child.name
+    child = "" if name == "main" else f" --child {name}"
+    console.print(f"report    {page}")
+    console.print(f"serve     puzzle serve {run}{child}")
+    console.print(f"export    puzzle export {run}{child} --to gguf")
+    console.print(f"another   puzzle child {run} --name fast --throughput 2x")
+
+
+def answer(results: Results) -> list[str]:
+    """How much faster, how much is kept, and whether it is what was asked."""
+    speedup = f"{results.speedup:.2f}x the parent's throughput, {results.speed_word}"
+    if results.speed is not None and results.speed.speedup.low < results.speed.speedup.high:
+        ends = results.speed.speedup
+        speedup += f" ({ends.low:.2f}x to {ends.high:.2f}x)"
+    lines, kept = [speedup], results.uptrained.retention
+    if kept is not None:
+        lines.append(
+            f"{kept.value:.1%} of its top-1 accuracy kept ({kept.low:.1%} to {kept.high:.1%})"
+        )
+    return lines + [promise.in_words for promise in results.served.promises]
