@@ -46,6 +46,11 @@ class SourceConfig(Section):
     text_column: str = "text"
     messages_column: str = "messages"
     weight: float = Field(default=1.0, gt=0)
+    # Of `parent`: a file of prompts, one a line or JSON Lines with `text_column`; default: from the
+    # beginning of a text.
+    prompts: str | None = None
+    document_tokens: Positive = 512  # that it writes at most for each
+    temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod

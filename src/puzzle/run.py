@@ -253,10 +253,10 @@ class Run:
     @cached_property
     def corpus(self) -> "dict[Split, Sequences]":
         """The packed text, made when first asked for."""
-        from puzzle.data import corpus
+        from puzzle.data import corpus, written
 
         return corpus.build(
-            self.recipe.corpus,
+            written.with_files(self, self.recipe.corpus),
             self.parent.tokenizer,
             self.corpus_folder,
             tokenizer_fingerprint=self.parent.tokenizer_fingerprint,

@@ -66,6 +66,20 @@ class Session(AbstractContextManager["Session"], Protocol):
         """
 
 
+class Sampling(Record):
+    """How text is written: at most so many new tokens, at a temperature."""
+
+    tokens: int
+    temperature: float
+
+
+class Writer(Protocol):
+    """A checkpoint that writes text."""
+
+    def write(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """New token ids for every prompt, sampled with its seed, until the end of the text."""
+
+
 class EngineFacts(Record):
     """What a measured figure depends on: engine, version, device."""
 
@@ -85,6 +99,8 @@ class Engine:
     facts: EngineFacts
     serve: Callable[[Path, ScenarioConfig], Session]  # as it will serve
     probe: Callable[[Path, ScenarioConfig], Session]  # layers can change from step to step
+    # Writes text with a checkpoint, where the engine is faster at it than plain PyTorch.
+    write: Callable[[Path, Sampling], AbstractContextManager[Writer]] | None = None
 
 
 def make(name: str, cost: CostConfig, logs: Path) -> Engine:

@@ -24,6 +24,19 @@ class StepsRequest(Record):
     layers: list[int]  # to run, of the checkpoint's; empty: as before
 
 
+class WriteRequest(Record):
+    """Go on from prompts of token ids, each with its seed."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+
+
+class WriteReply(Record):
+    """The new token ids for every prompt."""
+
+    texts: list[list[int]]
+
+
 class StepsReply(Record):
     """Seconds of every step; the first of a batch is its prefill.
 
