@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +193,21 @@ def test_a_number_beyond_the_frontier_is_refused(copied):
     wish = copied.run.child_config("main")
     with pytest.raises(UserError, match="--solution: got 999, but child main has only"):
         _with_solution(copied.run, "edge", wish, 999, "main")
+
+
+def test_every_key_of_the_results_is_documented(job):
+    documented = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    words = set(re.findall(r"[a-z0-9_]+", documented))
+
+    def keys(value, inside=""):
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if inside not in ("shape", "sheet", "scenarios"):  # named by users and by families
+                    yield key
+                yield from keys(one, key)
+        elif isinstance(value, list):
+            for one in value:
+                yield from keys(one)
+
+    results = evaluation.read(job).as_json()
+    assert set(keys(results)) - words == set()
