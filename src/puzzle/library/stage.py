@@ -55,6 +55,7 @@ def _check(job: Job) -> None:
             f"parent {parent.name}: its tokenizer has {len(parent.tokenizer)} tokens, its "
             f"embedding only {parent.shape.vocab_size}; give it the tokenizer it was trained with"
         )
+    parent.check_weights()
     sources.source_fingerprints(run.recipe.corpus)
     _ = run.full_space
 
