@@ -5,11 +5,12 @@ line). Results go to standard output, progress to standard error; `--json` adds 
 last line. torch takes seconds to import, so a command imports it only when its input is right.
 """
 
+import errno
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn, cast
 
 import typer
 from pydantic import JsonValue
@@ -40,6 +41,20 @@ from puzzle.score import SCORE
 from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
 
+# click's UsageError, which newer versions of typer bring along
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+OF_THE_MACHINE = {  # errors of files that users can mend, and how
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "free some space; the same command goes on from here",
+    errno.EDQUOT: "free some space; the same command goes on from here",
+    errno.EISDIR: "expected a file there",
+    errno.ENOTDIR: "expected a folder there",
+    errno.EEXIST: "expected a folder there, or nothing",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; remove one",
+}
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -52,11 +67,10 @@ app = typer.Typer(
 def read_recipe(name: str, out: Path | None, assignments: list[str] | None) -> config.Recipe:
     """A recipe by the name of a built-in one or the path of a file, with changes."""
     path = settings.recipe_path(name)
-    values = settings.override(settings.read_yaml(path), assignments or [])
-    values.setdefault("out", f"runs/{path.stem}")
+    values = {"out": f"runs/{path.stem}"} | settings.read_yaml(path)
     if out is not None:
         values["out"] = str(out)
-    return config.parse(values, str(path))
+    return config.parse(values, str(path), assignments or [])
 
 
 @app.command()
@@ -224,10 +238,23 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGINT, _interrupted)
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="puzzle", standalone_mode=False)
     except UserError as error:
-        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(str(error), error.exit_code)
+    except USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "puzzle"
+        _stop(f"{command.removeprefix('puzzle ')}: {error.format_message()} See `{command} --help`")
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        what = f"{error.filename}: " if error.filename is not None else ""
+        _stop(f"{what}{error.strerror}; {OF_THE_MACHINE[error.errno]}")
+    sys.exit(code)
+
+
+def _stop(message: str, exit_code: int = UserError.exit_code) -> NoReturn:
+    print(f"puzzle: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _interrupted(*_: object) -> None:

@@ -57,8 +57,8 @@ def changed_run(run: Run, assignments: list[str] | None) -> Run:
     if not assignments:
         return run
     _refuse_sections(assignments, RUN_SECTIONS, "the run itself")
-    values = settings.override(run.recipe.model_dump(mode="json"), assignments)
-    recipe = config.parse(values, "--set")
+    values = run.recipe.model_dump(mode="json")
+    recipe = config.parse(values, str(run.folder / "run.yaml"), assignments)
     artifacts.write_text(run.folder / "run.yaml", settings.to_yaml(recipe))
     return Run(recipe, run.folder, run.progress, wait=run.wait)
 
@@ -69,9 +69,9 @@ def changed_place(run: Run, name: str, assignments: list[str]) -> Job:
     place = run.place_config(name) if name in names else run.place_config("here")
     if assignments or name not in names:
         _refuse_sections(assignments, PLACE_SECTIONS, "a place")
-        values = settings.override(place.model_dump(mode="json"), assignments)
-        place = settings.validate(PlaceConfig, values, "--set")
-        settings.validate(config.Recipe, {"places": {name: {}}} if name != "here" else {}, "place")
+        config.check_name("place", name)
+        values = place.model_dump(mode="json")
+        place = settings.validate_changed(PlaceConfig, values, assignments, f"place {name}")
         run.write_place(name, place)
     return run.place_job(name)
 
@@ -81,8 +81,8 @@ def changed_child(run: Run, name: str, assignments: list[str] | None) -> Job:
     child = run.child_config(name)
     if assignments:
         _refuse_sections(assignments, CHILD_SECTIONS, "a child")
-        values = settings.override(child.model_dump(mode="json"), assignments)
-        child = settings.validate(ChildConfig, values, "--set")
+        values = child.model_dump(mode="json")
+        child = settings.validate_changed(ChildConfig, values, assignments, f"child {name}")
         run.place_config(child.place)  # a `UserError` where there is no such place
         run.write_child(name, child)
     return run.child_job(name)
@@ -167,7 +167,7 @@ def child_settings(
     A new one has the recipe's settings, and those of its constraints that `changes` do not replace.
     """
     _refuse_sections(assignments, CHILD_SECTIONS, "a child")
-    settings.validate(config.Recipe, {"children": {name: {}}}, "child")  # the name, too
+    config.check_name("child", name)
     recipe = run.recipe
     if name in run.child_names():
         base = run.child_config(name)
@@ -176,8 +176,7 @@ def child_settings(
     values = base.model_dump(mode="json")
     values["search"] = config.with_constraints(values["search"], changes)
     values["place"] = place or base.place
-    values = settings.override(values, assignments)
-    wish = settings.validate(ChildConfig, values, "child")
+    wish = settings.validate_changed(ChildConfig, values, assignments, f"child {name}")
     run.place_config(wish.place)  # a `UserError` where there is no such place
     return wish
 

@@ -100,8 +100,8 @@ def question(
     values = child.model_dump(mode="json")
     values["search"] = config.with_constraints(values["search"], changes)
     values["place"] = place or child.place
-    values = settings.override(values, assignments)
-    return run.job_of(name, settings.validate(config.ChildConfig, values, "search"))
+    asked = settings.validate_changed(config.ChildConfig, values, assignments, "search")
+    return run.job_of(name, asked)
 
 
 def answer_question(job: Job, quiet: bool, as_json: bool) -> None:

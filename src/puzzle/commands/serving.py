@@ -100,4 +100,4 @@ def place_settings(path: Path | None, assignments: list[str]) -> PlaceConfig:
     if path is not None:
         file = path / "place.yaml" if path.is_dir() else path
         values = settings.read_yaml(file, "place")
-    return settings.validate(PlaceConfig, settings.override(values, assignments), "place")
+    return settings.validate_changed(PlaceConfig, values, assignments, "place")

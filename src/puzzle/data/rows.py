@@ -7,22 +7,25 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from puzzle.config import SourceConfig
-from puzzle.errors import UserError
+from puzzle.errors import UserError, reason
 
 Row = dict[str, object]  # values by column
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """The objects of a JSON Lines file. Raises `UserError` with the number of a bad line."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 message = f"{place}: not JSON ({error.msg}); expected one object a line"
+                raise UserError(message) from None
+            except (ValueError, RecursionError) as error:
+                message = f"{place}: not JSON ({reason(error)}); expected one object a line"
                 raise UserError(message) from None
             if not isinstance(row, dict):
                 raise UserError(f"{place}: got {type(row).__name__}, expected a JSON object")
@@ -36,7 +39,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from None
+        raise UserError(f"{path}: not a readable Parquet file ({reason(error)})") from None
     for batch in file.iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
@@ -53,9 +56,8 @@ def hub_rows(source: SourceConfig, seed: int) -> Iterator[Row]:
             source.dataset, source.subset, split=source.split, streaming=True
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"corpus source {source.dataset!r}: cannot load the dataset: {reason}"
+            f"corpus source {source.dataset!r}: cannot load the dataset: {reason(error)}"
         ) from None
     yield from rows.shuffle(seed=seed, buffer_size=1000)
 
@@ -85,5 +87,5 @@ def row_text(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase 
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise UserError(
-            f"corpus source {source.label}: the chat template refuses a row: {error}"
+            f"corpus source {source.label}: the chat template refuses a row: {reason(error)}"
         ) from None

@@ -4,6 +4,7 @@ Reads: local files, folders, JSON Lines, Parquet, Hugging Face datasets, and the
 interpreter's standard library. Writes nothing.
 """
 
+import itertools
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ TEXT_SUFFIXES = {
 }
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 PIECE_CHARACTERS = 4000
+CHECKED_DOCUMENTS = 64  # of every source, before anything is spent
 NOT_READ_FROM_STDLIB = {
     "site-packages",
     "dist-packages",
@@ -100,6 +102,22 @@ def source_fingerprints(config: CorpusConfig) -> dict[str, str]:
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
             )
     return fingerprints
+
+
+def check(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the first documents of every local source.
+
+    Raises `UserError` for one without text, and for what is wrong in what was read.
+    """
+    source_fingerprints(config)
+    for source in config.sources:
+        if source.path:
+            texts = itertools.islice(documents(source, tokenizer, config.seed), CHECKED_DOCUMENTS)
+            if not any(document.text.strip() for document in texts):
+                raise UserError(
+                    f"corpus source {source.path}: holds no text; expected UTF-8 text, JSON Lines "
+                    "or Parquet"
+                )
 
 
 def stdlib_files() -> list[NamedFile]:

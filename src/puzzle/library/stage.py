@@ -56,7 +56,7 @@ def _check(job: Job) -> None:
             f"embedding only {parent.shape.vocab_size}; give it the tokenizer it was trained with"
         )
     parent.check_weights()
-    sources.source_fingerprints(run.recipe.corpus)
+    sources.check(run.recipe.corpus, parent.tokenizer)
     _ = run.full_space
 
 

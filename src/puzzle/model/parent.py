@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from puzzle import artifacts
 from puzzle.artifacts import Record
-from puzzle.errors import UserError
+from puzzle.config import expanded
+from puzzle.errors import UserError, reason
 from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture, ModelShape
 from puzzle.model.families import family_of
@@ -99,8 +100,10 @@ class Parent:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"parent {self.name}: cannot load its tokenizer: {reason}") from None
+            raise UserError(
+                f"parent {self.name}: cannot load its tokenizer: {reason(error)}; expected "
+                "tokenizer.json and tokenizer_config.json as transformers writes them"
+            ) from None
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"parent {self.name}: its tokenizer has no end-of-text token; set eos_token"
@@ -248,7 +251,7 @@ def locate(name: str) -> Path:
     """
     if name == "pocket":
         return Path(str(files("puzzle") / "pocket" / "model"))
-    folder = Path(name).expanduser()
+    folder = expanded(Path(name))
     if folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -357,10 +360,9 @@ def _understanding(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"parent {name}: config.json cannot be understood ({type(error).__name__}: {reason}); "
-            "expected the config of a Hugging Face model"
+            f"parent {name}: config.json cannot be understood ({type(error).__name__}: "
+            f"{reason(error)}); expected the config of a Hugging Face model"
         ) from None
 
 
