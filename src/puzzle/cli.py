@@ -69,7 +69,7 @@ def read_recipe(name: str, out: Path | None, assignments: list[str] | None) -> c
     path = settings.recipe_path(name)
     values = {"out": f"runs/{path.stem}"} | settings.read_yaml(path)
     if out is not None:
-        values["out"] = str(out)
+        values["out"] = str(config.expanded(out))
     return config.parse(values, str(path), assignments or [])
 
 
@@ -150,7 +150,7 @@ def _run_stage_command(stage: Stage) -> None:
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        run = children.changed_run(open_run(run_directory, quiet, wait), set_)
+        run = children.changed_run(open_run(run_directory, quiet, wait), stage, set_)
         run_stage(stage, Job(run), as_json)
 
     app.command(name=stage.name, help=stage.summary)(command)
@@ -166,7 +166,7 @@ def _child_stage_command(stage: Stage) -> None:
         quiet: Quiet = False,
     ) -> None:
         this = open_run(run_directory, quiet, wait)
-        job = children.changed_child(this, child, set_)
+        job = children.changed_child(this, child, stage, set_)
         run_stage(stage, job, as_json)
         children.fail_if_missed(stage, job)
 
@@ -189,7 +189,7 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Measure the parent's quality with each single block replaced."""
-    this = children.changed_run(open_run(run_directory, quiet, wait), set_)
+    this = children.changed_run(open_run(run_directory, quiet, wait), SCORE, set_)
     run_stage(SCORE, Job(this), as_json and validate is None)
     if validate is not None:
         from puzzle.search import validate as validation
@@ -236,6 +236,7 @@ def main() -> None:
     """Entry point: `UserError` becomes one line and its exit code; anything else is our bug."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGINT, _interrupted)
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="puzzle", standalone_mode=False)
@@ -243,7 +244,9 @@ def main() -> None:
         _stop(str(error), error.exit_code)
     except USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "puzzle"
-        _stop(f"{command.removeprefix('puzzle ')}: {error.format_message()} See `{command} --help`")
+        name = command.removeprefix("puzzle").strip()
+        message = f"{name}: {error.format_message()}" if name else error.format_message()
+        _stop(f"{message.rstrip('.')}; see `{command} --help`")
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise

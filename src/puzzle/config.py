@@ -40,8 +40,8 @@ def _path(text: str) -> str:
         raise ValueError("expected a path, or a name")
     try:
         return str(expanded(Path(text))) if text.startswith("~") else text
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    except UserError:
+        raise ValueError("expected a path; no user of that name has a home folder here") from None
 
 
 Positive = Annotated[int, Field(gt=0, le=10**15)]
@@ -105,8 +105,13 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "SourceConfig":
-        if sum((self.stdlib, self.path is not None, self.dataset is not None)) != 1:
-            raise ValueError("a source is exactly one of stdlib, path, dataset")
+        given = {"stdlib": self.stdlib, "path": self.path, "dataset": self.dataset}
+        named = [name for name, value in given.items() if value]
+        if len(named) != 1:
+            raise ValueError(
+                f"got {' and '.join(named) or 'none of them'}; a source is exactly one of stdlib, "
+                "path, dataset"
+            )
         return self
 
     @property
@@ -293,6 +298,8 @@ TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
 
 
 def _with_unit(value: object) -> object:
+    if isinstance(value, list):
+        raise ValueError("expected a number with a unit, or relative to the parent: 2x")
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"expected a number with a unit, or relative to the parent: {value:g}x")
     return value
@@ -300,6 +307,18 @@ def _with_unit(value: object) -> object:
 
 # One text for every scenario, or a text by the scenario's name.
 Quantity = Annotated[str | dict[str, str] | None, BeforeValidator(_with_unit)]
+
+
+def _no_file(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(
+            "expected a list of blocks, one for each layer; a file of them is for `puzzle child "
+            "RUN --name NAME --architecture FILE`"
+        )
+    return value
+
+
+Blocks = Annotated[list[str] | None, BeforeValidator(_no_file)]
 
 
 class SearchConfig(Section):
@@ -328,7 +347,7 @@ class SearchConfig(Section):
     monotone: bool = False  # FFN widths never grow with depth
     frontier: Constrained = "throughput"
     points: Positive = 25
-    architecture: list[str] | None = None  # make exactly this child; nothing is searched
+    architecture: Blocks = None  # make exactly this child; nothing is searched
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
     # In how many layers solutions differ: a share, or a number of layers from 1 on.
@@ -491,7 +510,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names(self) -> "Recipe":
         if "here" in self.places:
-            raise ValueError("places: `here` is the place of the recipe's own deploy and cost")
+            raise ValueError(
+                "places: `here` is the recipe's own deploy and cost; choose another name"
+            )
         for name, child in self.children.items():
             if child.place not in (None, "here", *self.places):
                 known = ", ".join(("here", *self.places))

@@ -43,6 +43,11 @@ class Device:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
+        except RuntimeError:
+            raise UserError(
+                f"device: got {name!r}, expected auto, cpu, cuda or cuda:NUMBER"
+            ) from None
+        try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(

@@ -141,9 +141,9 @@ class Run:
         names = (path.parent.name for path in (self.folder / kind).glob(f"*/{file}"))
         return sorted(filter(config.is_name, names))  # others are half removed, or not ours
 
-    def place_job(self, name: str = "here") -> Job:
-        """A job at a place, without a child."""
-        return Job(self, self._place(name, self.place_config(name)))
+    def place_job(self, name: str = "here", place: PlaceConfig | None = None) -> Job:
+        """A job at a place, without a child; `place`: its settings instead of those written."""
+        return Job(self, self._place(name, place or self.place_config(name)))
 
     def child_job(self, name: str) -> Job:
         """A job for a child at its place."""

@@ -4,6 +4,7 @@ A stranger's file costs neither memory nor time: its size and what its aliases e
 bounded, a key that stands twice is an error, and YAML's tags make plain values only.
 """
 
+import datetime
 import difflib
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ LARGEST_FILE_BYTES = 1 << 20
 MOST_VALUES = 100_000  # in a file, with what its aliases stand for
 NAME = "a name of letters, digits, - and _, with a letter or digit first, of at most 64 characters"
 EXPECTED = {  # pydantic's types of errors, in words; {} are the figures of the error
-    "string_type": "expected text; write it in quotes",
+    "string_type": "expected text",
+    "string_too_short": "expected some text",
     "string_pattern_mismatch": f"expected {NAME}",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -41,8 +43,6 @@ EXPECTED = {  # pydantic's types of errors, in words; {} are the figures of the 
     "model_type": "expected a mapping of settings",
     "model_attributes_type": "expected a mapping of settings",
     "too_short": "expected at least one entry",
-    "missing": "expected a value for it",
-    "invalid_key": "expected keys that are text; write them in quotes",
 }
 
 
@@ -93,6 +93,8 @@ def _path(values: object, error: ErrorDetails) -> list[int | str]:
             values = values[part]
         elif isinstance(values, list) and isinstance(part, int):
             values = values[part] if part < len(values) else None
+        elif part == "[key]":  # what is wrong is the key itself
+            return path[:-1]
         elif error["type"] != "missing" or part != error["loc"][-1]:
             continue
         path.append(part)
@@ -117,7 +119,13 @@ def _one_line(model: type[BaseModel], values: object, error: ValidationError, wh
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(allowed)}"
         return f"{where}: unknown key {key!r:.200}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing; give it a value"
+    if first["type"] == "invalid_key":
+        return f"{where}: got the key {_shown(first['input'])}; expected text, in quotes"
     expected = list(dict.fromkeys(_expected(e) for e in errors))
+    if len(expected) > 1:
+        expected = [text.partition(", such as")[0] for text in expected]
     words = [expected[0], *(text.removeprefix("expected ") for text in expected[1:])]
     is_of_section = first["type"] == "value_error" and isinstance(first["input"], dict)
     got = "" if is_of_section else f"got {_shown(first['input'])}; "
@@ -131,6 +139,8 @@ def _shown(value: object) -> str:
         return "nothing"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, list | dict) and len(value) > 20:
         return f"a {type(value).__name__} of {len(value)} entries"
     text = repr(value)
@@ -148,15 +158,31 @@ def _expected(error: ErrorDetails) -> str:
         return f"expected {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
     if kind == "int_parsing":
         return f"expected a whole number{_as_whole_number(value)}"
+    if kind == "list_type" and isinstance(value, str | int | float):
+        return (
+            f"expected a list, such as [{value:.40}]"
+            if isinstance(value, str)
+            else (f"expected a list, such as [{value}]")
+        )
+    if kind == "string_type" and isinstance(value, int | float | datetime.date):
+        return f"expected text, in quotes: {str(value)!r}"
     if kind in EXPECTED:
-        return EXPECTED[kind].format(**figures)
+        return EXPECTED[kind].format(**{name: _figure(limit) for name, limit in figures.items()})
     return error["msg"]
 
 
+def _figure(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _as_whole_number(value: object) -> str:
-    """How to write a number such as 1e6, which YAML reads as text."""
+    """How to write a number such as 1e6 or 10M, which YAML reads as text."""
+    text = str(value).strip()
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper())
     try:
-        number = float(str(value))
+        number = float(text) if scale is None else scale * float(text[:-1])
     except ValueError:
         return ""
     is_whole = math.isfinite(number) and number == int(number) and abs(number) < 1e15
@@ -216,7 +242,7 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, JsonValue]:
     except UnicodeDecodeError:
         raise UserError(f"{what} {path}: not UTF-8 text; expected a YAML file") from None
     except ValueError as error:
-        raise UserError(f"{what} {path}: not YAML: {error}") from None
+        raise UserError(f"{what} {path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -229,20 +255,25 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, JsonValue]:
 
 def parse_yaml(text: str) -> JsonValue:
     """The value of a YAML text. Raises `ValueError` with one line for a text that has none."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _check_node(node, {})
-        value: JsonValue = loader.construct_document(node)
-        return value
+        return _constructed(loader, node)
     except yaml.YAMLError as error:
-        raise ValueError(_reason(error)) from None
+        raise ValueError(f"not YAML: {_reason(error)}") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    finally:
-        loader.dispose()
+        raise ValueError("nested too deeply; expected settings") from None
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> JsonValue:
+    try:
+        value: JsonValue = loader.construct_document(node)
+    except ValueError as error:  # of a date that is none
+        raise ValueError(f"not YAML: {error}") from None
+    return value
 
 
 def _reason(error: yaml.YAMLError) -> str:
@@ -303,5 +334,5 @@ def override(values: Mapping[str, JsonValue], assignments: Sequence[str]) -> dic
         try:
             section[last] = parse_yaml(text)
         except ValueError as error:
-            raise UserError(f"--set {assignment!r}: the value is not YAML: {error}") from None
+            raise UserError(f"--set {assignment!r}: {error}") from None
     return changed

@@ -150,14 +150,13 @@ def _ask_table(
     from puzzle.search.table import Table
 
     gap, solutions, diversity = options
-    if (gap is not None and not gap >= 0) or (solutions is not None and solutions < 1):
-        raise UserError(
-            f"search --table: got gap {gap}, solutions {solutions}; expected at least 0 and at "
-            "least 1"
-        )
+    if gap is not None and not gap >= 0:
+        raise UserError(f"search --gap: got {gap}, expected a share of at least 0")
+    if solutions is not None and solutions < 1:
+        raise UserError(f"search --solutions: got {solutions}, expected at least 1")
     bounds = published.parse_bounds(most, at_least=False)
     bounds += published.parse_bounds(least, at_least=True)
-    table = Table.read(path)
+    table = Table.read(config.expanded(path))
     share, layers = 0.2 if diversity is None else diversity, len(table.layers)
     differ = 1
     if (solutions or 1) > 1:

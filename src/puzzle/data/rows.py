@@ -62,30 +62,37 @@ def hub_rows(source: SourceConfig, seed: int) -> Iterator[Row]:
     yield from rows.shuffle(seed=seed, buffer_size=1000)
 
 
-def row_text(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def row_text(
+    row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None, place: str
+) -> str:
     """A row's text column, or its chat messages through the tokenizer's chat template.
 
-    Raises `UserError` where the row has neither, or the chat has no template.
+    Raises `UserError`, which begins with `place`, where the row has neither, or the chat has no
+    template.
     """
     text = row.get(source.text_column)
     if isinstance(text, str):
         return text
     messages = row.get(source.messages_column)
     if not isinstance(messages, list):
+        if source.text_column in row:
+            raise UserError(
+                f"corpus source {place}: {source.text_column!r} is {type(text).__name__}, expected "
+                "text; set text_column to another column"
+            )
+        columns = ", ".join(map(repr, sorted(row)[:10])) or "none"
         raise UserError(
-            f"corpus source {source.label}: a row has no {source.text_column!r} and no "
-            f"{source.messages_column!r}; got columns {sorted(row)}; "
-            "set text_column or messages_column"
+            f"corpus source {place}: no {source.text_column!r} and no {source.messages_column!r}; "
+            f"got columns {columns}; set text_column or messages_column"
         )
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"corpus source {source.label}: rows are chats ({source.messages_column!r}) but the "
-            "parent's tokenizer has no chat template; "
-            "use plain text, or a parent with a chat template"
+            f"corpus source {place}: a chat ({source.messages_column!r}), but the parent's "
+            "tokenizer has no chat template; use plain text, or a parent with a chat template"
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise UserError(
-            f"corpus source {source.label}: the chat template refuses a row: {reason(error)}"
+            f"corpus source {place}: the chat template refuses it: {reason(error)}"
         ) from None

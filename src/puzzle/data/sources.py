@@ -65,16 +65,17 @@ def documents(
     no tokenizer. Raises `UserError` for a file or row that cannot be read.
     """
     if source.dataset:
-        for row in hub_rows(source, seed):
-            yield Document("", row_text(row, source, tokenizer))
+        for number, row in enumerate(hub_rows(source, seed), start=1):
+            place = f"{source.label}, row {number}"
+            yield Document("", row_text(row, source, tokenizer, place))
         return
     files = stdlib_files() if source.stdlib else _local_files(Path(source.path or "").expanduser())
     for index in np.random.default_rng(seed).permutation(len(files)):
         name, path = files[index]
         if path.suffix in ROW_SUFFIXES:
             rows = jsonl_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
-            for row in rows:
-                yield Document("", row_text(row, source, tokenizer))
+            for number, row in enumerate(rows, start=1):
+                yield Document("", row_text(row, source, tokenizer, f"{path}, row {number}"))
         elif source.path and len(files) == 1:
             yield from _pieces(path)
         else:
@@ -96,7 +97,10 @@ def source_fingerprints(config: CorpusConfig) -> dict[str, str]:
         elif source.path:
             root = Path(source.path).expanduser()
             if not root.exists():
-                raise UserError(f"corpus source {root}: no such file or folder")
+                raise UserError(
+                    f"corpus source {root}: no such file or folder; a dataset of the hub is "
+                    "written {dataset: NAME}"
+                )
             stats = [(name, path.stat()) for name, path in _local_files(root)]
             fingerprints[source.label] = artifacts.fingerprint(
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -112,8 +116,8 @@ def check(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     source_fingerprints(config)
     for source in config.sources:
         if source.path:
-            texts = itertools.islice(documents(source, tokenizer, config.seed), CHECKED_DOCUMENTS)
-            if not any(document.text.strip() for document in texts):
+            first = itertools.islice(documents(source, tokenizer, config.seed), CHECKED_DOCUMENTS)
+            if sum(bool(document.text.strip()) for document in first) == 0:
                 raise UserError(
                     f"corpus source {source.path}: holds no text; expected UTF-8 text, JSON Lines "
                     "or Parquet"
@@ -164,7 +168,10 @@ def _pieces(path: Path) -> Iterator[Document]:
     """
     text = _read_text(path)
     if text is None:
-        raise UserError(f"corpus source {path}: not UTF-8 text")
+        raise UserError(
+            f"corpus source {path}: not UTF-8 text; expected text, or a file that ends in .jsonl "
+            "or .parquet"
+        )
     lines: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

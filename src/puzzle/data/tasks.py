@@ -19,6 +19,7 @@ Shape legend: N sequences, S positions, R rows (one per choice of each question)
 positions with a next token.
 """
 
+import difflib
 import itertools
 import json
 import random
@@ -30,10 +31,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle import settings as settings_files
 from puzzle.config import Recipe
 from puzzle.data.sequences import Sequences, Split
 from puzzle.errors import UserError, reason
@@ -158,6 +159,26 @@ def check(task: str) -> None:
         )
     elif not find_spec("lm_eval"):
         raise _not_installed(task)
+    elif path.suffix in YAML_SUFFIXES:
+        _name_in_file(path)
+    else:
+        from lm_eval.tasks import TaskManager
+
+        names = TaskManager().all_tasks
+        if task not in names:
+            close = ", ".join(difflib.get_close_matches(task, names, n=3)) or "no name like it"
+            raise UserError(
+                f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, or a task of "
+                f"lm-eval, which has {close}"
+            )
+
+
+def _name_in_file(path: Path) -> str:
+    """The name of the lm-eval task that a YAML file defines. Raises `UserError` for none."""
+    name = settings_files.read_yaml(path, "score.task").get("task")
+    if not isinstance(name, str):
+        raise UserError(f"score.task {path}: names no task; expected a task's file of lm-eval")
+    return name
 
 
 def _not_installed(task: str) -> UserError:
@@ -228,7 +249,7 @@ def _lm_eval_questions(task: str, settings: TaskSettings) -> Iterator[TextQuesti
         manager = TaskManager(include_path=str(Path(task).parent) if is_file else None)
         name = task
         if is_file:
-            name = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["task"]
+            name = _name_in_file(Path(task))
         lm_task = get_task_dict([name], manager)[name]
     except Exception as error:
         raise UserError(f"score.task: lm-eval cannot load {task!r}: {reason(error)}") from None

@@ -100,6 +100,12 @@ class Parent:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
+            if "custom code" in str(error):
+                raise UserError(
+                    f"parent {self.name}: its tokenizer needs code of its own (auto_map in "
+                    "tokenizer_config.json), which is never run; expected one that transformers "
+                    "knows, as tokenizer.json"
+                ) from None
             raise UserError(
                 f"parent {self.name}: cannot load its tokenizer: {reason(error)}; expected "
                 "tokenizer.json and tokenizer_config.json as transformers writes them"
@@ -312,9 +318,9 @@ def describe(name: str) -> Parent:
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
     raw = artifacts.read_object(folder / "config.json")
     refuse_quantised(name, folder, raw)
-    family = family_of(str(raw.get("model_type", "none")))
-    check_sizes(name, raw)
+    check_config(name, raw)
     with _understanding(name):
+        family = family_of(str(raw["model_type"]))
         # a supported family needs no code of the folder's, whatever its auto_map says
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         longest = config.max_position_embeddings
@@ -324,17 +330,25 @@ def describe(name: str) -> Parent:
         )
         settings = PuzzleConfig(**family.settings(config))
         described = Parent(name, folder, shape(settings, family.blocks(config), windows), config)
-    configured = getattr(config, "dtype", None)
-    if configured is not None and described.dtype_name not in DTYPES.values():
-        raise UserError(
-            f"parent {name}: config.json: dtype: got {described.dtype_name!r}; expected one of "
-            f"{', '.join(DTYPES.values())}"
-        )
     return described
 
 
-def check_sizes(name: str, config: Mapping[str, JsonValue]) -> None:
-    """Raise `UserError` for a size in a config.json that no model has."""
+def check_config(name: str, config: Mapping[str, JsonValue]) -> None:
+    """Raise `UserError` for what no config.json of a model says: no type, sizes, a dtype."""
+    if config.get("model_type") is None:
+        raise UserError(
+            f"parent {name}: config.json: no model_type; expected that of a Hugging Face model"
+        )
+    for key in ("dtype", "torch_dtype"):
+        dtype = config.get(key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in (
+            *DTYPES.values(),
+            "auto",
+        ):
+            raise UserError(
+                f"parent {name}: config.json: {key}: got {dtype!r:.80}; expected one of "
+                f"{', '.join(DTYPES.values())}"
+            )
     for key, most in LARGEST.items():
         size = config.get(key)
         if size is None:
@@ -345,6 +359,12 @@ def check_sizes(name: str, config: Mapping[str, JsonValue]) -> None:
                 f"from 1 to {most:,}"
             )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    width, head = config.get("hidden_size"), config.get("head_dim")
+    if head is None and isinstance(width, int) and isinstance(heads, int) and width % heads:
+        raise UserError(
+            f"parent {name}: config.json: hidden_size {width} is no multiple of {heads} attention "
+            "heads; expected one, or head_dim"
+        )
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise UserError(
             f"parent {name}: config.json: {heads} attention heads cannot share {groups} KV heads "
@@ -357,12 +377,12 @@ def _understanding(name: str) -> Iterator[None]:
     """Whatever a stranger's config makes transformers or a family raise is one line."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error).replace("parent:", f"parent {name}:", 1)) from None
     except Exception as error:
         raise UserError(
-            f"parent {name}: config.json cannot be understood ({type(error).__name__}: "
-            f"{reason(error)}); expected the config of a Hugging Face model"
+            f"parent {name}: config.json cannot be understood ({reason(error)}); "
+            "expected the config of a Hugging Face model"
         ) from None
 
 

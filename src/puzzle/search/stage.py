@@ -90,11 +90,15 @@ def _check(job: Job) -> None:
             f"search.kl: the scores are of {job.run.recipe.score.metric}; expected score.metric=kl"
         )
     if job.child.search.architecture is not None:
-        given = Architecture.from_names(job.child.search.architecture)
+        try:
+            given = Architecture.from_names(job.child.search.architecture)
+        except UserError as error:
+            raise UserError(f"search.architecture: {error}") from None
         expected = job.run.parent.shape.num_hidden_layers
         if len(given) != expected:
             raise UserError(
-                f"search.architecture: got {len(given)} layers, expected the parent's {expected}"
+                f"search.architecture: got {len(given)} blocks, expected {expected}: one for each "
+                "layer of the parent"
             )
         for index, (block, layer) in enumerate(zip(given, job.space.layers, strict=True)):
             if block not in layer.blocks:
