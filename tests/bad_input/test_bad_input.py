@@ -59,12 +59,17 @@ def answer(arguments, monkeypatch, capsys):
 
 
 @pytest.fixture
-def here(good, tmp_path, monkeypatch):
-    folder = tmp_path / "here"
-    shutil.copytree(good, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("HOME", str(folder))
-    return folder
+def here(good, monkeypatch):
+    """The same folder for every test, put right after those that change it."""
+    before = content(good)
+    monkeypatch.chdir(good)
+    monkeypatch.setenv("HOME", str(good))
+    yield good
+    after = content(good)
+    for path in sorted(after.keys() - before.keys(), reverse=True):
+        (good / path).rmdir() if after[path] is None else (good / path).unlink()
+    for path in [path for path in before if after.get(path) != before[path]]:
+        (good / path).write_bytes(before[path])
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
