@@ -256,7 +256,10 @@ def main() -> None:
 
 
 def _stop(message: str, exit_code: int = UserError.exit_code) -> NoReturn:
-    print(f"puzzle: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    # a name in a stranger's file is not for the terminal to obey
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+    print(f"puzzle: {shown}", file=sys.stderr)
     sys.exit(exit_code)
 
 

@@ -150,6 +150,16 @@ CASES = [
         {"layer_0": {"<b>x</b>": {"metrics": {}}}},
         "table, layer_0, '<b>x</b>': has no 'metrics.kl_div'; it has no figures",
     ),
+    published(
+        "a name that moves the cursor",
+        {"layer_0": {"a\x1b[2J\x1b]0;title\x07": {"metrics": {}}}},
+        "table, layer_0, …: has no 'metrics.kl_div'; it has no figures",
+    ),
+    published(
+        "a layer that moves the cursor",
+        {"x\x1b[2J": []},
+        "table table.json, x\\x1b[2J: expected an object of variants, got []",
+    ),
     question(
         "a key that it has not",
         "table, layer_0, 'parent': has no 'metrics.kl'; expected one of: stats.runtime_ms, metrics.kl_div",
