@@ -57,7 +57,7 @@ def test_an_unknown_key_in_a_nested_section_names_its_neighbour():
 
 
 def test_a_wrong_value_says_what_it_got():
-    with pytest.raises(UserError, match=r"library.tokens: got -3; Input should be greater than 0"):
+    with pytest.raises(UserError, match=r"library.tokens: got -3; expected more than 0"):
         config.parse({"library": {"tokens": -3}})
 
 

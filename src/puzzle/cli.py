@@ -5,12 +5,13 @@ line). Results go to standard output, progress to standard error; `--json` adds 
 last line. torch takes seconds to import, so a command imports it only when its input is right.
 """
 
+import errno
 import os
 import signal
 import sys
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn, cast
 
 import typer
 from pydantic import JsonValue
@@ -41,6 +42,20 @@ from puzzle.score import SCORE
 from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
 
+# click's UsageError, which newer versions of typer bring along
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+OF_THE_MACHINE = {  # errors of files that users can mend, and how
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "free some space; the same command goes on from here",
+    errno.EDQUOT: "free some space; the same command goes on from here",
+    errno.EISDIR: "expected a file there",
+    errno.ENOTDIR: "expected a folder there",
+    errno.EEXIST: "expected a folder there, or nothing",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; remove one",
+}
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -53,11 +68,10 @@ app = typer.Typer(
 def read_recipe(name: str, out: Path | None, assignments: list[str] | None) -> config.Recipe:
     """A recipe by the name of a built-in one or the path of a file, with changes."""
     path = settings.recipe_path(name)
-    values = settings.override(settings.read_yaml(path), assignments or [])
-    values.setdefault("out", f"runs/{path.stem}")
+    values = {"out": f"runs/{path.stem}"} | settings.read_yaml(path)
     if out is not None:
-        values["out"] = str(out)
-    return config.parse(values, str(path))
+        values["out"] = str(config.expanded(out))
+    return config.parse(values, str(path), assignments or [])
 
 
 @app.command()
@@ -137,7 +151,7 @@ def _run_stage_command(stage: Stage) -> None:
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        run = children.changed_run(open_run(run_directory, quiet, wait), set_)
+        run = children.changed_run(open_run(run_directory, quiet, wait), stage, set_)
         run_stage(stage, Job(run), as_json)
 
     app.command(name=stage.name, help=stage.summary)(command)
@@ -153,7 +167,7 @@ def _child_stage_command(stage: Stage) -> None:
         quiet: Quiet = False,
     ) -> None:
         this = open_run(run_directory, quiet, wait)
-        job = children.changed_child(this, child, set_)
+        job = children.changed_child(this, child, stage, set_)
         run_stage(stage, job, as_json)
         children.fail_if_missed(stage, job)
 
@@ -176,7 +190,7 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Measure the parent's quality with each single block replaced."""
-    this = children.changed_run(open_run(run_directory, quiet, wait), set_)
+    this = children.changed_run(open_run(run_directory, quiet, wait), SCORE, set_)
     run_stage(SCORE, Job(this), as_json and validate is None)
     if validate is not None:
         from puzzle.search import validate as validation
@@ -243,12 +257,31 @@ def main() -> None:
     """Entry point: `UserError` becomes one line and its exit code; anything else is our bug."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGINT, _interrupted)
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="puzzle", standalone_mode=False)
     except UserError as error:
-        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(str(error), error.exit_code)
+    except USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "puzzle"
+        name = command.removeprefix("puzzle").strip()
+        message = f"{name}: {error.format_message()}" if name else error.format_message()
+        _stop(f"{message.rstrip('.')}; see `{command} --help`")
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        what = f"{error.filename}: " if error.filename is not None else ""
+        _stop(f"{what}{error.strerror}; {OF_THE_MACHINE[error.errno]}")
+    sys.exit(code)
+
+
+def _stop(message: str, exit_code: int = UserError.exit_code) -> NoReturn:
+    line = " ".join(message.split())
+    # a name in a stranger's file is not for the terminal to obey
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+    print(f"puzzle: {shown}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _interrupted(*_: object) -> None:

@@ -5,7 +5,9 @@ stage; what it leaves out keeps the default below. `--set a.b=c` overrides a dot
 resolved recipe is written to `RUN/run.yaml`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -15,23 +17,71 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from puzzle import settings
+from puzzle.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
+
+def expanded(path: Path) -> Path:
+    """A path with its `~` expanded. Raises `UserError` for an unknown user's."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no user of that name has a home folder here") from None
+
+
+def _path(text: str) -> str:
+    """A path with its `~` expanded; other texts stay as they are."""
+    if not text.strip() or "\0" in text:
+        raise ValueError("expected a path, or a name")
+    try:
+        return str(expanded(Path(text))) if text.startswith("~") else text
+    except UserError:
+        raise ValueError("expected a path; no user of that name has a home folder here") from None
+
+
+Positive = Annotated[int, Field(gt=0, le=10**15)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+PathOrName = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic would take true for 1."""
+        field = cls.model_fields[info.field_name or ""]
+        values = value if isinstance(value, list) else [value]
+        if field.annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise ValueError(
+                "expected no truth value; YAML reads yes, no, on and off as true and false: "
+                "write it in quotes if it is meant as text"
+            )
+        return value
 
 
 Target = Literal["vllm", "vllm-plugin", "llama.cpp", "transformers"]  # what serves children
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # also a folder's name
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+Name = Annotated[str, Field(pattern=rf"^{NAME}$")]  # also a folder's name
+
+
+def is_name(text: str) -> bool:
+    """Whether a child or a place, and so a folder, can have this name."""
+    return re.fullmatch(NAME, text) is not None
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise `UserError` for what can be no name of a child or place."""
+    if not is_name(name):
+        raise UserError(f"{what} {name!r:.100}: expected {settings.NAME}")
 
 
 class SourceConfig(Section):
@@ -39,7 +89,7 @@ class SourceConfig(Section):
 
     stdlib: bool = False
     parent: bool = False  # text that the parent itself writes, for parents whose data nobody has
-    path: str | None = None
+    path: PathOrName | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -61,9 +111,18 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "SourceConfig":
-        named = (self.stdlib, self.parent, self.path is not None, self.dataset is not None)
-        if sum(named) != 1:
-            raise ValueError("a source is exactly one of stdlib, parent, path, dataset")
+        given = {
+            "stdlib": self.stdlib,
+            "parent": self.parent,
+            "path": self.path,
+            "dataset": self.dataset,
+        }
+        named = [name for name, value in given.items() if value]
+        if len(named) != 1:
+            raise ValueError(
+                f"got {' and '.join(named) or 'none of them'}; a source is exactly one of stdlib, "
+                "parent, path, dataset"
+            )
         return self
 
     @property
@@ -159,7 +218,7 @@ class ScoreConfig(Section):
     # 0, or any from 4 on.
     assembled: Annotated[int, AfterValidator(_none_or_some)] = 16
     # held-out, a JSON Lines file of multiple-choice questions, or a task of lm-eval.
-    task: str | None = None
+    task: PathOrName | None = None
     task_questions: Positive = 64
 
     @model_validator(mode="after")
@@ -194,7 +253,7 @@ class CostConfig(Section):
     """
 
     engine: Literal["auto", "vllm", "torch", "roofline"] = "auto"
-    device_sheet: str = "this-cpu"
+    device_sheet: PathOrName = "this-cpu"
     scenario: ScenarioConfig = ScenarioConfig()  # called `main`
     # Further batch sizes of `main`; the search takes the one with the best child.
     batch_sizes: list[Positive] = []
@@ -209,7 +268,7 @@ class CostConfig(Section):
     # decided then goes on for as many again, twice at most.
     starts: Annotated[int, Field(ge=2)] = 4
     # The costs.jsonl of another run, taken instead of measuring.
-    table: str | None = None
+    table: PathOrName | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "CostConfig":
@@ -252,6 +311,8 @@ TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
 
 
 def _with_unit(value: object) -> object:
+    if isinstance(value, list):
+        raise ValueError("expected a number with a unit, or relative to the parent: 2x")
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"expected a number with a unit, or relative to the parent: {value:g}x")
     return value
@@ -259,6 +320,18 @@ def _with_unit(value: object) -> object:
 
 # One text for every scenario, or a text by the scenario's name.
 Quantity = Annotated[str | dict[str, str] | None, BeforeValidator(_with_unit)]
+
+
+def _no_file(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(
+            "expected a list of blocks, one for each layer; a file of them is for `puzzle child "
+            "RUN --name NAME --architecture FILE`"
+        )
+    return value
+
+
+Blocks = Annotated[list[str] | None, BeforeValidator(_no_file)]
 
 
 class SearchConfig(Section):
@@ -287,7 +360,7 @@ class SearchConfig(Section):
     monotone: bool = False  # FFN widths never grow with depth
     frontier: Constrained = "throughput"
     points: Positive = 25
-    architecture: list[str] | None = None  # make exactly this child; nothing is searched
+    architecture: Blocks = None  # make exactly this child; nothing is searched
     gap: float = Field(default=1e-4, ge=0)
     solutions: Positive = 1
     # In how many layers solutions differ: a share, or a number of layers from 1 on.
@@ -445,8 +518,8 @@ class Recipe(Section):
     child called `main`, or what the listed children have in common.
     """
 
-    parent: str = "pocket"
-    out: str = "runs/default"
+    parent: PathOrName = "pocket"
+    out: PathOrName = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     deploy: list[Target] = ["vllm", "transformers"]
@@ -471,11 +544,18 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names(self) -> "Recipe":
         if "here" in self.places:
-            raise ValueError("places: `here` is the place of the recipe's own deploy and cost")
+            raise ValueError(
+                "places: `here` is the recipe's own deploy and cost; choose another name"
+            )
         for name, child in self.children.items():
             if child.place not in (None, "here", *self.places):
                 known = ", ".join(("here", *self.places))
                 raise ValueError(f"children.{name}: no place {child.place!r}; expected {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _children(self) -> "Recipe":
+        self.all_children()
         return self
 
     def all_places(self) -> dict[str, PlaceConfig]:
@@ -483,7 +563,7 @@ class Recipe(Section):
         return {"here": PlaceConfig(deploy=self.deploy, cost=self.cost)} | self.places
 
     def all_children(self) -> dict[str, ChildConfig]:
-        """Every child by name: those that are listed, or `main`. Raises `UserError`."""
+        """Every child by name: those that are listed, or `main`."""
         if not self.children:
             shared = {"search": self.search, "uptrain": self.uptrain, "evaluate": self.evaluate}
             return {"main": ChildConfig.model_validate(shared)}
@@ -496,7 +576,7 @@ class Recipe(Section):
             "uptrain": self.uptrain.model_dump(mode="json") | override.uptrain,
             "evaluate": self.evaluate.model_dump(mode="json") | override.evaluate,
         }
-        return settings.validate(ChildConfig, values, f"recipe: children.{name}")
+        return settings.validate(ChildConfig, values, f"children.{name}")
 
 
 def with_constraints(
@@ -514,6 +594,11 @@ def with_constraints(
     return kept | dict(changes)
 
 
-def parse(values: Mapping[str, JsonValue], where: str = "recipe") -> Recipe:
-    """A checked recipe. Raises `UserError` with one line for the first thing that is wrong."""
-    return settings.validate(Recipe, values, where)
+def parse(
+    values: Mapping[str, JsonValue], where: str = "recipe", assignments: Sequence[str] = ()
+) -> Recipe:
+    """A checked recipe, with changes by `--set`.
+
+    Raises `UserError` with one line for the first thing that is wrong.
+    """
+    return settings.validate_changed(Recipe, values, assignments, where)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, reason
 
 # On CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py).
 EAGER_UP_TO_TOKENS = 256
@@ -43,10 +43,16 @@ class Device:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
+        except RuntimeError:
+            raise UserError(
+                f"device: got {name!r}, expected auto, cpu, cuda or cuda:NUMBER"
+            ) from None
+        try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"device {name!r}: {reason}; use device=auto or device=cpu") from None
+            raise UserError(
+                f"device {name!r}: {reason(error)}; use device=auto or device=cpu"
+            ) from None
         return cls(device, _bfloat16(device) if precision == "auto" else precision == "bfloat16")
 
     @property

@@ -4,6 +4,16 @@ Exit codes: 0 done, 1 our bug, 2 `UserError`, 3 `Infeasible`.
 """
 
 
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, in one line of at most 200 characters."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    if isinstance(error, LookupError | AttributeError | TypeError):  # says little by itself
+        text = f"{type(error).__name__}: {text}"
+    return f"{text[:197]}..." if len(text) > 200 else text or type(error).__name__
+
+
 class UserError(ValueError):
     """The user's input is wrong. The message is one line: what, got, expected, how to mend."""
 

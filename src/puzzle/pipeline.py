@@ -4,8 +4,10 @@ library -> score -> cost -> [search -> assemble] until the measured child meets 
         -> uptrain -> evaluate -> report
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -25,6 +27,9 @@ from puzzle.stage import Job, Scope, Stage
 from puzzle.uptrain import UPTRAIN
 
 STAGES = (LIBRARY, SCORE, COST, SEARCH, ASSEMBLE, UPTRAIN, EVALUATE, REPORT)
+
+
+BEFORE_RUN_YAML = ("parent", "logs")  # what a run's folder holds first
 
 
 def execute(run: Run) -> None:
@@ -171,8 +176,7 @@ def narrow(run: Run, first: Run) -> None:
 
 def preflight(run: Run) -> None:
     """Everything that can be known to be wrong before anything is spent. Raises `UserError`."""
-    if run.folder.exists() and not run.folder.is_dir():
-        raise UserError(f"run directory {run.folder}: is a file; choose another --out")
+    _check_folder(run.folder)
     if (run.folder / "run.yaml").exists():
         parent = Run.open(run.folder, run.progress).recipe.parent
         if parent != run.recipe.parent:
@@ -183,6 +187,24 @@ def preflight(run: Run) -> None:
     for job in run.recipe_jobs():
         for stage in STAGES:
             stage.work().check(job)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `UserError` for a run directory that cannot be one, or that is somebody else's."""
+    hint = "choose another --out"
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    above = "" if there == folder else f"{there} "
+    if not there.is_dir():
+        raise UserError(f"run directory {folder}: {above}is a file; {hint}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run directory {folder}: {above}cannot be written to; {hint}")
+    if folder.is_dir() and not (folder / "run.yaml").exists():
+        for path in sorted(folder.iterdir()):
+            if path.name not in BEFORE_RUN_YAML and not path.name.startswith("."):
+                raise UserError(
+                    f"run directory {folder}: holds {path.name}, which no run of puzzle wrote; "
+                    f"{hint}"
+                )
 
 
 # ------------------------------------------------------------------------------------------- status

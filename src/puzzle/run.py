@@ -63,8 +63,9 @@ class Run:
     @classmethod
     def open(cls, folder: Path, progress: Progress, *, wait: bool = False) -> "Run":
         """An existing run directory. Raises `UserError` where there is none."""
+        folder = config.expanded(folder)
         path = folder / "run.yaml"
-        if not path.exists():
+        if not path.is_file():
             raise UserError(
                 f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
             )
@@ -96,6 +97,7 @@ class Run:
 
     def place_config(self, name: str) -> PlaceConfig:
         """The settings of a place of this run. Raises `UserError` for an unknown one."""
+        config.check_name("place", name)
         path = self.folder / "places" / name / "place.yaml"
         if path.exists():
             return settings.validate(PlaceConfig, settings.read_yaml(path, "place"), str(path))
@@ -110,6 +112,7 @@ class Run:
 
     def child_config(self, name: str) -> ChildConfig:
         """The settings of a child of this run. Raises `UserError` for an unknown one."""
+        config.check_name("child", name)
         path = self.folder / "children" / name / "child.yaml"
         if path.exists():
             return settings.validate(ChildConfig, settings.read_yaml(path, "child"), str(path))
@@ -136,11 +139,11 @@ class Run:
 
     def _names(self, kind: str, file: str) -> list[str]:
         names = (path.parent.name for path in (self.folder / kind).glob(f"*/{file}"))
-        return sorted(name for name in names if not name.startswith("."))  # half removed
+        return sorted(filter(config.is_name, names))  # others are half removed, or not ours
 
-    def place_job(self, name: str = "here") -> Job:
-        """A job at a place, without a child."""
-        return Job(self, self._place(name, self.place_config(name)))
+    def place_job(self, name: str = "here", place: PlaceConfig | None = None) -> Job:
+        """A job at a place, without a child; `place`: its settings instead of those written."""
+        return Job(self, self._place(name, place or self.place_config(name)))
 
     def child_job(self, name: str) -> Job:
         """A job for a child at its place."""

@@ -52,15 +52,17 @@ def _refuse_sections(assignments: list[str], allowed: tuple[str, ...], what: str
             )
 
 
-def changed_run(run: Run, assignments: list[str] | None) -> Run:
-    """An existing run, its recipe changed and written."""
+def changed_run(run: Run, stage: Stage, assignments: list[str] | None) -> Run:
+    """An existing run, its recipe changed and, if the stage can use it, written."""
     if not assignments:
         return run
     _refuse_sections(assignments, RUN_SECTIONS, "the run itself")
-    values = settings.override(run.recipe.model_dump(mode="json"), assignments)
-    recipe = config.parse(values, "--set")
+    values = run.recipe.model_dump(mode="json")
+    recipe = config.parse(values, str(run.folder / "run.yaml"), assignments)
+    changed = Run(recipe, run.folder, run.progress, wait=run.wait)
+    stage.work().check(Job(changed))
     artifacts.write_text(run.folder / "run.yaml", settings.to_yaml(recipe))
-    return Run(recipe, run.folder, run.progress, wait=run.wait)
+    return changed
 
 
 def changed_place(run: Run, name: str, assignments: list[str]) -> Job:
@@ -69,21 +71,22 @@ def changed_place(run: Run, name: str, assignments: list[str]) -> Job:
     place = run.place_config(name) if name in names else run.place_config("here")
     if assignments or name not in names:
         _refuse_sections(assignments, PLACE_SECTIONS, "a place")
-        values = settings.override(place.model_dump(mode="json"), assignments)
-        place = settings.validate(PlaceConfig, values, "--set")
-        settings.validate(config.Recipe, {"places": {name: {}}} if name != "here" else {}, "place")
+        config.check_name("place", name)
+        values = place.model_dump(mode="json")
+        place = settings.validate_changed(PlaceConfig, values, assignments, f"place {name}")
+        COST.work().check(run.place_job(name, place))
         run.write_place(name, place)
     return run.place_job(name)
 
 
-def changed_child(run: Run, name: str, assignments: list[str] | None) -> Job:
-    """A job for an existing child, its settings changed and written."""
+def changed_child(run: Run, name: str, stage: Stage, assignments: list[str] | None) -> Job:
+    """A job for an existing child, its settings changed and, if the stage can use it, written."""
     child = run.child_config(name)
     if assignments:
         _refuse_sections(assignments, CHILD_SECTIONS, "a child")
-        values = settings.override(child.model_dump(mode="json"), assignments)
-        child = settings.validate(ChildConfig, values, "--set")
-        run.place_config(child.place)  # a `UserError` where there is no such place
+        values = child.model_dump(mode="json")
+        child = settings.validate_changed(ChildConfig, values, assignments, f"child {name}")
+        stage.work().check(run.job_of(name, child))  # also that there is such a place
         run.write_child(name, child)
     return run.child_job(name)
 
@@ -134,7 +137,7 @@ def child(
     if architecture is not None:
         from puzzle.model.child import read_block_names
 
-        blocks: list[JsonValue] = list(read_block_names(architecture))
+        blocks: list[JsonValue] = list(read_block_names(config.expanded(architecture)))
         changes["architecture"] = blocks
     wish = child_settings(run, name, changes, set_ or [], place)
     if solution is not None:
@@ -177,7 +180,7 @@ def child_settings(
     A new one has the recipe's settings, and those of its constraints that `changes` do not replace.
     """
     _refuse_sections(assignments, CHILD_SECTIONS, "a child")
-    settings.validate(config.Recipe, {"children": {name: {}}}, "child")  # the name, too
+    config.check_name("child", name)
     recipe = run.recipe
     if name in run.child_names():
         base = run.child_config(name)
@@ -186,8 +189,7 @@ def child_settings(
     values = base.model_dump(mode="json")
     values["search"] = config.with_constraints(values["search"], changes)
     values["place"] = place or base.place
-    values = settings.override(values, assignments)
-    wish = settings.validate(ChildConfig, values, "child")
+    wish = settings.validate_changed(ChildConfig, values, assignments, f"child {name}")
     run.place_config(wish.place)  # a `UserError` where there is no such place
     return wish
 

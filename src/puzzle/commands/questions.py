@@ -100,8 +100,8 @@ def question(
     values = child.model_dump(mode="json")
     values["search"] = config.with_constraints(values["search"], changes)
     values["place"] = place or child.place
-    values = settings.override(values, assignments)
-    return run.job_of(name, settings.validate(config.ChildConfig, values, "search"))
+    asked = settings.validate_changed(config.ChildConfig, values, assignments, "search")
+    return run.job_of(name, asked)
 
 
 def answer_question(job: Job, quiet: bool, as_json: bool) -> None:
@@ -150,14 +150,13 @@ def _ask_table(
     from puzzle.search.table import Table
 
     gap, solutions, diversity = options
-    if (gap is not None and not gap >= 0) or (solutions is not None and solutions < 1):
-        raise UserError(
-            f"search --table: got gap {gap}, solutions {solutions}; expected at least 0 and at "
-            "least 1"
-        )
+    if gap is not None and not gap >= 0:
+        raise UserError(f"search --gap: got {gap}, expected a share of at least 0")
+    if solutions is not None and solutions < 1:
+        raise UserError(f"search --solutions: got {solutions}, expected at least 1")
     bounds = published.parse_bounds(most, at_least=False)
     bounds += published.parse_bounds(least, at_least=True)
-    table = Table.read(path)
+    table = Table.read(config.expanded(path))
     share, layers = 0.2 if diversity is None else diversity, len(table.layers)
     differ = 1
     if (solutions or 1) > 1:

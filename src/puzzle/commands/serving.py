@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from pydantic import JsonValue
 
-from puzzle import settings
+from puzzle import config, settings
 from puzzle.commands.options import ChildOption, Json, Quiet, RunArgument, Set, emit, open_run
 from puzzle.config import PlaceConfig
 from puzzle.errors import UserError
@@ -82,6 +82,7 @@ def measure(
 ) -> None:
     """Serve a child beside its parent where it will live, without the rest of the run."""
     wanted = place_settings(place, set_ or [])
+    child_folder = config.expanded(child_folder)
     if not (child_folder / "config.json").exists():
         raise UserError(f"measure {child_folder}: no config.json; expected the folder of a child")
     from puzzle.commands import measuring
@@ -98,6 +99,7 @@ def place_settings(path: Path | None, assignments: list[str]) -> PlaceConfig:
     """The settings of a place from its file or folder, with changes."""
     values: dict[str, JsonValue] = {}
     if path is not None:
+        path = config.expanded(path)
         file = path / "place.yaml" if path.is_dir() else path
         values = settings.read_yaml(file, "place")
-    return settings.validate(PlaceConfig, settings.override(values, assignments), "place")
+    return settings.validate_changed(PlaceConfig, values, assignments, "place")

@@ -56,7 +56,7 @@ def _given_table(job: Job) -> Path | None:
 
 def _facts(job: Job) -> Inputs:
     path = _given_table(job)
-    given = artifacts.file_fingerprint(path) if path and path.exists() else ""
+    given = artifacts.file_fingerprint(path) if path and path.is_file() else ""
     variants: list[JsonValue] = [[v.slot, v.name] for v in table.distinct_variants(job)]
     return {"header": header(job).as_json(), "variants": variants, "table": given}
 

@@ -197,7 +197,7 @@ def are_from_elsewhere(job: Job) -> bool:
 
 def read_given(path: Path) -> tuple[CostHeader, list[VariantCost], list[ScenarioFit]]:
     """Another run's table, from the path of its `costs.jsonl`."""
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"cost.table {path}: no such file; expected a {COSTS} of an earlier run")
     return (
         CostHeader.read(path.with_name(HEADER)),

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from puzzle.config import SourceConfig
-from puzzle.errors import UserError
+from puzzle.errors import UserError, reason
 
 Row = dict[str, object]  # values by column
 Spans = tuple[tuple[int, int], ...]  # parts of a text, each from a character to before another
@@ -16,15 +16,18 @@ Spans = tuple[tuple[int, int], ...]  # parts of a text, each from a character to
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """The objects of a JSON Lines file. Raises `UserError` with the number of a bad line."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 message = f"{place}: not JSON ({error.msg}); expected one object a line"
+                raise UserError(message) from None
+            except (ValueError, RecursionError) as error:
+                message = f"{place}: not JSON ({reason(error)}); expected one object a line"
                 raise UserError(message) from None
             if not isinstance(row, dict):
                 raise UserError(f"{place}: got {type(row).__name__}, expected a JSON object")
@@ -38,7 +41,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from None
+        raise UserError(f"{path}: not a readable Parquet file ({reason(error)})") from None
     for batch in file.iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
@@ -55,42 +58,46 @@ def hub_rows(source: SourceConfig, seed: int) -> Iterator[Row]:
             source.dataset, source.subset, split=source.split, streaming=True
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"corpus source {source.dataset!r}: cannot load the dataset: {reason}"
+            f"corpus source {source.dataset!r}: cannot load the dataset: {reason(error)}"
         ) from None
     yield from rows.shuffle(seed=seed, buffer_size=1000)
 
 
 def row_text(
-    row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None
+    row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None, place: str
 ) -> tuple[str, Spans | None]:
     """A row's text column, or its chat messages through the tokenizer's chat template.
 
     Of a chat also where the assistant speaks; None for plain text, which counts as a whole.
-    Raises `UserError` where the row has neither, or the chat has no template.
+    Raises `UserError`, which begins with `place`, where the row has neither, or the chat has no
+    template.
     """
     text = row.get(source.text_column)
     if isinstance(text, str):
         return text, None
     messages = row.get(source.messages_column)
     if not isinstance(messages, list):
+        if source.text_column in row:
+            raise UserError(
+                f"corpus source {place}: {source.text_column!r} is {type(text).__name__}, expected "
+                "text; set text_column to another column"
+            )
+        columns = ", ".join(map(repr, sorted(row)[:10])) or "none"
         raise UserError(
-            f"corpus source {source.label}: a row has no {source.text_column!r} and no "
-            f"{source.messages_column!r}; got columns {sorted(row)}; "
-            "set text_column or messages_column"
+            f"corpus source {place}: no {source.text_column!r} and no {source.messages_column!r}; "
+            f"got columns {columns}; set text_column or messages_column"
         )
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"corpus source {source.label}: rows are chats ({source.messages_column!r}) but the "
-            "parent's tokenizer has no chat template; "
-            "use plain text, or a parent with a chat template"
+            f"corpus source {place}: a chat ({source.messages_column!r}), but the parent's "
+            "tokenizer has no chat template; use plain text, or a parent with a chat template"
         )
     try:
         chat = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # whatever a template raises
         raise UserError(
-            f"corpus source {source.label}: the chat template refuses a row: {error}"
+            f"corpus source {place}: the chat template refuses it: {reason(error)}"
         ) from None
     return chat, assistant_spans(chat, messages)
 

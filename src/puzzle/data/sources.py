@@ -4,6 +4,7 @@ Reads: local files, folders, JSON Lines, Parquet, Hugging Face datasets, and the
 interpreter's standard library. Writes nothing.
 """
 
+import itertools
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ TEXT_SUFFIXES = {
 }
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 PIECE_CHARACTERS = 4000
+CHECKED_DOCUMENTS = 64  # of every source, before anything is spent
 NOT_READ_FROM_STDLIB = {
     "site-packages",
     "dist-packages",
@@ -66,16 +68,17 @@ def documents(
     no tokenizer. Raises `UserError` for a file or row that cannot be read.
     """
     if source.dataset:
-        for row in hub_rows(source, seed):
-            yield _row(row, source, tokenizer)
+        for number, row in enumerate(hub_rows(source, seed), start=1):
+            place = f"{source.label}, row {number}"
+            yield Document("", row_text(row, source, tokenizer, place))
         return
     files = stdlib_files() if source.stdlib else _local_files(Path(source.path or "").expanduser())
     for index in np.random.default_rng(seed).permutation(len(files)):
         name, path = files[index]
         if path.suffix in ROW_SUFFIXES:
             rows = jsonl_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
-            for row in rows:
-                yield _row(row, source, tokenizer)
+            for number, row in enumerate(rows, start=1):
+                yield Document("", row_text(row, source, tokenizer, f"{path}, row {number}"))
         elif source.path and len(files) == 1:
             yield from _pieces(path)
         else:
@@ -101,12 +104,31 @@ def source_fingerprints(config: CorpusConfig) -> dict[str, str]:
         elif source.path:
             root = Path(source.path).expanduser()
             if not root.exists():
-                raise UserError(f"corpus source {root}: no such file or folder")
+                raise UserError(
+                    f"corpus source {root}: no such file or folder; a dataset of the hub is "
+                    "written {dataset: NAME}"
+                )
             stats = [(name, path.stat()) for name, path in _local_files(root)]
             fingerprints[source.label] = artifacts.fingerprint(
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
             )
     return fingerprints
+
+
+def check(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the first documents of every local source.
+
+    Raises `UserError` for one without text, and for what is wrong in what was read.
+    """
+    source_fingerprints(config)
+    for source in config.sources:
+        if source.path:
+            first = itertools.islice(documents(source, tokenizer, config.seed), CHECKED_DOCUMENTS)
+            if sum(bool(document.text.strip()) for document in first) == 0:
+                raise UserError(
+                    f"corpus source {source.path}: holds no text; expected UTF-8 text, JSON Lines "
+                    "or Parquet"
+                )
 
 
 def stdlib_files() -> list[NamedFile]:
@@ -153,7 +175,10 @@ def _pieces(path: Path) -> Iterator[Document]:
     """
     text = _read_text(path)
     if text is None:
-        raise UserError(f"corpus source {path}: not UTF-8 text")
+        raise UserError(
+            f"corpus source {path}: not UTF-8 text; expected text, or a file that ends in .jsonl "
+            "or .parquet"
+        )
     lines: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

@@ -19,6 +19,7 @@ Shape legend: N sequences, S positions, R rows (one per choice of each question)
 positions with a next token.
 """
 
+import difflib
 import itertools
 import json
 import random
@@ -30,13 +31,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle import settings as settings_files
 from puzzle.config import Recipe
 from puzzle.data.sequences import Sequences, Split
-from puzzle.errors import UserError
+from puzzle.errors import UserError, reason
 
 Thing = TypeVar("Thing")
 HELD_OUT = "held-out"
@@ -149,11 +150,55 @@ def load(
     elif find_spec("lm_eval"):
         questions = _lm_eval_questions(task, settings)
     else:
-        raise UserError(
-            f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, "
-            "or a task of lm-eval (not installed)"
-        )
+        raise _not_installed(task)
     return [_encode(tokenizer, question) for question in questions]
+
+
+def check(task: str) -> None:
+    """Raise `UserError` for a task that does not exist or a file that is no task; asks no model."""
+    path = Path(task)
+    if task == HELD_OUT:
+        return
+    if path.is_file() and path.suffix not in YAML_SUFFIXES:
+        if sum(1 for _ in _file_questions(path)) < 2:
+            raise UserError(
+                f"score.task {path}: got less than two questions; expected some that score blocks "
+                "and others that are reported"
+            )
+    elif path.is_dir() or (path.suffix and not path.exists()):
+        raise UserError(
+            f"score.task {path}: {'is a folder' if path.is_dir() else 'no such file'}; expected "
+            f"{HELD_OUT}, a JSON Lines file, or a task of lm-eval"
+        )
+    elif not find_spec("lm_eval"):
+        raise _not_installed(task)
+    elif path.suffix in YAML_SUFFIXES:
+        _name_in_file(path)
+    else:
+        from lm_eval.tasks import TaskManager
+
+        names = TaskManager().all_tasks
+        if task not in names:
+            close = ", ".join(difflib.get_close_matches(task, names, n=3)) or "no name like it"
+            raise UserError(
+                f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, or a task of "
+                f"lm-eval, which has {close}"
+            )
+
+
+def _name_in_file(path: Path) -> str:
+    """The name of the lm-eval task that a YAML file defines. Raises `UserError` for none."""
+    name = settings_files.read_yaml(path, "score.task").get("task")
+    if not isinstance(name, str):
+        raise UserError(f"score.task {path}: names no task; expected a task's file of lm-eval")
+    return name
+
+
+def _not_installed(task: str) -> UserError:
+    return UserError(
+        f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, "
+        "or a task of lm-eval (not installed)"
+    )
 
 
 def held_out(tokens_NS: torch.Tensor) -> list[Question]:
@@ -181,16 +226,22 @@ def held_out(tokens_NS: torch.Tensor) -> list[Question]:
 
 
 def _file_questions(path: Path) -> Iterator[TextQuestion]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"score.task {path}: not UTF-8 text; expected {QUESTION_FORM}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             context, choices, answer = record["context"], record["choices"], record["answer"]
-            is_text = isinstance(context, str) and all(isinstance(c, str) and c for c in choices)
-            if not is_text or len(choices) < 2 or answer not in range(len(choices)):
+            is_text = isinstance(context, str) and isinstance(choices, list)
+            is_text = is_text and all(isinstance(choice, str) and choice for choice in choices)
+            is_index = type(answer) is int and 0 <= answer < len(choices)
+            if not is_text or len(choices) < 2 or not is_index:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"score.task {path}: line {number} is not a question; expected {QUESTION_FORM}"
             ) from None
@@ -211,11 +262,10 @@ def _lm_eval_questions(task: str, settings: TaskSettings) -> Iterator[TextQuesti
         manager = TaskManager(include_path=str(Path(task).parent) if is_file else None)
         name = task
         if is_file:
-            name = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["task"]
+            name = _name_in_file(Path(task))
         lm_task = get_task_dict([name], manager)[name]
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"score.task: lm-eval cannot load {task!r}: {reason}") from None
+        raise UserError(f"score.task: lm-eval cannot load {task!r}: {reason(error)}") from None
     if lm_task.OUTPUT_TYPE != "multiple_choice":
         raise UserError(
             f"score.task: {task} is a {lm_task.OUTPUT_TYPE} task of lm-eval; "

@@ -5,12 +5,15 @@ weights once and the KV cache read by attention. The sheets are in `devices.yaml
 `cost.device_sheet` may also be the path of a user's own file with the same keys.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from pydantic import JsonValue
 
+from puzzle import settings
 from puzzle.config import ScenarioConfig
 from puzzle.engines import Engine, EngineFacts, Page, cache_bytes
 from puzzle.errors import UserError
@@ -40,18 +43,28 @@ def sheet(name: str) -> dict[str, float]:
     if name in sheets:
         return sheets[name]
     path = Path(name)
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not isinstance(values, dict) or set(values) != set(KEYS):
+    values = settings.read_yaml(path, "cost.device_sheet") if path.is_file() else None
+    if values is None or set(values) != set(KEYS):
         raise UserError(
             f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file "
             f"with the keys {', '.join(KEYS)}"
         )
+    figures = {key: _figure(values[key]) for key in KEYS}
+    for key, figure in figures.items():
+        if not math.isfinite(figure) or figure < 0 or (figure == 0 and key != "step_overhead_s"):
+            raise UserError(
+                f"cost.device_sheet {name}: {key}: got {values[key]!r:.80}; expected a number "
+                "above 0"
+            )
+    return figures
+
+
+def _figure(value: JsonValue) -> float:
+    """A number, also of a text such as 1e12, as which YAML reads it; NaN for anything else."""
     try:
-        return {key: float(values[key]) for key in KEYS}  # YAML reads 1e12 as text
-    except (TypeError, ValueError):
-        raise UserError(
-            f"cost.device_sheet {name}: every value must be a number; got {values}"
-        ) from None
+        return float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 class RooflineSession:

@@ -26,6 +26,7 @@ from puzzle.engines import (
     cache_bytes,
 )
 from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
+from puzzle.model.weight_files import weight_files
 
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
@@ -52,7 +53,7 @@ class Served:
     @property
     def memory_bytes(self) -> int:
         """What serving it takes of each device, about."""
-        weights = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        weights = sum(path.stat().st_size for path in weight_files(self.folder))
         shared = (weights + self.kv_cache_bytes) // self.scenario.tensor_parallel
         return shared + ENGINE_OVERHEAD_BYTES
 

@@ -18,6 +18,7 @@ from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.block_configs import BlockConfig
 from puzzle.model.modeling_puzzle import PuzzleConfig
+from puzzle.model.weight_files import weight_files
 from puzzle.model.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -81,7 +82,7 @@ def export(source: Path, target: Path, options: Options) -> Written:
         notes.append(
             f"FFN widths are no multiples of {MULTIPLE}: no ffn_mult, which TensorRT-LLM wants"
         )
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weight_files(target))
     return Written(file="", bytes=size, notes=notes)
 
 

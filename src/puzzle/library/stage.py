@@ -55,7 +55,8 @@ def _check(job: Job) -> None:
             f"parent {parent.name}: its tokenizer has {len(parent.tokenizer)} tokens, its "
             f"embedding only {parent.shape.vocab_size}; give it the tokenizer it was trained with"
         )
-    sources.source_fingerprints(run.recipe.corpus)
+    parent.check_weights()
+    sources.check(run.recipe.corpus, parent.tokenizer)
     _ = run.full_space
 
 

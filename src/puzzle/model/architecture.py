@@ -116,7 +116,8 @@ def _parse(name: str, sized_kind: str) -> tuple[str, int] | None:
     if name in KINDS_WITHOUT_SIZE:
         return name, 0
     kind, _, size = name.partition("_")
-    if kind == sized_kind and size.isdecimal() and size.isascii() and int(size) > 0:
+    is_number = size.isdecimal() and size.isascii() and len(size) < 10
+    if kind == sized_kind and is_number and int(size) > 0:
         return kind, int(size)
     return None
 
@@ -125,7 +126,7 @@ def parse_attention(name: str) -> Attention:
     """Read `gqa_2`, `linear` or `no_op`. Raises `UserError` for anything else."""
     parsed = _parse(name, "gqa")
     if parsed is None:
-        raise UserError(f"attention variant {name!r}: expected gqa_<kv heads>, linear or no_op")
+        raise UserError(f"attention variant {name!r:.80}: expected gqa_<kv heads>, linear or no_op")
     return Attention(*parsed)
 
 
@@ -134,7 +135,7 @@ def parse_ffn(name: str) -> FFN:
     parsed = _parse(name, "gated")
     if parsed is None:
         raise UserError(
-            f"FFN variant {name!r}: expected gated_<intermediate size>, linear or no_op"
+            f"FFN variant {name!r:.80}: expected gated_<intermediate size>, linear or no_op"
         )
     return FFN(*parsed)
 
@@ -143,7 +144,9 @@ def parse_block(name: str) -> Block:
     """Read `gqa_2+gated_384`. Raises `UserError` for anything else."""
     attention, plus, ffn = name.partition("+")
     if not plus:
-        raise UserError(f"block {name!r}: expected <attention>+<ffn>, for example gqa_2+gated_384")
+        raise UserError(
+            f"block {name!r:.80}: expected <attention>+<ffn>, for example gqa_2+gated_384"
+        )
     return Block(parse_attention(attention), parse_ffn(ffn))
 
 

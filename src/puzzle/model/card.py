@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import JsonValue
 
+from puzzle import settings
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.parent import Parent
@@ -61,8 +62,8 @@ def _parents_front_matter(readme: Path) -> dict[str, JsonValue]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        values = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        values = settings.parse_yaml(parts[1])
+    except ValueError:
         return {}
     if not isinstance(values, dict):
         return {}

@@ -18,6 +18,7 @@ from puzzle.errors import UserError
 from puzzle.model import block_configs
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.model.weight_files import weight_files
 
 MODEL_CODE = ("configuration_puzzle.py", "modeling_puzzle.py")  # what a child loads with alone
 CARRIED_OVER = (  # from the parent's folder
@@ -137,7 +138,7 @@ def save(
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         artifacts.sync(path)
     for name in CARRIED_OVER:
         if (parent_folder / name).exists():
@@ -195,7 +196,7 @@ def load(
     """Load a child written by `save`; `dtype` None keeps the checkpoint's."""
     config = PuzzleConfig.from_pretrained(folder)
     state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         state |= load_file(path)
     return build(config, state, dtype or stored_dtype(config), device, attention)
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from puzzle.errors import UserError
+from puzzle.model.weight_files import names_in, open_file, read_index, weight_files
 
 Tensors = list[tuple[str, slice]]  # names in a child, and the rows of the stored tensor
 WHOLE = slice(None)
@@ -21,18 +22,11 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path, tensors: Callable[[str], Tensors] = _same_name) -> None:
         """`tensors`: where a stored tensor, or some of its rows, goes in a child."""
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise UserError(
-                f"parent {folder}: no *.safetensors file; convert the weights to safetensors first"
-            )
+        index = read_index(folder)
         self._places: dict[str, tuple[safe_open, str, slice]] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except Exception as error:
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            for stored in file.keys():  # noqa: SIM118 (not a dict)
+        for path in weight_files(folder):
+            file = open_file(path)
+            for stored in names_in(path, file, index):
                 self._places |= {name: (file, stored, rows) for name, rows in tensors(stored)}
 
     def __getitem__(self, name: str) -> torch.Tensor:

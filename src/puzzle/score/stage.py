@@ -35,6 +35,11 @@ def _facts(job: Job) -> Inputs:
     return job.run.data_facts | {"task": task}
 
 
+def _check(job: Job) -> None:
+    if job.run.recipe.score.task is not None:
+        tasks.check(job.run.recipe.score.task)
+
+
 def _execute(job: Job, folder: Path) -> None:
     run = job.run
     settings, shards = run.recipe.score, all_shards(run)
@@ -160,4 +165,4 @@ def _memory_bytes(run: Run, parameters: int) -> float:
     return weights + 4 * states * shape.hidden_size + library + 4 * 4 * CHUNK_ELEMENTS
 
 
-WORK = Work(facts=_facts, execute=_execute, need=_need)
+WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)

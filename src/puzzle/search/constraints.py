@@ -4,6 +4,7 @@ A constraint is absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative t
 "50%"), and holds in every scenario or in a named one.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ UNITS = {
         "KiB": 2.0**10,
         "MiB": 2.0**20,
         "GiB": 2.0**30,
+        "TiB": 2.0**40,
     },
     "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0},
     "tokens per second": {"tok/s": 1.0, "ktok/s": 1e3},
@@ -129,14 +131,15 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
     units = UNITS[KINDS[name].unit]
     known = ", ".join(unit or "none" for unit in units)
     expected = f"expected a number with a unit ({known}) or relative to the parent (2x, 50%)"
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"search.{name}: got {text!r}; {expected}")
-    number, unit = float(match[1]), match[2]
-    if unit in ("x", "%"):
-        return number / (100 if unit == "%" else 1), True
-    if unit not in units:
-        raise UserError(f"search.{name}: got {text!r}; {expected}")
-    return number * units[unit], False
+    scales = units | {"x": 1.0, "%": 0.01}
+    number = float(match[1]) * scales.get(match[2], 1.0) if match else 0.0
+    if not match or number <= 0 or not math.isfinite(number):
+        raise UserError(f"search.{name}: got {text!r:.80}; {expected}")
+    if match[2] not in scales:
+        similar = [unit for unit in scales if unit.lower() == match[2].lower()]
+        hint = f"; did you mean {match[1]}{similar[0]}?" if similar else ""
+        raise UserError(f"search.{name}: got {text!r:.80}; {expected}{hint}")
+    return number, match[2] not in units
 
 
 def check(settings: SearchConfig, scenarios: Mapping[str, ScenarioConfig]) -> None:

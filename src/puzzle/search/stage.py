@@ -12,6 +12,7 @@ Reads: scores and costs, and what serving this child has shown (`tried.py`). Wri
 `search/solutions.json`, `frontier.jsonl`, `baselines.jsonl` (`answers.py`).
 """
 
+import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,12 +90,24 @@ def _check(job: Job) -> None:
             f"search.kl: the scores are of {job.run.recipe.score.metric}; expected score.metric=kl"
         )
     if job.child.search.architecture is not None:
-        given = Architecture.from_names(job.child.search.architecture)
+        try:
+            given = Architecture.from_names(job.child.search.architecture)
+        except UserError as error:
+            raise UserError(f"search.architecture: {error}") from None
         expected = job.run.parent.shape.num_hidden_layers
         if len(given) != expected:
             raise UserError(
-                f"search.architecture: got {len(given)} layers, expected the parent's {expected}"
+                f"search.architecture: got {len(given)} blocks, expected {expected}: one for each "
+                "layer of the parent"
             )
+        for index, (block, layer) in enumerate(zip(given, job.space.layers, strict=True)):
+            if block not in layer.blocks:
+                names = [known.name for known in layer.blocks]
+                close = difflib.get_close_matches(block.name, names, n=3) or names[:3]
+                raise UserError(
+                    f"search.architecture: layer {index}: got {block.name!r}, which is not in the "
+                    f"search space; expected one of its {len(names)}, such as {', '.join(close)}"
+                )
 
 
 def _execute(job: Job, folder: Path) -> None:

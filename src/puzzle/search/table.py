@@ -4,8 +4,8 @@ The format is that of NVlabs/puzzle: a JSON object of layers, each an object of 
 object of numbers, possibly nested (`stats.runtime_ms`, `metrics.kl_div`).
 """
 
+import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, reason
 from puzzle.search.program import starts_of
 
+LARGEST = 1e300  # above it sums of figures are infinite
 Record = dict[str, JsonValue]  # the figures of one variant
 
 
@@ -31,9 +32,8 @@ class Table:
         """Read and check a table. `UserError` names the layer and the variant that is wrong."""
         content = _parse(path)
         if not isinstance(content, dict) or not content:
-            raise UserError(
-                f"table {path}: got {type(content).__name__}, expected an object of layers"
-            )
+            got = "no layers" if content == {} else type(content).__name__
+            raise UserError(f"table {path}: got {got}, expected an object of layers")
         _check_layer_numbers(path, content)
         return cls({layer: _variants(path, layer, value) for layer, value in content.items()})
 
@@ -53,7 +53,7 @@ class Table:
         `UserError` where one is missing or is not a finite number.
         """
         figures = [
-            _figure(variant, key, f"table, {layer}, {_short(name)}")
+            _figure(variant, key, f"table, {layer:.80}, {_short(name)}")
             for layer, variants in self.layers.items()
             for name, variant in variants.items()
         ]
@@ -64,9 +64,11 @@ def _figure(variant: Record, key: str, place: str) -> float:
     """The number under a dotted key; `place` begins the message of the `UserError`."""
     value = _nested(variant, key)
     if value is None:
-        raise UserError(f"{place}: has no {key!r}; expected one of: {', '.join(_keys(variant))}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{place}: {key} is {value!r}; expected a finite number")
+        known = ", ".join(itertools.islice(_keys(variant), 20))
+        hint = f"expected one of: {known}" if known else "it has no figures"
+        raise UserError(f"{place}: has no {key!r}; {hint}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise UserError(f"{place}: {key} is {value!r:.80}; expected a finite number")
     return float(value)
 
 
@@ -90,7 +92,8 @@ def _keys(record: Record, prefix: str = "") -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    return repr(" ".join(name.split()))
+    text = " ".join(name.split())
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _parse(path: Path) -> JsonValue:
@@ -108,17 +111,21 @@ def _parse(path: Path) -> JsonValue:
         content: JsonValue = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"table {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"table {path}: not a JSON file ({error})") from None
+    except IsADirectoryError:
+        raise UserError(f"table {path}: is a folder; expected a JSON file") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"table {path}: not a JSON file ({reason(error)})") from None
     return content
 
 
 def _check_layer_numbers(path: Path, names: Iterable[str]) -> None:
     """Where layers are called layer_0, layer_1, ... none may be missing."""
     digits = [name.removeprefix("layer_") for name in names if name.startswith("layer_")]
-    numbers = sorted(int(text) for text in digits if text.isdecimal())
-    if numbers and numbers != list(range(len(numbers))):
-        missing = min(set(range(numbers[-1] + 1)) - set(numbers), default=numbers[-1])
+    numbers = sorted(int(text) for text in digits if text.isdecimal() and len(text) < 10)
+    missing = next((i for i, number in enumerate(numbers) if i != number), None)
+    if missing is not None:
         raise UserError(
             f"table {path}: layer_{missing} is missing; "
             f"expected every layer from 0 to {numbers[-1]}"
