@@ -41,6 +41,7 @@ class SourceConfig(Section):
     path: str | None = None
     dataset: str | None = None
     subset: str | None = None
+    revision: str | None = None  # of the dataset: a branch, tag or commit; if None, its newest
     split: str = "train"
     text_column: str = "text"
     messages_column: str = "messages"

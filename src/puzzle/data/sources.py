@@ -1,7 +1,7 @@
 """Where text comes from: the sources of a corpus, read as documents in an order fixed by a seed.
 
 Reads: local files, folders, JSON Lines, Parquet, Hugging Face datasets, and the source code of the
-interpreter's standard library. Writes nothing.
+interpreter's standard library. Writes `RUN/datasets.json`, the revisions of the hub's datasets.
 """
 
 import platform
@@ -14,8 +14,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.config import CorpusConfig, SourceConfig
-from puzzle.data.rows import hub_rows, jsonl_rows, parquet_rows, row_text
+from puzzle.data.rows import hub_commit, hub_rows, jsonl_rows, parquet_rows, row_text
 from puzzle.errors import UserError
 
 TEXT_SUFFIXES = {
@@ -54,6 +55,12 @@ class Document:
     text: str
 
 
+class Revisions(Record):
+    """`datasets.json`: the commit of each dataset of the hub, by name and what was asked for."""
+
+    commits: dict[str, str]
+
+
 def documents(
     source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> Iterator[Document]:
@@ -84,22 +91,46 @@ def documents(
 def source_fingerprints(config: CorpusConfig) -> dict[str, str]:
     """What changes, per source, when its content may have changed.
 
-    That is the interpreter's version for the standard library, and names, sizes and times of local
-    files. Hugging Face datasets have no entry. Raises `UserError` for a path that does not exist.
+    That is the interpreter's version for the standard library, names, sizes and times of local
+    files, and the revision of a dataset of the hub (see `pinned`). Raises `UserError` for a path
+    that does not exist.
     """
     fingerprints = {}
     for source in config.sources:
         if source.stdlib:
             fingerprints[source.label] = platform.python_version()
-        elif source.path:
-            root = Path(source.path).expanduser()
+        elif source.dataset and not Path(source.dataset).exists():
+            fingerprints[f"{source.label} {source.subset} {source.split}"] = source.revision or ""
+        else:
+            root = Path(source.path or source.dataset or "").expanduser()
             if not root.exists():
                 raise UserError(f"corpus source {root}: no such file or folder")
-            stats = [(name, path.stat()) for name, path in _local_files(root)]
+            files = _local_files(root) if source.path else _every_file(root)
+            stats = [(name, path.stat()) for name, path in files]
             fingerprints[source.label] = artifacts.fingerprint(
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
             )
     return fingerprints
+
+
+def pinned(config: CorpusConfig, path: Path) -> CorpusConfig:
+    """The settings with every dataset of the hub at a commit.
+
+    `path` keeps the commits, so that a run of days reads the same text to its end, whatever is
+    published meanwhile. Raises `UserError` where the hub does not know or cannot be asked.
+    """
+    commits = dict(Revisions.read(path).commits) if path.exists() else {}
+    known, sources = len(commits), []
+    for source in config.sources:
+        if source.dataset and not Path(source.dataset).exists():
+            name = f"{source.dataset}@{source.revision or 'newest'}"
+            if name not in commits:
+                commits[name] = hub_commit(source)
+            source = source.model_copy(update={"revision": commits[name]})
+        sources.append(source)
+    if len(commits) > known:
+        Revisions(commits=commits).write(path)
+    return config.model_copy(update={"sources": sources})
 
 
 def stdlib_files() -> list[NamedFile]:
@@ -129,6 +160,11 @@ def _local_files(root: Path) -> list[NamedFile]:
         expected = " ".join(sorted(suffixes))
         raise UserError(f"corpus source {root}: no readable file; expected any of {expected}")
     return sorted(files)
+
+
+def _every_file(root: Path) -> list[NamedFile]:
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
 
 def _read_text(path: Path) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.assemble.stage import serving_need
-from puzzle.cost.table import read_header
+from puzzle.cost.table import read_header, serving_facts
 from puzzle.data import tasks
 from puzzle.evaluate.quality import Text, right_answers, unit_sums
 from puzzle.evaluate.results import (
@@ -36,7 +36,8 @@ from puzzle.uptrain import UPTRAIN
 
 
 def _facts(job: Job) -> Inputs:
-    return job.run.data_facts | {"task": tasks.fingerprint(job.run.recipe.score.task)}
+    task = tasks.fingerprint(job.run.recipe.score.task)
+    return job.run.data_facts | {"task": task} | serving_facts(job)
 
 
 def _execute(job: Job, folder: Path) -> None:

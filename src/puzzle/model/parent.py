@@ -7,7 +7,7 @@ tests hold that its logits are bitwise those of transformers. Stages therefore k
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from puzzle import artifacts
-from puzzle.artifacts import Record
+from puzzle.artifacts import Checksums, Record
 from puzzle.errors import UserError
 from puzzle.model import block_configs, child
 from puzzle.model.architecture import Architecture, ModelShape
@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 DESCRIPTION = "parent.json"
 HUB_FILES = [
@@ -61,14 +64,15 @@ class Parent:
     folder: Path
     shape: ModelShape
     hf_config: PretrainedConfig
+    checksums: Checksums = field(default_factory=Checksums, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config and weights; of large weights, size and two parts of the file."""
+        """Of config and weights, every byte of them."""
         if (self.folder / DESCRIPTION).exists():
             return ParentRecord.read(self.folder / DESCRIPTION).fingerprint
         marks = {
-            path.name: _weights_mark(path) for path in sorted(self.folder.glob("*.safetensors"))
+            path.name: self.checksums.of(path) for path in sorted(self.folder.glob("*.safetensors"))
         }
         config = artifacts.file_fingerprint(self.folder / "config.json")
         return artifacts.fingerprint({"config": config, "weights": marks})
@@ -139,16 +143,6 @@ class Parent:
         return model.requires_grad_(False)
 
 
-def _weights_mark(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= 1 << 30:
-        return artifacts.file_fingerprint(path)
-    with path.open("rb") as file:
-        header = file.read(1 << 20)
-        file.seek(size // 2)
-        return artifacts.fingerprint([size, header.hex(), file.read(1 << 20).hex()])
-
-
 def locate(name: str) -> Path:
     """The folder of `pocket`, of a local folder's name, or of a model on the Hugging Face hub.
 
@@ -206,8 +200,11 @@ def is_here(name: str) -> bool:
     return True
 
 
-def describe(name: str) -> Parent:
-    """A parent from its config only. Raises `UserError` for a missing or unsupported one."""
+def describe(name: str, checksums: Checksums | None = None) -> Parent:
+    """A parent from its config only. Raises `UserError` for a missing or unsupported one.
+
+    `checksums` remembers those of its files.
+    """
     folder = locate(name)
     if not (folder / "config.json").exists():
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
@@ -223,7 +220,8 @@ def describe(name: str) -> Parent:
         None if window is None or window >= longest else window for window in family.windows(config)
     )
     settings = PuzzleConfig(**family.settings(config))
-    return Parent(name, folder, shape(settings, family.blocks(config), windows), config)
+    seen = shape(settings, family.blocks(config), windows)
+    return Parent(name, folder, seen, config, checksums or Checksums())
 
 
 def shape(
