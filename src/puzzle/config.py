@@ -92,13 +92,14 @@ class SourceConfig(Section):
     path: PathOrName | None = None
     dataset: str | None = None
     subset: str | None = None
+    revision: str | None = None  # of the dataset: a branch, tag or commit; if None, its newest
     split: str = "train"
     text_column: str = "text"
     messages_column: str = "messages"
     weight: float = Field(default=1.0, gt=0)
     # Of `parent`: a file of prompts, one a line or JSON Lines with `text_column`; default: from the
     # beginning of a text.
-    prompts: str | None = None
+    prompts: PathOrName | None = None
     document_tokens: Positive = 512  # that it writes at most for each
     temperature: float = Field(default=1.0, gt=0)
 

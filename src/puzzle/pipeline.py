@@ -129,14 +129,20 @@ def execute_stage(stage: Stage, job: Job, *, again: bool = False) -> Manifest:
 def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
     folder, inputs = job.folder(stage), stage.inputs(job)
     earlier = artifacts.read_manifest(folder)
-    if earlier is not None and earlier.inputs == inputs:
-        artifacts.drop_unfinished(folder)
-        job.run.progress.say(f"{stage.name}: up to date")
-        return earlier
-    job.run.progress.say(stage.name)
+    reason = None
     if earlier is not None:
-        job.run.progress.say(f"  made again: {_what_changed(earlier.inputs, inputs)}")
+        is_same = earlier.inputs == inputs
+        reason = artifacts.damage(folder, earlier) if is_same else _what_changed(earlier, inputs)
+        if reason is None:
+            artifacts.drop_unfinished(folder)
+            job.run.progress.say(f"{stage.name}: up to date")
+            return earlier
+    job.run.progress.say(stage.name)
+    if reason is not None:
+        job.run.progress.say(f"  made again: {reason}")
     stage.work().check(job)  # before an earlier result is removed
+    if earlier is not None and earlier.inputs == inputs and stage.repairs:
+        artifacts.reopen(folder, earlier)
     artifacts.begin(folder, inputs)
     began = time.perf_counter()
     stage.work().execute(job, folder)
@@ -146,8 +152,8 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
     return manifest
 
 
-def _what_changed(before: Inputs, now: Inputs) -> str:
-    key, one, other = artifacts.first_difference(before, now)
+def _what_changed(earlier: Manifest, now: Inputs) -> str:
+    key, one, other = artifacts.first_difference(earlier.inputs, now)
     if key.startswith("after."):
         return f"{key.removeprefix('after.')} has changed"
     if isinstance(one, str | int | float) and isinstance(other, str | int | float):

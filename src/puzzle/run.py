@@ -2,6 +2,7 @@
 
     RUN/ run.yaml                        the recipe
          parent/                         all that a place needs of the parent: no weights
+         checksums.jsonl datasets.json   of its files; revisions of the hub's datasets
          corpus/ library/ score/         of the parent, made once
          places/<place>/ place.yaml      where children are served, and what costs there
          children/<name>/ child.yaml     a wish at a place, and all that was made for it
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from puzzle import artifacts, config, settings
 from puzzle.artifacts import Inputs, Record
-from puzzle.config import ChildConfig, PlaceConfig, Recipe
+from puzzle.config import ChildConfig, CorpusConfig, PlaceConfig, Recipe
 from puzzle.errors import UserError
 from puzzle.metrics import Metrics
 from puzzle.progress import Progress
@@ -191,7 +192,8 @@ class Run:
         description = self.folder / "parent"
         if (description / parent.DESCRIPTION).exists() and not parent.is_here(self.recipe.parent):
             return parent.read_description(description)  # this machine has no weights of it
-        return parent.describe(self.recipe.parent)
+        checksums = artifacts.Checksums(self.folder / "checksums.jsonl")
+        return parent.describe(self.recipe.parent, checksums)
 
     @property
     def placement(self) -> "Placement":
@@ -254,12 +256,19 @@ class Run:
     # ----------------------------------------------------------------------------------------- data
 
     @cached_property
+    def corpus_settings(self) -> CorpusConfig:
+        """The recipe's, with datasets of the hub at the revisions that this run began with."""
+        from puzzle.data import sources
+
+        return sources.pinned(self.recipe.corpus, self.corpus_folder.with_name("datasets.json"))
+
+    @cached_property
     def corpus(self) -> "dict[Split, Sequences]":
         """The packed text, made when first asked for."""
         from puzzle.data import corpus, written
 
         return corpus.build(
-            written.with_files(self, self.recipe.corpus),
+            written.with_files(self, self.corpus_settings),
             self.parent.tokenizer,
             self.corpus_folder,
             tokenizer_fingerprint=self.parent.tokenizer_fingerprint,
@@ -290,7 +299,7 @@ class Run:
         return {
             "parent": self.parent.fingerprint,
             "tokenizer": self.parent.tokenizer_fingerprint,
-            "sources": dict(sources.source_fingerprints(self.recipe.corpus)),
+            "sources": dict(sources.source_fingerprints(self.corpus_settings)),
             "device": self.device.type,
             "bfloat16": self.device.bfloat16,
         }

@@ -109,7 +109,7 @@ class Job:
     def manifest(self, stage: "Stage") -> Manifest:
         """The manifest of an earlier stage that is done for the settings of now.
 
-        Raises `UserError` with the command that is missing.
+        Raises `UserError` with the command that is missing, or the file that is damaged.
         """
         manifest = artifacts.read_manifest(self.folder(stage))
         if manifest is None or not stage.is_current(self, manifest):
@@ -118,6 +118,9 @@ class Job:
                 f"run {self.run.folder}: stage {stage.name} is {state}; run "
                 f"`puzzle {stage.command(self)}` first"
             )
+        damage = artifacts.damage(self.folder(stage), manifest)
+        if damage is not None:
+            raise UserError(f"{damage}; `puzzle {stage.command(self)}` makes it again")
         return manifest
 
 
@@ -140,7 +143,7 @@ def nothing_to_check(job: Job) -> None:
 class Work:
     """The half of a stage that computes.
 
-    `facts` are the inputs that are not settings: fingerprints, versions, devices. `execute` does
+    `facts` are the inputs that are not settings: fingerprints, engines, devices. `execute` does
     the work in the folder it is given. `check` raises `UserError` for what can be known to be wrong
     before anything is spent. `need` estimates from config and shapes, without loading weights.
     """
@@ -161,7 +164,9 @@ class Stage:
     summary: str
     after: tuple["Stage", ...]  # the stages whose files it reads
     settings: Callable[[Job], Inputs]  # the settings that decide its result; needs no torch
+    packages: tuple[str, ...]  # whose versions decide its result
     work: Callable[[], Work]
+    repairs: bool = False  # whether its work makes only those files again that are missing
 
     def command(self, job: Job) -> str:
         """The arguments of `puzzle` that run this stage for this job."""
@@ -176,12 +181,13 @@ class Stage:
         return " ".join(words)
 
     def inputs(self, job: Job) -> Inputs:
-        """Everything that decides the result: settings, facts, and the stages before it.
+        """Everything that decides the result: settings, versions, facts, and the stages before it.
 
         Raises `UserError` where a stage before it is not done or out of date.
         """
         return {
             "settings": self.settings(job),
+            "versions": dict(artifacts.versions(self.packages)),
             "facts": self.work().facts(job),
             "after": {stage.name: job.manifest(stage).fingerprint for stage in self.after},
         }
@@ -189,7 +195,8 @@ class Stage:
     def is_current(self, job: Job, manifest: Manifest) -> bool:
         """Whether a result is of the settings of now and of the earlier stages' files of now.
 
-        Reads folders only, so it answers on any machine; facts are compared when the stage runs.
+        Reads folders only, so it answers on any machine, whatever is installed there; versions and
+        facts are compared when the stage runs.
         """
         if manifest.inputs.get("settings") != self.settings(job):
             return False

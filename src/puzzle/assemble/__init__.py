@@ -23,5 +23,6 @@ ASSEMBLE = Stage(
     summary="Put the chosen blocks together and measure the child.",
     after=(LIBRARY, SEARCH),
     settings=_settings,
+    packages=("puzzle-nas", "torch", "transformers"),
     work=_work,
 )

@@ -15,6 +15,7 @@ import torch
 
 from puzzle.artifacts import Inputs
 from puzzle.assemble import measured
+from puzzle.cost.table import serving_facts
 from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.library import weights
 from puzzle.model import card, child
@@ -56,7 +57,7 @@ def _is_layer(name: str) -> bool:
 
 
 def _facts(job: Job) -> Inputs:
-    return {}
+    return serving_facts(job)
 
 
 def _execute(job: Job, folder: Path) -> None:

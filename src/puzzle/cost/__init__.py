@@ -30,5 +30,6 @@ COST = Stage(
     summary="Measure what every variant takes on the serving engine.",
     after=(),
     settings=_settings,
+    packages=("puzzle-nas",),
     work=_work,
 )

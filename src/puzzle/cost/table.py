@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from puzzle import artifacts
-from puzzle.artifacts import Record
+from puzzle.artifacts import Inputs, Record
 from puzzle.config import ScenarioConfig
 from puzzle.cost import COST
 from puzzle.engines import EngineFacts
@@ -193,6 +193,11 @@ def are_from_elsewhere(job: Job) -> bool:
         return read_header(job).engine != job.engine.facts
     except UserError:  # the place's engine is not installed here
         return True
+
+
+def serving_facts(job: Job) -> Inputs:
+    """What a child's measured speed depends on; no engine where its place is another machine."""
+    return {"engine": None if are_from_elsewhere(job) else job.engine.facts.as_json()}
 
 
 def read_given(path: Path) -> tuple[CostHeader, list[VariantCost], list[ScenarioFit]]:

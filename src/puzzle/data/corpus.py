@@ -82,8 +82,13 @@ def build(
         "config": config.model_dump(mode="json"),
         "sources": dict(source_fingerprints(config)),
         "tokenizer": tokenizer_fingerprint,
+        "versions": dict(artifacts.versions(("puzzle-nas", "tokenizers", "datasets"))),
     }
     if not artifacts.is_done(out, inputs):
+        earlier = artifacts.read_manifest(out)
+        damage = artifacts.damage(out, earlier) if earlier else None
+        if damage is not None:
+            progress.say(f"corpus: made again: {damage}")
         artifacts.begin(out, inputs)
         began = time.perf_counter()
         context = _BuildContext(config, tokenizer, out, progress)

@@ -55,13 +55,31 @@ def hub_rows(source: SourceConfig, seed: int) -> Iterator[Row]:
 
     try:
         rows = datasets.load_dataset(
-            source.dataset, source.subset, split=source.split, streaming=True
+            source.dataset,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
         )
     except Exception as error:
         raise UserError(
             f"corpus source {source.dataset!r}: cannot load the dataset: {reason(error)}"
         ) from None
     yield from rows.shuffle(seed=seed, buffer_size=1000)
+
+
+def hub_commit(source: SourceConfig) -> str:
+    """The commit that a dataset's revision is today. Raises `UserError` where it cannot be told."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(str(source.dataset), revision=source.revision)
+    except Exception as error:
+        raise UserError(
+            f"corpus source {source.dataset!r}: neither a folder here nor reachable on the hub "
+            f"({type(error).__name__})"
+        ) from None
+    return str(info.sha)
 
 
 def row_text(

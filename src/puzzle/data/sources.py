@@ -1,7 +1,7 @@
 """Where text comes from: the sources of a corpus, read as documents in an order fixed by a seed.
 
 Reads: local files, folders, JSON Lines, Parquet, Hugging Face datasets, and the source code of the
-interpreter's standard library. Writes nothing.
+interpreter's standard library. Writes `RUN/datasets.json`, the revisions of the hub's datasets.
 """
 
 import itertools
@@ -15,8 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
+from puzzle.artifacts import Record
 from puzzle.config import CorpusConfig, SourceConfig
-from puzzle.data.rows import Row, hub_rows, jsonl_rows, parquet_rows, row_text
+from puzzle.data.rows import hub_commit, hub_rows, jsonl_rows, parquet_rows, row_text
 from puzzle.errors import UserError
 
 TEXT_SUFFIXES = {
@@ -59,6 +60,12 @@ class Document:
     counted: tuple[tuple[int, int], ...] | None = None
 
 
+class Revisions(Record):
+    """`datasets.json`: the commit of each dataset of the hub, by name and what was asked for."""
+
+    commits: dict[str, str]
+
+
 def documents(
     source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> Iterator[Document]:
@@ -70,7 +77,7 @@ def documents(
     if source.dataset:
         for number, row in enumerate(hub_rows(source, seed), start=1):
             place = f"{source.label}, row {number}"
-            yield Document("", row_text(row, source, tokenizer, place))
+            yield Document("", *row_text(row, source, tokenizer, place))
         return
     files = stdlib_files() if source.stdlib else _local_files(Path(source.path or "").expanduser())
     for index in np.random.default_rng(seed).permutation(len(files)):
@@ -78,7 +85,7 @@ def documents(
         if path.suffix in ROW_SUFFIXES:
             rows = jsonl_rows(path) if path.suffix == ".jsonl" else parquet_rows(path)
             for number, row in enumerate(rows, start=1):
-                yield Document("", row_text(row, source, tokenizer, f"{path}, row {number}"))
+                yield Document("", *row_text(row, source, tokenizer, f"{path}, row {number}"))
         elif source.path and len(files) == 1:
             yield from _pieces(path)
         else:
@@ -87,28 +94,30 @@ def documents(
                 yield Document(name, text)
 
 
-def _row(row: Row, source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None) -> Document:
-    return Document("", *row_text(row, source, tokenizer))
-
-
 def source_fingerprints(config: CorpusConfig) -> dict[str, str]:
     """What changes, per source, when its content may have changed.
 
-    That is the interpreter's version for the standard library, and names, sizes and times of local
-    files. Hugging Face datasets have no entry. Raises `UserError` for a path that does not exist.
+    That is the interpreter's version for the standard library, names, sizes and times of local
+    files, and the revision of a dataset of the hub (see `pinned`). Raises `UserError` for a path
+    that does not exist.
     """
     fingerprints = {}
     for source in config.sources:
         if source.stdlib:
             fingerprints[source.label] = platform.python_version()
-        elif source.path:
-            root = Path(source.path).expanduser()
+        elif source.parent:  # the parent's fingerprint and the settings say it
+            continue
+        elif source.dataset and not Path(source.dataset).exists():
+            fingerprints[f"{source.label} {source.subset} {source.split}"] = source.revision or ""
+        else:
+            root = Path(source.path or source.dataset or "").expanduser()
             if not root.exists():
                 raise UserError(
                     f"corpus source {root}: no such file or folder; a dataset of the hub is "
                     "written {dataset: NAME}"
                 )
-            stats = [(name, path.stat()) for name, path in _local_files(root)]
+            files = _local_files(root) if source.path else _every_file(root)
+            stats = [(name, path.stat()) for name, path in files]
             fingerprints[source.label] = artifacts.fingerprint(
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
             )
@@ -129,6 +138,26 @@ def check(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> None:
                     f"corpus source {source.path}: holds no text; expected UTF-8 text, JSON Lines "
                     "or Parquet"
                 )
+
+
+def pinned(config: CorpusConfig, path: Path) -> CorpusConfig:
+    """The settings with every dataset of the hub at a commit.
+
+    `path` keeps the commits, so that a run of days reads the same text to its end, whatever is
+    published meanwhile. Raises `UserError` where the hub does not know or cannot be asked.
+    """
+    commits = dict(Revisions.read(path).commits) if path.exists() else {}
+    known, sources = len(commits), []
+    for source in config.sources:
+        if source.dataset and not Path(source.dataset).exists():
+            name = f"{source.dataset}@{source.revision or 'newest'}"
+            if name not in commits:
+                commits[name] = hub_commit(source)
+            source = source.model_copy(update={"revision": commits[name]})
+        sources.append(source)
+    if len(commits) > known:
+        Revisions(commits=commits).write(path)
+    return config.model_copy(update={"sources": sources})
 
 
 def stdlib_files() -> list[NamedFile]:
@@ -158,6 +187,11 @@ def _local_files(root: Path) -> list[NamedFile]:
         expected = " ".join(sorted(suffixes))
         raise UserError(f"corpus source {root}: no readable file; expected any of {expected}")
     return sorted(files)
+
+
+def _every_file(root: Path) -> list[NamedFile]:
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
 
 def _read_text(path: Path) -> str | None:

@@ -30,5 +30,6 @@ EVALUATE = Stage(
     summary="Parent against child: quality and measured speed.",
     after=(COST, SEARCH, ASSEMBLE, UPTRAIN),
     settings=_settings,
+    packages=("puzzle-nas", "torch", "transformers", "tokenizers", "datasets"),
     work=_work,
 )

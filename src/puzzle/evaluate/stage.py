@@ -20,7 +20,7 @@ from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.assemble.stage import serving_need
-from puzzle.cost.table import read_header
+from puzzle.cost.table import read_header, serving_facts
 from puzzle.data import tasks
 from puzzle.evaluate import context, harness, samples, skills
 from puzzle.evaluate.quality import Text, unit_sums
@@ -46,8 +46,9 @@ from puzzle.uptrain import UPTRAIN
 
 
 def _facts(job: Job) -> Inputs:
-    files = {task.task: tasks.fingerprint(task.task) for task in job.child.evaluate.tasks}
-    return job.run.data_facts | {"task": tasks.fingerprint(job.run.recipe.score.task)} | files
+    asked = [job.run.recipe.score.task, *(task.task for task in job.child.evaluate.tasks)]
+    files = {str(task): tasks.fingerprint(task) for task in asked if task is not None}
+    return job.run.data_facts | {"tasks": files} | serving_facts(job)
 
 
 def _check(job: Job) -> None:

@@ -35,7 +35,10 @@ class Export(Record):
 
 
 def source(job: Job) -> Path:
-    """The folder of the finished child, or of the one that has not been uptrained yet."""
+    """The folder of the finished child, or of the one that has not been uptrained yet.
+
+    Raises `UserError` where there is none, or where it is damaged.
+    """
     for stage in (UPTRAIN, ASSEMBLE):
         folder = job.folder(stage)
         manifest = artifacts.read_manifest(folder)
@@ -44,6 +47,9 @@ def source(job: Job) -> Path:
                 job.run.progress.say(
                     f"  child {job.child.name} was made for an earlier wish, or from earlier files"
                 )
+            damage = artifacts.damage(folder, manifest)
+            if damage is not None:
+                raise UserError(f"{damage}; `puzzle {stage.command(job)}` makes it again")
             return folder
     raise UserError(
         f"run {job.run.folder}: child {job.child.name} is not made yet; run `puzzle run` first"
@@ -65,6 +71,7 @@ def export(job: Job, name: str, dtype: str | None = None) -> tuple[Path, Export]
         "child": manifest.fingerprint,
         "dtype": dtype,
         "card": artifacts.file_fingerprint(card) if card.exists() else None,
+        "versions": dict(artifacts.versions(("puzzle-nas", "transformers", "gguf"))),
     }
     if not artifacts.is_done(folder, inputs):
         if child_folder.name != UPTRAIN.folder:

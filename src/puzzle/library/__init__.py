@@ -31,5 +31,7 @@ LIBRARY = Stage(
     summary="Train every subblock variant by blockwise local distillation.",
     after=(),
     settings=_settings,
+    packages=("puzzle-nas", "torch", "transformers", "tokenizers", "datasets"),
     work=_work,
+    repairs=True,
 )

@@ -27,6 +27,8 @@ from puzzle.run import NARROWED, Run
 from puzzle.stage import Job, Work
 from puzzle.training import checkpoint
 
+Made = tuple[VariantRecord, list[CurvePoint]]
+
 
 def _facts(job: Job) -> Inputs:
     facts = dict(job.run.data_facts)
@@ -70,13 +72,17 @@ def _execute(job: Job, folder: Path) -> None:
         )
     for line in run.space.left_out:
         run.progress.say(f"  left out: {line}")
+    trainers, made = make_trainers(run), _made(folder)
+    missing = [trainer for trainer in trainers if trainer.key not in made]
     training = LibraryTraining(
-        run, folder, _parent_layers(run), make_trainers(run), resident=not memory.is_streamed(run)
+        run, folder, _parent_layers(run), missing, resident=not memory.is_streamed(run)
     )
-    if training.trainers:
+    if missing:
         training.initialise()
         training.train()
-    _write(training)
+    kept = {trainer.key: made[trainer.key] for trainer in trainers if trainer.key in made}
+    made = kept | _write_weights(training)
+    _write(training, [made[trainer.key] for trainer in trainers])
 
 
 def _parent_layers(run: Run) -> ParentLayers:
@@ -98,38 +104,55 @@ def make_trainers(run: Run) -> list[VariantTrainer]:
     return trainers
 
 
-def _write(training: LibraryTraining) -> None:
-    """Weights, index and curves of all variants."""
+def _made(folder: Path) -> dict[str, Made]:
+    """By key, what a library that is repaired has: variants whose files are all undamaged."""
+    points: dict[str, list[CurvePoint]] = {}
+    for point in artifacts.read_records(folder / CURVE, CurvePoint):
+        points.setdefault(f"{point.layer} {point.slot} {point.variant}", []).append(point)
+    made = {}
+    for record in artifacts.read_records(folder / INDEX, VariantRecord):
+        name = f"{record.layer} {record.slot} {record.variant}"
+        if record.file is not None and (folder / record.file).exists() and name in points:
+            made[record.file.removesuffix(".safetensors")] = record, points[name]
+    return made
+
+
+def _write_weights(training: LibraryTraining) -> dict[str, Made]:
+    """Write the weights of what was trained; its records by key."""
     folder, seed = training.folder, training.run.recipe.corpus.seed
-    records: list[VariantRecord] = []
-    curve: list[CurvePoint] = []
+    made = {}
     for trainer in training.trainers:
         file = f"{trainer.key}.safetensors"
         state = checkpoint.weights(training.checkpoint(trainer), "variant")
         with artifacts.atomic_path(folder / file) as path:
             save_file({name: t.float().cpu().contiguous() for name, t in state.items()}, path)
         slot, name, history = trainer.variant.slot, trainer.variant.name, trainer.history
-        records.append(
-            VariantRecord(
-                layer=trainer.layer,
-                slot=slot,
-                variant=name,
-                file=file,
-                nmse_before=history[0].validation,
-                nmse_after=history[-1].validation,
-                tokens=history[-1].tokens,
-                stopped=trainer.stopped,
-                seed=seed,
-            )
+        record = VariantRecord(
+            layer=trainer.layer,
+            slot=slot,
+            variant=name,
+            file=file,
+            nmse_before=history[0].validation,
+            nmse_after=history[-1].validation,
+            tokens=history[-1].tokens,
+            stopped=trainer.stopped,
+            seed=seed,
         )
-        curve += [
+        points = [
             CurvePoint(layer=trainer.layer, slot=slot, variant=name, **point.model_dump())
             for point in history
         ]
-    records += training.no_ops()
+        made[trainer.key] = record, points
+    return made
+
+
+def _write(training: LibraryTraining, made: list[Made]) -> None:
+    """Index and curves of all variants."""
+    records = [record for record, _ in made] + training.no_ops()
     records.sort(key=lambda record: record.layer)
-    artifacts.write_records(folder / INDEX, records)
-    artifacts.write_records(folder / CURVE, curve)
+    artifacts.write_records(training.folder / INDEX, records)
+    curve = [point for _, points in made for point in points]
+    artifacts.write_records(training.folder / CURVE, curve)
 
 
 WORK = Work(facts=_facts, execute=_execute, need=memory.need, check=_check)

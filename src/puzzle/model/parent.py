@@ -8,7 +8,7 @@ tests hold that its logits are bitwise those of transformers. Stages therefore k
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from puzzle import artifacts
-from puzzle.artifacts import Record
+from puzzle.artifacts import Checksums, Record
 from puzzle.config import expanded
 from puzzle.errors import UserError, reason
 from puzzle.model import block_configs, child
@@ -41,6 +41,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 DESCRIPTION = "parent.json"
 HUB_FILES = [
@@ -84,13 +87,14 @@ class Parent:
     folder: Path
     shape: ModelShape
     hf_config: PretrainedConfig
+    checksums: Checksums = field(default_factory=Checksums, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config and weights; of large weights, size and two parts of the file."""
+        """Of config and weights, every byte of them."""
         if (self.folder / DESCRIPTION).exists():
             return ParentRecord.read(self.folder / DESCRIPTION).fingerprint
-        marks = {path.name: _weights_mark(path) for path in weight_files(self.folder)}
+        marks = {path.name: self.checksums.of(path) for path in weight_files(self.folder)}
         config = artifacts.file_fingerprint(self.folder / "config.json")
         return artifacts.fingerprint({"config": config, "weights": marks})
 
@@ -311,8 +315,11 @@ def is_here(name: str) -> bool:
     return True
 
 
-def describe(name: str) -> Parent:
-    """A parent from its config only. Raises `UserError` for a missing or unsupported one."""
+def describe(name: str, checksums: Checksums | None = None) -> Parent:
+    """A parent from its config only. Raises `UserError` for a missing or unsupported one.
+
+    `checksums` remembers those of its files.
+    """
     folder = locate(name)
     if not (folder / "config.json").exists():
         raise UserError(f"parent {folder}: no config.json; expected a Hugging Face model folder")
@@ -329,8 +336,8 @@ def describe(name: str) -> Parent:
             for window in family.windows(config)
         )
         settings = PuzzleConfig(**family.settings(config))
-        described = Parent(name, folder, shape(settings, family.blocks(config), windows), config)
-    return described
+        seen = shape(settings, family.blocks(config), windows)
+    return Parent(name, folder, seen, config, checksums or Checksums())
 
 
 def check_config(name: str, config: Mapping[str, JsonValue]) -> None:

@@ -26,5 +26,6 @@ REPORT = Stage(
     summary="Write report/index.html and the model card.",
     after=(LIBRARY, SCORE, SEARCH, UPTRAIN, EVALUATE),
     settings=_settings,
+    packages=("puzzle-nas",),
     work=_work,
 )

@@ -28,5 +28,6 @@ SCORE = Stage(
     summary="Measure the parent's quality with each single block replaced.",
     after=(LIBRARY,),
     settings=_settings,
+    packages=("puzzle-nas", "torch", "transformers", "tokenizers", "datasets"),
     work=_work,
 )

@@ -35,5 +35,6 @@ SEARCH = Stage(
     summary="Choose one block per layer within the constraints.",
     after=(SCORE, COST),
     settings=_settings,
+    packages=("puzzle-nas", "highspy", "torch", "transformers"),
     work=_work,
 )

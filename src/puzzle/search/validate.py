@@ -89,6 +89,8 @@ def read(run: Run) -> Validation | None:
     score = artifacts.read_manifest(Job(run).folder(SCORE))
     if manifest is None or score is None or manifest.inputs["score"] != score.fingerprint:
         return None
+    if artifacts.damage(folder, manifest) is not None:  # it is made again when it is needed
+        return None
     return Validation.read(folder / FILE)
 
 

@@ -5,20 +5,27 @@ numbers need no saving: batches are a pure function of (seed, step) and nothing 
 
 The file holds full tensors, whatever the number of processes: sharded ones are gathered one at a
 time and written by process 0 as they come, so no process ever holds a second copy, and any number
-of processes can go on from it.
+of processes can go on from it. Its metadata holds a checksum of all of it, which is verified before
+a process goes on from what another one has written.
 """
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from puzzle import artifacts
+from puzzle.errors import UserError
+
+NO_DIGEST = b"0" * 64  # stands where the checksum is written at the end
+_trusted: set[Path] = set()  # checkpoints that this process has written or verified
 
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, torch.optim.Optimizer]
@@ -58,7 +65,9 @@ def save(
                 f"optimizer/{key}/{index}/{name}": torch.as_tensor(value)
                 for name, value in state.items()
             }
-    metadata = {"step": str(step), "notes": json.dumps(dict(notes or {}))}
+    metadata = {"sha256": NO_DIGEST.decode(), "step": str(step)}
+    metadata["notes"] = json.dumps(dict(notes or {}))
+    _trusted.add(path)
     if not distributed.is_initialized():
         with artifacts.atomic_path(path) as temporary:
             _write(temporary, tensors, metadata)
@@ -86,18 +95,54 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, 
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        first, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [first, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    begin = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(begin)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(begin)
         for tensor in tensors.values():
-            file.write(gathered(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            data = gathered(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+        file.seek(begin.index(NO_DIGEST))
+        file.write(digest.hexdigest().encode())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A checkpoint to read from. Raises `UserError` for a damaged one."""
+    try:
+        if path not in _trusted:
+            _verify(path)
+            _trusted.add(path)
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path}: is damaged ({error}); remove it, and what it holds is trained again"
+        ) from None
+    with file:
+        yield file
+
+
+def _verify(path: Path) -> None:
+    """Raise `ValueError` where the checksum in a checkpoint's metadata is not that of its bytes."""
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {}).get("sha256", "").encode()
+    with path.open("rb") as file:
+        begin = file.read(8)
+        begin += file.read(int.from_bytes(begin, "little"))
+        digest = hashlib.sha256(begin.replace(expected, NO_DIGEST, 1))
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    if digest.hexdigest().encode() != expected:
+        raise ValueError("its checksum differs")
 
 
 @torch.no_grad()
@@ -108,7 +153,7 @@ def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, 
     """
     if not path.exists():
         return 0, {}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         for key, module in modules.items():
             for name, parameter in _trained(module):
                 parameter.copy_(shard(file.get_tensor(f"module/{key}/{name}"), parameter))
@@ -146,7 +191,7 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
     """The weights of one of the modules of a checkpoint."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         prefix = f"module/{key}/"
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -154,5 +199,5 @@ def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 def peek(path: Path) -> tuple[int, dict[str, Any]]:
     """(step, notes) of a checkpoint, without its tensors."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return int(file.metadata()["step"]), json.loads(file.metadata()["notes"])

@@ -34,5 +34,6 @@ UPTRAIN = Stage(
     summary="Global knowledge distillation of the child.",
     after=(ASSEMBLE,),
     settings=_settings,
+    packages=("puzzle-nas", "torch", "transformers", "tokenizers", "datasets"),
     work=_work,
 )
