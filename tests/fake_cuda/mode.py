@@ -70,11 +70,16 @@ class FakeCuda(TorchDispatchMode):
         """Forget what was counted; the peak is what is alive now."""
         self.peak_bytes = self.live_bytes
         self.syncs: collections.Counter[str] = collections.Counter()
-        self.unpinned: collections.Counter[str] = collections.Counter()  # copies to the device
+        # copies to the device of anything but token ids and masks, whose bytes do not matter
+        self.unpinned: collections.Counter[str] = collections.Counter()
         self.unpinned_bytes: collections.Counter[str] = collections.Counter()
         self.largest: dict[str, int] = {}  # bytes of an operator that is no product, by its place
 
     # -------------------------------------------------------------------------------- dispatch
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled: leaves out a wrapper around every operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -100,12 +105,13 @@ class FakeCuda(TorchDispatchMode):
         if on_device and target is not None and target.type == "cpu":
             return self._to_host(args[0], kwargs)
         if name == "copy_" and args[0].device.type == "cpu":
-            self._wait(args[2:] and args[2] or kwargs.get("non_blocking"), args[0])
+            self._wait((args[2:] and args[2]) or kwargs.get("non_blocking"), args[0])
             return args[0]
         if name in ("_to_copy", "copy_"):
             self._to_device(args[0] if name == "_to_copy" else args[1], name, args, kwargs)
         with self.fake:
-            args, kwargs = tree_map_only(torch.Tensor, _faked, (args, kwargs))
+            if len(on_device) < len(tensors):
+                args, kwargs = tree_map_only(torch.Tensor, _faked, (args, kwargs))
             out = func(*args, **kwargs)
         self._note(name, on_device, out)
         return out
@@ -129,8 +135,7 @@ class FakeCuda(TorchDispatchMode):
     def _to_device(self, source: torch.Tensor, name: str, args, kwargs) -> None:
         if source.device.type != "cpu" or source.dim() == 0:
             return
-        pinned = source.untyped_storage() in self.pinned
-        if not pinned:
+        if source.is_floating_point() and source.untyped_storage() not in self.pinned:
             where = place()
             self.unpinned[where] += 1
             self.unpinned_bytes[where] += source.numel() * source.element_size()
@@ -181,7 +186,11 @@ def made_up(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A host tensor with contents nobody computed."""
     if shape.numel() > LARGE_HOST:
         return torch.empty(shape, dtype=dtype)
-    return torch.ones(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    return (
+        torch.ones(shape, dtype=dtype)
+        if dtype.is_floating_point
+        else torch.zeros(shape, dtype=dtype)
+    )
 
 
 def _made_up_number(tensor: torch.Tensor) -> bool | float | int:
@@ -273,9 +282,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
             mock.patch.object(autocast, "amp_definitely_not_available", lambda: False, create=True)
         )
         stack.enter_context(
-            mock.patch.object(
-                torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
-            )
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         )
         stack.enter_context(
             mock.patch.object(torch, "Generator", lambda device="cpu": _GENERATOR("cpu"))
@@ -287,9 +294,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
                 torch.Tensor, "is_pinned", lambda t, *a: t.untyped_storage() in mode.pinned
             )
         )
-        stack.enter_context(
-            mock.patch.object(torch.Tensor, "record_stream", lambda t, s: None)
-        )
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda t, s: None))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist, create=True))
         stack.enter_context(mode)
         yield mode
