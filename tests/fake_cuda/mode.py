@@ -209,8 +209,9 @@ def _tolist(tensor: torch.Tensor) -> object:
 
 def _tensor(data: object, *, device: object = None, **kwargs) -> torch.Tensor:
     """`torch.tensor`, which would look for a real device."""
-    made = _TENSOR(data, **kwargs)
-    return made if device is None else made.to(device)
+    if device is None or torch.device(device).type != "cuda":
+        return _TENSOR(data, device=device, **kwargs)
+    return _TENSOR(data, device="cpu", **kwargs).to(device)
 
 
 _TENSOR = torch.tensor
