@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -214,6 +215,18 @@ def _tensor(data: object, *, device: object = None, **kwargs) -> torch.Tensor:
     return _TENSOR(data, device="cpu", **kwargs).to(device)
 
 
+def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, which would swap the contents of parameters in place: puts new ones."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                moved = function(parameter.detach())
+                owner._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in owner._buffers.items():
+            owner._buffers[name] = None if buffer is None else function(buffer)
+    return module
+
+
 _TENSOR = torch.tensor
 _TOLIST = torch.Tensor.tolist
 _GENERATOR = torch.Generator
@@ -241,6 +254,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
     import torch.amp.autocast_mode
     import torch.cuda.amp.common
 
+    _device_constructors()  # remembers `torch.tensor` itself, not what replaces it here
     mode = FakeCuda()
     properties = types.SimpleNamespace(
         name="fake", total_memory=DEVICE_BYTES, multi_processor_count=132, major=9, minor=0
@@ -289,6 +303,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
             mock.patch.object(torch, "Generator", lambda device="cpu": _GENERATOR("cpu"))
         )
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
         stack.enter_context(
             mock.patch.object(

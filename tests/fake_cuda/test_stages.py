@@ -132,11 +132,18 @@ def test_every_family_never_mixes_devices(full, row):
 
 
 @pytest.mark.slow
-def test_all_families_wait_for_the_device_in_the_same_places(full):
-    first, *others = ({
-        stage: set(by_function(seen.get("syncs", {}))) for stage, seen in run["stages"].items()
-    } for run in full.values())  # fmt: skip
-    assert all(other == first for other in others)
+@pytest.mark.parametrize("row", families.ROWS)
+def test_all_families_wait_for_the_device_in_the_same_places(full, row):
+    """But for the rope that looks at the longest position (transformers' own)."""
+
+    def places(run: dict) -> dict[str, set[str]]:
+        return {name: set(by_function(seen.get("syncs", {}))) for name, seen in run.items()}
+
+    expected = places(full[SHORT[0]]["stages"])
+    waits = places(full[row]["stages"])
+    if row == "phi4":
+        waits = {name: seen - {"model/modeling_puzzle.py embed"} for name, seen in waits.items()}
+    assert waits == expected
 
 
 @pytest.mark.slow
