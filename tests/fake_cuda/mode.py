@@ -83,6 +83,8 @@ class FakeCuda(TorchDispatchMode):
         return False  # nothing is compiled: leaves out a wrapper around every operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = dict(kwargs or {})
         name = func.overloadpacket._qualified_op_name.split("::")[-1]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -101,8 +103,6 @@ class FakeCuda(TorchDispatchMode):
             self.syncs[place()] += 1
             if name == "equal":
                 return True
-        if name == "_fused_sdp_choice":
-            return self._attention_kernel(*args, **kwargs)
         if on_device and target is not None and target.type == "cpu":
             return self._to_host(args[0], kwargs)
         if name == "copy_" and args[0].device.type == "cpu":
@@ -140,13 +140,6 @@ class FakeCuda(TorchDispatchMode):
             where = place()
             self.unpinned[where] += 1
             self.unpinned_bytes[where] += source.numel() * source.element_size()
-
-    def _attention_kernel(self, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-        """What torch chooses on a recent GPU: flash without a mask, memory-efficient with one."""
-        backend = torch.nn.attention.SDPBackend
-        if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
-            return backend.EFFICIENT_ATTENTION.value
-        return (backend.FLASH_ATTENTION if attn_mask is None else backend.EFFICIENT_ATTENTION).value
 
     # ---------------------------------------------------------------------------------- figures
 
@@ -215,6 +208,46 @@ def _tensor(data: object, *, device: object = None, **kwargs) -> torch.Tensor:
     return _TENSOR(data, device="cpu", **kwargs).to(device)
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch chooses on a recent GPU: flash without a mask, memory-efficient with one.
+
+    On a CPU-only build it would find no kernel and take the mathematical definition, whose
+    probabilities fill the memory.
+    """
+    if not isinstance(query, FakeTensor):
+        return _ATTENTION(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if len({query.dtype, key.dtype, value.dtype}) > 1:
+        raise RuntimeError("Expected query, key, and value to have the same dtype")
+    kernels, half = torch.ops.aten, query.dtype in (torch.bfloat16, torch.float16)
+    if attn_mask is None and half and query.shape[-1] <= 256:
+        flash = kernels._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    efficient = kernels._scaled_dot_product_efficient_attention
+    needs_sum = torch.is_grad_enabled() and query.requires_grad
+    return efficient(query, key, value, bias, needs_sum, dropout_p, is_causal, scale=scale)[0]
+
+
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
     """`Module._apply`, which would swap the contents of parameters in place: puts new ones."""
     for owner in module.modules():
@@ -228,6 +261,7 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
 
 
 _TENSOR = torch.tensor
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _TOLIST = torch.Tensor.tolist
 _GENERATOR = torch.Generator
 
@@ -304,6 +338,9 @@ def fake_cuda() -> Iterator[FakeCuda]:
         )
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        stack.enter_context(
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention)
+        )
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
         stack.enter_context(
             mock.patch.object(
