@@ -78,6 +78,17 @@ class Device:
             dtype if keeps else torch.float32, self.torch_device, self.attention_for(length)
         )
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, pinned where it comes from a GPU.
+
+        From a GPU it is still being written when this returns: only that GPU may read it, or the
+        host after a synchronisation.
+        """
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
     @cached_property
     def memory_bytes(self) -> int:
         """What the device has: a GPU's memory, or this machine's."""

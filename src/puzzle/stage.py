@@ -89,7 +89,8 @@ class Job:
         """The engine of the place. Raises `UserError` where it cannot run here."""
         from puzzle import engines
 
-        return engines.choose(self.place.cost, self.place.deploy, self.run.folder / "logs")
+        logs, device = self.run.folder / "logs", self.run.recipe.device
+        return engines.choose(self.place.cost, self.place.deploy, logs, device)
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
         """Holds the place's device while something is measured on it."""

@@ -8,6 +8,7 @@ import pytest
 from puzzle import pipeline
 from puzzle.config import PlaceConfig
 from puzzle.cost import COST, table
+from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.regression import Samples
 from puzzle.cost.table import COSTS, FITS, HEADER, Cost
@@ -226,3 +227,65 @@ def test_wider_and_more_heads_never_cost_less(costed):
     assert variants["ffn", FFN("gated", 96).name].total_s > variants["ffn", "no_op"].total_s == 0
     caches = [variants["attention", name].kv_cache_bytes for name in ("gqa_1", "gqa_2")]
     assert caches[1] == 2 * caches[0]
+
+
+@dataclasses.dataclass
+class SlowedSession:
+    """A modelled session every step of which takes longer, as without graphs and compilation."""
+
+    session: roofline_engine.RooflineSession
+    factor: float
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def advance(self, steps, layers=()):
+        return [self.factor * s for s in self.session.advance(steps, layers)]
+
+
+def test_costs_are_scaled_by_the_parent_as_it_is_served(tiny_run):
+    """Where the probe runs otherwise, such as on GPUs; its checkpoints then have no weights."""
+    job = tiny_run.place_job()
+    modelled, opened = job.engine, []
+
+    def probe(folder, scenario):
+        opened.append(folder.name)
+        assert not list(folder.glob("*.safetensors"))
+        return SlowedSession(modelled.probe(folder, scenario), 1.5)
+
+    def serve(folder, scenario):
+        opened.append(folder.name)
+        assert not list(folder.glob("*.safetensors"))
+        return modelled.serve(folder, scenario)
+
+    job.__dict__["engine"] = dataclasses.replace(
+        modelled, probe=probe, serve=serve, probes_as_served=False, makes_weights=True
+    )
+    pipeline.execute_stage(COST, job)
+    assert opened == ["probe", "reference"]
+    costs, parent = table.read(job), tiny_run.parent
+    seconds = time_on_roofline(job, parent.folder, costs.scenario)
+    predicted = costs.predict(Architecture.of_parent(parent.shape))
+    assert (predicted.prefill_s, predicted.decode_s) == pytest.approx(seconds, rel=1e-6)
+    assert not (job.folder(COST) / "reference").exists()
+
+
+@pytest.mark.parametrize(("captured", "share"), [(False, 4), (True, 2)])
+def test_time_that_is_up_needs_fewer_samples_where_each_captures_a_graph(costed, captured, share):
+    variants = table.distinct_variants(costed)
+    probe = Probe.of(variants, costed.run.parent.shape, 4)
+    folder = costed.run.folder / "probed"
+    write_checkpoint(costed.run.parent, folder, probe.architecture)
+    scenario = costed.place.cost.scenario
+    with costed.engine.probe(folder, scenario) as session:
+        measured = ScenarioMeasurement("main", probe, session, scenario, 4, is_captured=captured)
+        with costed.run.progress.task("", 1, "s") as task:
+            measured.run(1e-9, 1e-9, task)
+    assert len(measured.prefills.seconds) >= share * (len(probe.places) + 1)
+    assert (len(measured.prefills.seconds) < 4 * (len(probe.places) + 1)) == captured

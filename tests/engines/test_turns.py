@@ -199,7 +199,7 @@ def test_a_modelled_engine_is_started_once_and_has_no_interval(tmp_path):
 def test_two_that_do_not_fit_take_turns_whole(tmp_path, monkeypatch):
     log = []
     engine = scripted(lambda side, *_: 2.0 - side, log=log)
-    monkeypatch.setattr(turns, "available_bytes", lambda: turns.ENGINE_OVERHEAD_BYTES)
+    monkeypatch.setattr(turns, "available_bytes", lambda gpu: turns.overhead_bytes())
     result = measured(engine, tmp_path, starts=2)
     assert not result.in_turn and result.speedup.value == pytest.approx(2.0)
     sides = [side for side, _ in log]

@@ -11,7 +11,8 @@ counts of variants gives
   line through the region between the parent and a third of it, so the constant is that line's and
   may come out below zero.
 
-Both are scaled so that the parent's own prefills and turns, every fourth, come out as measured.
+Both are scaled so that the parent's own prefills and turns, every fourth, come out as measured; or
+as they are served, where the engine serves otherwise than a probe runs.
 """
 
 import itertools
@@ -36,6 +37,10 @@ WARM_UPS = 2  # batches that do not count
 PARENT_EVERY = 4  # prefills and turns
 LEAST_OF_THE_PARENT = 8  # prefills and turns
 LEAST_SAMPLES = 4  # of each phase, for each unknown
+# The same once the time is up, where a sample takes long because it begins with capturing a graph
+# and its times are even.
+FEWEST_SAMPLES = 2
+SERVED_BATCHES = 3  # of the parent as it is served; the first does not count
 MOST_PREFILLS = 8  # beside the one of a batch
 
 
@@ -76,10 +81,12 @@ class ScenarioMeasurement:
     session: Session
     scenario: ScenarioConfig
     element_bytes: int
+    is_captured: bool = False  # graphs are captured for every architecture (`scale_by_served`)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     prefills: Samples = field(default_factory=Samples)
     steps: Samples = field(default_factory=Samples)
     parent: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "step": []})
+    workspace_bytes: int | None = None  # of the parent as it is served
 
     def run(self, seconds: float, precision: float, task: Task) -> None:
         """Serve batches until the standard errors are below `precision`, or `seconds` have passed.
@@ -95,10 +102,24 @@ class ScenarioMeasurement:
             now = min(time.monotonic() - began, seconds)
             task.advance(now - elapsed)
             elapsed = now
-            if not self._has_enough_samples():
+            is_over = elapsed >= seconds
+            if not self._has_enough_samples(is_over):
                 continue
-            if elapsed >= seconds or self.largest_error() < precision:
+            if is_over or self.largest_error() < precision:
                 return
+
+    def scale_by_served(self, session: Session) -> None:
+        """Take the scale and the workspace from the parent (`Probe.reference`) as it is served."""
+        self.parent = {"prefill": [], "step": []}
+        for number in range(SERVED_BATCHES):
+            session.begin(self.scenario)
+            prefills_s = session.advance(1)
+            turns = turn_lengths(self.scenario.output_length)
+            steps_s = [settled(session.advance(count)) for count in turns]
+            if number > 0:
+                self.parent["prefill"] += prefills_s
+                self.parent["step"] += steps_s
+        self.workspace_bytes = self._workspace_of(session, self.probe.reference)
 
     def _batch(self) -> None:
         """A batch, each turn of its output of another architecture; then more prefills."""
@@ -134,13 +155,15 @@ class ScenarioMeasurement:
         if architecture == self.probe.reference:
             self.parent[phase].append(seconds)
 
-    def _has_enough_samples(self) -> bool:
-        least = LEAST_SAMPLES * (len(self.probe.places) + 1)
+    def _has_enough_samples(self, is_over: bool) -> bool:
+        each = FEWEST_SAMPLES if is_over and self.is_captured else LEAST_SAMPLES
+        least = each * (len(self.probe.places) + 1)
         phases = [(self.prefills, "prefill")]
         if self.scenario.output_length > 1:
             phases.append((self.steps, "step"))
         return all(
-            len(samples.seconds) >= least and len(self.parent[phase]) >= LEAST_OF_THE_PARENT
+            len(samples.seconds) >= least
+            and (self.is_captured or len(self.parent[phase]) >= LEAST_OF_THE_PARENT)
             for samples, phase in phases
         )
 
@@ -178,12 +201,15 @@ class ScenarioMeasurement:
             records.append(self._variant_record(variant, seconds))
         constant = self.probe.shape.constant_parameters
         prefill_s, decode_s, stderr_s = fit.seconds(-1)
+        workspace = self.workspace_bytes
+        if workspace is None:
+            workspace = self._workspace_of(self.session, self.probe.architecture)
         cost = Cost(
             prefill_s,
             decode_s,
             constant,
             constant * self.element_bytes,
-            workspace_bytes=self._workspace_bytes(),
+            workspace_bytes=workspace,
         )
         records.append(
             VariantCost(
@@ -196,14 +222,13 @@ class ScenarioMeasurement:
         )
         return records, self._fit_record(scales)
 
-    def _workspace_bytes(self) -> int:
-        """What serving the probe has taken besides its weights and its KV cache."""
-        used = self.session.memory_bytes()
+    def _workspace_of(self, session: Session, architecture: Architecture) -> int:
+        """What serving has taken besides weights and KV cache."""
+        used = session.memory_bytes()
         if used is None:
             return 0
-        parameters = self.probe.architecture.parameters(self.probe.shape)
-        weights = parameters * self.element_bytes
-        return max(0, used - weights - cache_bytes(self.session.pages, self.scenario))
+        weights = architecture.parameters(self.probe.shape) * self.element_bytes
+        return max(0, used - weights - cache_bytes(session.pages, self.scenario))
 
     def _variant_record(
         self, variant: Subblock, seconds: tuple[float, float, float]

@@ -56,7 +56,8 @@ def measure(
             job.measuring(),
             run.progress.task(title, ROUNDS, "rounds") as task,
         ):
-            write_checkpoint(run.parent, Path(folder), probe.architecture)
+            weights = not engine.makes_weights
+            write_checkpoint(run.parent, Path(folder), probe.architecture, weights=weights)
             with engine.probe(Path(folder), scenario) as session:
                 start = _serve(session, scenario, probe, near, task.advance)
         seen += _observations(name, near, start)

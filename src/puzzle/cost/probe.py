@@ -23,7 +23,6 @@ from puzzle.model.architecture import (
     ModelShape,
     Subblock,
 )
-from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.parent import Parent
 
 Half = TypeVar("Half", Attention, FFN)
@@ -127,16 +126,16 @@ class Probe:
         return [*(parts.count(variant) for variant in self.places), 1]
 
 
-def write_checkpoint(parent: Parent, folder: Path, architecture: Architecture) -> None:
-    """An architecture as a checkpoint with random weights: cost does not depend on their values."""
+def write_checkpoint(
+    parent: Parent, folder: Path, architecture: Architecture, *, weights: bool = True
+) -> None:
+    """An architecture as a checkpoint with random weights: cost does not depend on their values.
+
+    `weights` False: without any, for engines that make them on their device.
+    """
     config = parent.child_config(architecture, layers=())  # full attention: windows cost less
-    with torch.device("meta"):
-        shapes = {n: t.shape for n, t in PuzzleForCausalLM(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    dtype = child.stored_dtype(config)
-    state = {
-        name: torch.randn(size, generator=generator).mul_(0.02).to(dtype)
-        for name, size in shapes.items()
-    }
+    state = {}
+    if weights:
+        state = dict(child.RandomWeights(config, torch.device("cpu")))
     card = "Random weights, for measuring.\n"
     child.save(folder, config, architecture, state, parent.folder, card)

@@ -27,7 +27,7 @@ from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
 from puzzle.stage import Job, Need, Work
 
-PROBE = "probe"  # the probe's folder, removed at the end
+PROBE, REFERENCE = "probe", "reference"  # checkpoints to be served, removed at the end
 
 
 def header(job: Job) -> CostHeader:
@@ -125,18 +125,24 @@ def _measure(job: Job, folder: Path) -> None:
     records = artifacts.read_records(folder / COSTS, VariantCost)
     fits = artifacts.read_records(folder / FITS, ScenarioFit)
     done = {record.scenario for record in records}
-    if not (folder / PROBE / "config.json").exists():
-        write_checkpoint(parent, folder / PROBE, probe.architecture)
+    checkpoints = {PROBE: probe.architecture}
+    if not job.engine.probes_as_served:
+        checkpoints[REFERENCE] = probe.reference
+    for checkpoint, architecture in checkpoints.items():
+        if not (folder / checkpoint / "config.json").exists():
+            weights = not job.engine.makes_weights
+            write_checkpoint(parent, folder / checkpoint, architecture, weights=weights)
     for name, scenario in scenarios.items():
         if name in done:
             continue
-        measurement = _measure_scenario(job, probe, name, scenario, folder / PROBE)
+        measurement = _measure_scenario(job, probe, name, scenario, folder)
         costs, fit = measurement
         fits = [*(known for known in fits if known.scenario != name), fit]
         records += costs
         artifacts.write_records(folder / FITS, fits)
         artifacts.write_records(folder / COSTS, records)
-    shutil.rmtree(folder / PROBE)
+    for checkpoint in checkpoints:
+        shutil.rmtree(folder / checkpoint)
 
 
 def _measure_scenario(
@@ -148,12 +154,24 @@ def _measure_scenario(
     job.run.release_models()
     with (
         job.measuring(),
-        engine.probe(folder, scenario) as session,
+        engine.probe(folder / PROBE, scenario) as session,
         job.run.progress.task(title, settings.seconds, "s") as task,
     ):
-        measurement = ScenarioMeasurement(name, probe, session, scenario, element_bytes(scenario))
+        measurement = ScenarioMeasurement(
+            name,
+            probe,
+            session,
+            scenario,
+            element_bytes(scenario),
+            is_captured=not engine.probes_as_served,
+        )
         measurement.run(settings.seconds, settings.precision, task)
-        return measurement.records(table.distinct_variants(job))
+        if engine.probes_as_served:
+            return measurement.records(table.distinct_variants(job))
+    # one engine after the other: both may not fit
+    with job.measuring(), engine.serve(folder / REFERENCE, scenario) as session:
+        measurement.scale_by_served(session)
+    return measurement.records(table.distinct_variants(job))
 
 
 def _need(job: Job) -> Need:

@@ -95,7 +95,7 @@ class QuestionBatch:
         `loss_RT` is the cross entropy of each next token; the choice with the lowest mean wins.
         """
         is_choice_RT = self.is_choice_RT.to(loss_RT.device)
-        mean_R = (loss_RT * is_choice_RT).sum(-1) / is_choice_RT.sum(-1)
+        mean_R = ((loss_RT * is_choice_RT).sum(-1) / is_choice_RT.sum(-1)).cpu()
         return [
             int(choice_means.argmin()) == answer
             for choice_means, answer in zip(

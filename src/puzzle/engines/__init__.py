@@ -25,6 +25,7 @@ from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.errors import UserError
 
 ENGINE_OVERHEAD_BYTES = 1 << 30  # of a served model, beside its weights and KV cache
+GPU_OVERHEAD_BYTES = 4 << 30  # the same on a GPU: context, graphs, a chunk of 8192 tokens' logits
 
 
 class Page(NamedTuple):
@@ -101,18 +102,31 @@ class Engine:
     probe: Callable[[Path, ScenarioConfig], Session]  # layers can change from step to step
     # Writes text with a checkpoint, where the engine is faster at it than plain PyTorch.
     write: Callable[[Path, Sampling], AbstractContextManager[Writer]] | None = None
+    # Where a probe has to run otherwise than what is served (on GPUs with vLLM: nothing is compiled
+    # and graphs are captured for every architecture), the parent is served as well, to scale by.
+    probes_as_served: bool = True
+    # A session of a checkpoint without weights makes random ones on its device.
+    makes_weights: bool = False
+    gpu: int = 0  # the number of its first GPU, where there are any
 
 
-def make(name: str, cost: CostConfig, logs: Path) -> Engine:
-    """An engine by its name. `logs`: the folder for the output of its processes."""
+def make(name: str, cost: CostConfig, logs: Path, device: str = "auto") -> Engine:
+    """An engine by its name.
+
+    Args:
+        name: of the engine.
+        cost: the place's settings.
+        logs: the folder for the output of its processes.
+        device: the recipe's, such as `auto` or `cuda:1`; the first of several for tensor parallel.
+    """
     if name == "vllm":
         from puzzle.engines import vllm_engine
 
-        return vllm_engine.make(logs)
+        return vllm_engine.make(logs, gpu_index(device))
     if name == "torch":
         from puzzle.engines import torch_engine
 
-        return torch_engine.make()
+        return torch_engine.make(device)
     from puzzle.engines import roofline_engine
 
     return roofline_engine.make(cost.device_sheet)
@@ -127,14 +141,16 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def choose(cost: CostConfig, deploy: Sequence[str], logs: Path) -> Engine:
+def choose(cost: CostConfig, deploy: Sequence[str], logs: Path, device: str = "auto") -> Engine:
     """The engine that a place asks for; `auto` is vllm where it runs and will serve, else torch.
 
     Raises `UserError` for an engine that is not available or cannot serve the whole space.
     """
     serves = "vllm" in deploy or "vllm-plugin" in deploy
     if cost.engine == "auto":
-        return make("vllm" if serves and unavailable("vllm") is None else "torch", cost, logs)
+        return make(
+            "vllm" if serves and unavailable("vllm") is None else "torch", cost, logs, device
+        )
     if cost.engine == "vllm" and not serves:
         raise UserError(
             f"cost.engine: vllm cannot serve the whole space of deploy={list(deploy)}; "
@@ -144,7 +160,7 @@ def choose(cost: CostConfig, deploy: Sequence[str], logs: Path) -> Engine:
         raise UserError(
             f"cost.engine: {cost.engine} is not available: {reason}; use cost.engine=auto"
         )
-    return make(cost.engine, cost, logs)
+    return make(cost.engine, cost, logs, device)
 
 
 def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list[list[int]]:
@@ -163,24 +179,36 @@ def cache_bytes(pages: Sequence[Page], scenario: ScenarioConfig) -> int:
     return scenario.batch_size * per_sequence
 
 
-def available_bytes() -> int:
+def gpu_index(device: str) -> int:
+    """The number of the GPU that a recipe's `device` names: 1 of `cuda:1`, otherwise 0."""
+    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else 0
+
+
+def available_bytes(gpu: int = 0) -> int:
     """The memory that engines can still take: of a GPU, or of this machine."""
     import torch
 
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(gpu)[0])
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def machine() -> tuple[str, int]:
+def overhead_bytes() -> int:
+    """What an engine on this machine takes beside weights and KV cache, about."""
+    import torch
+
+    return GPU_OVERHEAD_BYTES if torch.cuda.is_available() else ENGINE_OVERHEAD_BYTES
+
+
+def machine(device: str = "auto") -> tuple[str, int]:
     """(name of the GPU or CPU, number of GPUs or cores): what measured figures depend on."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.device_count()
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.cuda.get_device_name(gpu_index(device)), torch.cuda.device_count()
     model = platform.processor() or platform.machine()
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:

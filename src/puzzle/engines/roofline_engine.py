@@ -86,15 +86,22 @@ class RooflineSession:
         stored = str(dtype).removeprefix("torch.")
         self.element_bytes = BYTES.get(stored if scenario.dtype == "auto" else scenario.dtype, 4)
         self.devices = scenario.tensor_parallel
-        elements = [self.shape.kv_elements_per_token(block) for block in self.architecture]
+        elements = [
+            self._copies(block.attention) * self.shape.kv_elements_per_token(block)
+            for block in self.architecture
+        ]
         self.layers = list(range(len(self.architecture)))
         self.scenario, self.step = scenario, 0
-        self.pages = [Page(1, count * self.element_bytes) for count in elements]
+        self.pages = [Page(1, int(count * self.element_bytes)) for count in elements]
 
     def __enter__(self) -> "RooflineSession":
         return self
 
     def __exit__(self, *exception: object) -> None: ...
+
+    def _copies(self, attention: Attention) -> float:
+        """In how many devices every KV head is: all devices have at least one of each layer."""
+        return max(1.0, self.devices / (attention.kv_heads or self.devices))
 
     def _seconds(
         self, parameters: int, tokens: int, cache_elements: float, attention_flops: float

@@ -9,16 +9,32 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page, machine, random_prompts
+from puzzle.engines import Engine, EngineFacts, Page, gpu_index, machine, random_prompts
 from puzzle.errors import UserError
 from puzzle.model import child, parent
+from puzzle.model.modeling_puzzle import PuzzleConfig
 
 
-def make() -> Engine:
-    """The engine on this machine's GPU, or on its CPU."""
-    device, count = machine()
-    facts = EngineFacts(engine="torch", version=torch.__version__, device=device, count=count)
-    return Engine("torch", measured=True, facts=facts, serve=TorchSession, probe=TorchSession)
+def make(device: str = "auto") -> Engine:
+    """The engine on this machine's GPU, on its CPU, or on the device of that name."""
+    name, count = machine(device)
+    facts = EngineFacts(engine="torch", version=torch.__version__, device=name, count=count)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_device = torch.device(device)
+
+    def serve(folder: Path, scenario: ScenarioConfig) -> TorchSession:
+        return TorchSession(folder, scenario, torch_device)
+
+    return Engine(
+        "torch",
+        measured=True,
+        facts=facts,
+        serve=serve,
+        probe=serve,
+        makes_weights=torch_device.type == "cuda",
+        gpu=gpu_index(device),
+    )
 
 
 class FixedLayer(DynamicLayer):
@@ -59,20 +75,24 @@ class FixedLayer(DynamicLayer):
 class TorchSession:
     """A child or a parent loaded in this process; greedy decoding, the whole batch in step."""
 
-    def __init__(self, folder: Path, scenario: ScenarioConfig) -> None:
+    def __init__(self, folder: Path, scenario: ScenarioConfig, device: torch.device) -> None:
         if scenario.tensor_parallel > 1:
             raise UserError(
                 "cost.engine: torch serves on one device; got tensor_parallel="
                 f"{scenario.tensor_parallel}, use vllm"
             )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.folder, self.scenario, self.batches = folder, scenario, 0
+        self.device, self.folder, self.scenario, self.batches = device, folder, scenario, 0
         self._load()
         self.pages = [_page(layer) for layer in self.layers]
 
     def _load(self) -> None:
         dtype = getattr(torch, self.scenario.dtype) if self.scenario.dtype != "auto" else None
-        if (self.folder / "architecture.json").exists():
+        if not any(self.folder.glob("*.safetensors")):
+            config = PuzzleConfig.from_pretrained(self.folder)
+            weights = child.RandomWeights(config, self.device)
+            stored = child.stored_dtype(config)
+            self.model = child.build(config, weights, dtype or stored, self.device)
+        elif (self.folder / "architecture.json").exists():
             self.model = child.load(self.folder, dtype, self.device)
         else:
             described = parent.describe(str(self.folder))
@@ -95,7 +115,7 @@ class TorchSession:
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def begin(self, scenario: ScenarioConfig) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
 from puzzle.engines import (
-    ENGINE_OVERHEAD_BYTES,
     Engine,
     Session,
     available_bytes,
     cache_bytes,
+    overhead_bytes,
 )
 from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
 from puzzle.model.weight_files import weight_files
@@ -55,7 +55,7 @@ class Served:
         """What serving it takes of each device, about."""
         weights = sum(path.stat().st_size for path in weight_files(self.folder))
         shared = (weights + self.kv_cache_bytes) // self.scenario.tensor_parallel
-        return shared + ENGINE_OVERHEAD_BYTES
+        return shared + overhead_bytes()
 
 
 class ServedFigures(Record):
@@ -133,7 +133,7 @@ def measure_pair(
     """
     looks = LOOKS if engine.measured else 1
     starts = starts if engine.measured else 1
-    in_turn = parent.memory_bytes + child.memory_bytes < available_bytes()
+    in_turn = parent.memory_bytes + child.memory_bytes < available_bytes(engine.gpu)
     served = _beside(engine, (parent, child)) if in_turn else _alone(engine, (parent, child))
     shown: list[Start] = []
     with contextlib.closing(served):

@@ -40,18 +40,30 @@ ENVIRONMENT = MALLOC | {
 }
 
 
-def make(logs: Path) -> Engine:
-    """The engine on this machine. `logs`: where the output of its processes goes."""
-    device, count = machine()
+def make(logs: Path, gpu: int = 0) -> Engine:
+    """The engine on this machine, on its GPUs from number `gpu` on where it has any.
+
+    `logs`: where the output of its processes goes.
+    """
+    device, count = machine(f"cuda:{gpu}")
     facts = EngineFacts(engine="vllm", version=_version(), device=device, count=count)
 
     def serve(folder: Path, scenario: ScenarioConfig) -> VllmSession:
-        return VllmSession(folder, scenario, logs, probe=False)
+        return VllmSession(folder, scenario, logs, probe=False, gpu=gpu)
 
     def probe(folder: Path, scenario: ScenarioConfig) -> VllmSession:
-        return VllmSession(folder, scenario, logs, probe=True)
+        return VllmSession(folder, scenario, logs, probe=True, gpu=gpu)
 
-    return Engine("vllm", measured=True, facts=facts, serve=serve, probe=probe)
+    return Engine(
+        "vllm",
+        measured=True,
+        facts=facts,
+        serve=serve,
+        probe=probe,
+        probes_as_served=not _has_gpu(),
+        makes_weights=_has_gpu(),
+        gpu=gpu,
+    )
 
 
 def unavailable() -> str | None:
@@ -63,6 +75,15 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def visible_from(gpu: int) -> str:
+    """The GPUs that a worker may see: those that this process sees, from number `gpu` on."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    return ",".join(names[gpu:])
 
 
 def _version() -> str:
@@ -92,13 +113,18 @@ def register() -> None:
 class VllmSession:
     """A worker process serving one checkpoint."""
 
-    def __init__(self, folder: Path, scenario: ScenarioConfig, logs: Path, *, probe: bool) -> None:
+    def __init__(
+        self, folder: Path, scenario: ScenarioConfig, logs: Path, *, probe: bool, gpu: int = 0
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.log, self.scenario = logs / f"vllm-{folder.name}.log", scenario
         self.command = [sys.executable, "-m", "puzzle.engines.vllm_worker", str(folder)]
         self.command += [scenario.model_dump_json(), *(["--probe"] if probe else [])]
         self.forks = not _has_gpu()  # a GPU's state does not survive a fork
         self.command += ["--forks"] if self.forks else []
+        self.environment = os.environ | ENVIRONMENT
+        if gpu > 0:
+            self.environment["CUDA_VISIBLE_DEVICES"] = visible_from(gpu)
         self._start()
 
     def _start(self) -> None:
@@ -111,7 +137,7 @@ class VllmSession:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=os.environ | ENVIRONMENT,
+                env=self.environment,
                 start_new_session=True,
             )
 

@@ -3,11 +3,18 @@
     python -m puzzle.engines.vllm_worker FOLDER SCENARIO [--probe] [--forks]
 
 Driving the engine step by step makes prefill and decode times of one and the same batch. A probe
-exchanges the model's list of layers between steps; it therefore runs without CUDA graphs.
+exchanges the model's list of layers between steps; on GPUs the graph of its decode step is captured
+anew for every list, because without graphs the time of launching kernels hides that of layers.
+Checkpoints without weights get random ones on the device.
+
+On GPUs vLLM schedules a step while the one before it runs, and hands tokens out one call late.
+Steps are therefore timed from token to token, and the one that runs ahead ends before another
+session has its turn.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -25,6 +32,7 @@ RESTART = 64  # exit status of an engine that is to be started anew
 LARGEST_PAGE = 128  # tokens; on CPUs, and a multiple of those on GPUs
 SPARE_TOKENS = 4 * LARGEST_PAGE  # of the whole batch: the engine keeps a page for itself
 LEAST_CACHE_BYTES = 16 << 20
+SPARE_DEVICE_BYTES = 1 << 30  # for contexts of the driver: one for each of vLLM's processes
 
 
 def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
@@ -35,6 +43,27 @@ def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
         spec = attention.get_kv_cache_spec(vllm_config) if attention is not None else None
         pages.append((spec.block_size, spec.page_size_bytes) if spec is not None else (1, 0))
     return pages
+
+
+def capture_graphs(worker: Any) -> None:
+    """Capture the decode step of the layers that now run; for every worker of a GPU engine."""
+    import torch
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    torch.cuda.synchronize()
+    runner = worker.model_runner
+    if (manager := getattr(runner, "cudagraph_manager", None)) is not None:  # model runner V2
+        manager.release_graphs()
+    else:
+        CUDAGraphWrapper.clear_all_graphs()
+    runner.capture_model()
+
+
+def finish_kernels(worker: Any) -> None:
+    """Wait until nothing runs on a worker's device."""
+    import torch
+
+    torch.cuda.synchronize()
 
 
 def choose_layers(layers: list[int], model: Any) -> None:
@@ -70,6 +99,64 @@ def pool_bytes(config: Any, scenario: ScenarioConfig) -> int:
     return max(LEAST_CACHE_BYTES, int(tokens * per_token))
 
 
+def engine_arguments(
+    folder: Path, scenario: ScenarioConfig, kv_cache_bytes: int, probe: bool
+) -> dict[str, Any]:
+    """What vLLM's engine is started with.
+
+    Args:
+        folder: the checkpoint's; without weights they are made on the device.
+        scenario: how it serves.
+        kv_cache_bytes: that every device allocates.
+        probe: whether its layers will be exchanged.
+    """
+    import torch
+
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": scenario.dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": scenario.input_length + scenario.output_length + 1,
+        "max_num_seqs": scenario.batch_size,
+        "seed": 0,
+        "kv_cache_memory_bytes": kv_cache_bytes,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "tensor_parallel_size": scenario.tensor_parallel,
+        # on CPUs compiling takes longer than what is measured
+        "enforce_eager": not torch.cuda.is_available(),
+    }
+    if not any(folder.glob("*.safetensors")):
+        arguments["load_format"] = "dummy"
+    if not torch.cuda.is_available():
+        return arguments
+    arguments["gpu_memory_utilization"] = memory_share(scenario.tensor_parallel)
+    if probe:
+        arguments["compilation_config"] = {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [scenario.batch_size],
+        }
+    if scenario.output_length == 2:  # its only decode step would run ahead, in nobody's time
+        arguments["async_scheduling"] = False
+    return arguments
+
+
+def memory_share(devices: int) -> float:
+    """The share of a GPU's memory that vLLM may ask for: what is free now, less some spare.
+
+    It decides nothing, as the size of the KV cache is given, but vLLM does not start where less is
+    free.
+    """
+    import torch
+
+    shares = []
+    for device in range(devices):
+        free, total = torch.cuda.mem_get_info(device)
+        shares.append((free - SPARE_DEVICE_BYTES) / total)
+    return max(0.01, math.floor(100 * min(shares)) / 100)
+
+
 def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     """Start the engine, print its cache pages, then one timing per request line."""
     import torch
@@ -79,30 +166,15 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     register()
     idle = resident_bytes()
     config = AutoConfig.from_pretrained(folder)
-    # On GPUs two engines share the device, and only a probe needs the slower eager mode. On CPUs
-    # compiling takes longer than what is measured.
-    on_gpu = {"gpu_memory_utilization": 0.45} if torch.cuda.is_available() else {}
-    llm = LLM(
-        str(folder),
-        dtype=scenario.dtype,
-        enforce_eager=probe or not torch.cuda.is_available(),
-        skip_tokenizer_init=True,
-        max_model_len=scenario.input_length + scenario.output_length + 1,
-        max_num_seqs=scenario.batch_size,
-        seed=0,
-        kv_cache_memory_bytes=pool_bytes(config, scenario),
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        tensor_parallel_size=scenario.tensor_parallel,
-        **on_gpu,
-    )
+    on_gpu = torch.cuda.is_available()
+    pool = pool_bytes(config, scenario)
+    llm = LLM(**engine_arguments(folder, scenario, pool, probe))
     pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
     pages = [Page(tokens, size * scenario.tensor_parallel) for tokens, size in pages]
     reply(Ready(pages=pages))
     # of the cache that is allocated; on CPUs it is not resident
-    spare = pool_bytes(config, scenario) * scenario.tensor_parallel
-    spare -= cache_bytes(pages, scenario)
-    batch = Batch(llm, config.vocab_size)
+    spare = pool * scenario.tensor_parallel - cache_bytes(pages, scenario)
+    batch, captured = Batch(llm, config.vocab_size), list[int]()
     for line in sys.stdin:
         request = StepsRequest.parse(line, "request")
         if request.restart:
@@ -110,9 +182,15 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
         if request.layers and request.layers != batch.layers:
             llm.apply_model(partial(choose_layers, request.layers))
             batch.layers = request.layers
+        decodes = request.begin is None or request.steps > 1
+        if on_gpu and decodes and captured != batch.layers:
+            llm.collective_rpc(capture_graphs)
+            captured = batch.layers
         if request.begin is not None:
             batch.begin(request.begin)
         seconds = [batch.step() for _ in range(request.steps)]
+        if on_gpu:
+            llm.collective_rpc(finish_kernels)
         used = device_bytes(llm) - spare if on_gpu else resident_bytes() - idle
         reply(StepsReply(seconds=seconds, memory_bytes=used, preemptions=batch.preemptions()))
 
@@ -188,7 +266,9 @@ class Batch:
         """
         began = time.perf_counter()
         if not self.prompts:
-            self.engine.step()
+            # a call that only schedules hands out nothing
+            while not self.engine.step() and self.engine.has_unfinished_requests():
+                pass
             return time.perf_counter() - began
         for name, prompt in zip(self.ids, self.prompts, strict=True):
             self.engine.add_request(name, {"prompt_token_ids": prompt}, self.parameters)

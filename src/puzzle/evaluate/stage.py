@@ -47,7 +47,7 @@ from puzzle.uptrain import UPTRAIN
 
 def _facts(job: Job) -> Inputs:
     asked = [job.run.recipe.score.task, *(task.task for task in job.child.evaluate.tasks)]
-    files = {str(task): tasks.fingerprint(task) for task in asked if task is not None}
+    files: Inputs = {str(task): tasks.fingerprint(task) for task in asked if task is not None}
     return job.run.data_facts | {"tasks": files} | serving_facts(job)
 
 

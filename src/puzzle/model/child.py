@@ -4,7 +4,7 @@ Written by `assemble` and `uptrain`, read by every engine. See docs/architecture
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -137,7 +137,8 @@ def save(
     tensors = {name: tensor.to(config.dtype).contiguous() for name, tensor in state.items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
+    if tensors:
+        save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
     for path in weight_files(folder):
         artifacts.sync(path)
     for name in CARRIED_OVER:
@@ -199,6 +200,32 @@ def load(
     for path in weight_files(folder):
         state |= load_file(path)
     return build(config, state, dtype or stored_dtype(config), device, attention)
+
+
+class RandomWeights(Mapping[str, torch.Tensor]):
+    """Random weights for a child of a config by name, in its dtype, drawn when they are asked for.
+
+    They are drawn on a device, so that none of them has to pass through the host's memory.
+    """
+
+    def __init__(self, config: PuzzleConfig, device: torch.device, scale: float = 0.02) -> None:
+        with torch.device("meta"):
+            state = PuzzleForCausalLM(config).state_dict()
+        self.sizes = {name: tensor.shape for name, tensor in state.items()}
+        self.dtype, self.device, self.scale = stored_dtype(config), device, scale
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The next numbers, in the shape of this tensor."""
+        size = self.sizes[name]
+        drawn = torch.randn(size, generator=self.generator, device=self.device)
+        return drawn.mul_(self.scale).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 def stored_dtype(config: PuzzleConfig) -> torch.dtype:

@@ -351,16 +351,17 @@ class PuzzleModel(PuzzlePreTrainedModel):
             inputs_embeds: [B, S, D], the scaled embeddings.
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached
-            position_ids = positions.unsqueeze(0)
+        # Masks look for packed sequences in positions that are given, which waits for a GPU
         mask_inputs = {
             "inputs_embeds": hidden_states,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
+        if position_ids is None:
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached
+            position_ids = positions.unsqueeze(0)
         # the angles get the dtype of this tensor, of which nothing else is used
         like = hidden_states.float() if self.config.rotate_in_float32 else hidden_states
         masks: Masks = {}

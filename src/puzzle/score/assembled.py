@@ -45,10 +45,10 @@ class AssembledKL:
         with torch.no_grad(), run.device.autocast():
             for shard in shards:
                 tokens_BS = shard.tokens_BS.to(device)
-                last_BSD = parent_states(run, self.parent, shard.tokens_BS)[-1].to(device)
+                last_BSD = parent_states(run, self.parent, shard.tokens_BS)[-1]
                 embedded_BSD, _ = self.parent.model.embed(tokens_BS)
                 _, context = self.parent.model.embed(tokens_BS[:1])
-                final_BSD = self.parent.model.norm(last_BSD)
+                final_BSD = self.parent.model.norm(last_BSD.to(device, non_blocking=True))
                 self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context))
 
     def on_first(self, count: int) -> "AssembledKL":

@@ -34,13 +34,16 @@ class Shard:
 def parent_states(
     run: Run, parent: PuzzleForCausalLM, tokens_BS: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The parent's input of every layer and its last output: L + 1 host tensors [B, S, D]."""
+    """The parent's input of every layer and its last output: L + 1 host tensors [B, S, D].
+
+    On a GPU they are on their way there when this returns: only the same device may read them.
+    """
     with run.device.autocast():
         hidden, context = parent.model.embed(tokens_BS.to(run.device.torch_device))
-        states = [hidden.cpu()]
+        states = [run.device.to_host(hidden)]
         for module in parent.model.layers:
             hidden = module(hidden, **context)
-            states.append(hidden.cpu())
+            states.append(run.device.to_host(hidden))
         return states
 
 
@@ -65,11 +68,11 @@ def score_layer(
     """
     device = run.device.torch_device
     tokens_BS = shard.tokens_BS.to(device)
-    x_BSD = states[layer].to(device)
+    x_BSD = states[layer].to(device, non_blocking=True)
     per_pass = max(1, run.recipe.score.tokens_per_pass // tokens_BS.numel())
     results: dict[str, Sums] = {}
     with run.device.autocast():
-        final_BSD = parent.model.norm(states[-1].to(device))
+        final_BSD = parent.model.norm(states[-1].to(device, non_blocking=True))
         _, context = parent.model.embed(tokens_BS[:1])  # of a batch of one: fits any number
         after = list(parent.model.layers[layer + 1 :])
         suffix = Suffix(parent, after, context, final_BSD, tokens_BS)
@@ -116,9 +119,10 @@ class Suffix:
 def text_sums(metrics_MBS: torch.Tensor) -> Sums:
     """Sums over tokens, and of the squares of every sequence's mean."""
     squares_M = metrics_MBS.mean(dim=-1).square().sum(dim=-1)
+    sums, squares = torch.stack([metrics_MBS.sum(dim=(1, 2)), squares_M]).tolist()
     return Sums(
-        sums=dict(zip(METRICS, metrics_MBS.sum(dim=(1, 2)).tolist(), strict=True)),
-        squares=dict(zip(METRICS, squares_M.tolist(), strict=True)),
+        sums=dict(zip(METRICS, sums, strict=True)),
+        squares=dict(zip(METRICS, squares, strict=True)),
         tokens=metrics_MBS[0].numel(),
         sequences=metrics_MBS.shape[1],
     )

@@ -46,7 +46,7 @@ class Estimator:
 
     def _last_gradient(self, generator: torch.Generator) -> torch.Tensor:
         """d sum_t log p(y_t) / d output of the last layer, [K, B, S, D]."""
-        hidden = self.states[-1].to(self.device).float().requires_grad_()
+        hidden = self.states[-1].to(self.device, non_blocking=True).float().requires_grad_()
         with torch.enable_grad():
             normed = self.parent.model.norm(hidden)
         B, S, D = hidden.shape
@@ -66,21 +66,22 @@ class Estimator:
         self, normed_TD: torch.Tensor, count: int, generator: torch.Generator
     ) -> torch.Tensor:
         """d log p(y) / d normed hidden state, [K, T, D], in closed form: W[y] - p W."""
-        head, cap = self.parent.lm_head.weight, self.parent.config.final_logit_softcapping
+        head = self.parent.lm_head.weight.float()
+        cap = self.parent.config.final_logit_softcapping
         gradients = torch.empty(count, *normed_TD.shape, device=normed_TD.device)
         chunk = tokens_per_chunk(len(head))
         for first in range(0, len(normed_TD), chunk):
             rows = slice(first, first + chunk)
-            logits_TV = normed_TD[rows].float() @ head.float().T
+            logits_TV = normed_TD[rows].float() @ head.T
             slope_TV = None
             if cap is not None:  # logits are cap * tanh(z / cap), of slope 1 - tanh^2
                 logits_TV = logits_TV.div_(cap).tanh_()
                 slope_TV, logits_TV = 1 - logits_TV.square(), logits_TV * cap
             p_TV = F.softmax(logits_TV, dim=-1)
-            expected_TD = (p_TV if slope_TV is None else p_TV * slope_TV) @ head.float()
+            expected_TD = (p_TV if slope_TV is None else p_TV * slope_TV) @ head
             for sample in range(count):
                 y_T1 = torch.multinomial(p_TV, 1, generator=generator)
-                drawn_TD = head[y_T1[:, 0]].float()
+                drawn_TD = head[y_T1[:, 0]]
                 if slope_TV is not None:
                     drawn_TD = drawn_TD * slope_TV.gather(1, y_T1)
                 gradients[sample, rows] = drawn_TD - expected_TD
@@ -91,8 +92,8 @@ class Estimator:
         while self.layer > layer:
             self._step_back()
         with torch.no_grad(), self.run.device.autocast():
-            x_BSD = self.states[layer].to(self.device)
-            o_BSD = self.states[layer + 1].to(self.device)
+            x_BSD = self.states[layer].to(self.device, non_blocking=True)
+            o_BSD = self.states[layer + 1].to(self.device, non_blocking=True)
             kl_sums = {
                 block.name: self._half_squares(output.float() - o_BSD.float())
                 for block, output in blocks.outputs(x_BSD, self.context)
@@ -109,7 +110,7 @@ class Estimator:
 
     def _step_back(self) -> None:
         """From the gradient at a layer's output to the one at its input."""
-        x_BSD = self.states[self.layer].to(self.device).requires_grad_()
+        x_BSD = self.states[self.layer].to(self.device, non_blocking=True).requires_grad_()
         with torch.enable_grad(), self.run.device.autocast():
             output = self.parent.model.layers[self.layer](x_BSD, **self.context)
         for sample in range(len(self.gradient_KBSD)):
@@ -122,9 +123,10 @@ class Estimator:
 
 def _sums(kl_B: torch.Tensor, positions: int) -> Sums:
     kl_B = kl_B.double()
+    total, squares = torch.stack([kl_B.sum(), kl_B.square().sum()]).tolist()
     return Sums(
-        sums={"kl": kl_B.sum().item() * positions},
-        squares={"kl": kl_B.square().sum().item()},
+        sums={"kl": total * positions},
+        squares={"kl": squares},
         tokens=kl_B.numel() * positions,
         sequences=kl_B.numel(),
     )

@@ -289,6 +289,7 @@ def token_metrics(
         soft_cap: of both sides' logits, as in `LogitLoss`.
     """
     chunks, chunk_tokens = [], tokens_per_chunk(len(parent_head_VD))
+    parent_head_VD, child_head_VD = _product_head(parent_head_VD), _product_head(child_head_VD)
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
         parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
@@ -321,18 +322,30 @@ def _metrics(
     return torch.stack([kl_T, normaliser_T - target_T1[:, 0], *ranks])
 
 
+def _product_head(head_VD: torch.Tensor) -> torch.Tensor:
+    """A head in the dtype in which `_logits` takes it: that is cast once, not for every chunk."""
+    device = head_VD.device.type
+    if device == "cuda" and torch.is_autocast_enabled(device):
+        return head_VD.to(torch.get_autocast_dtype(device))
+    return head_VD.float()
+
+
 def _logits(
     hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Logits [T, V] in float32, even under autocast.
+    """Logits [T, V] in float32, even under autocast; the head comes from `_product_head`.
 
     Those in bfloat16 tie often enough to flatter a rank. Autocast only rounds what goes into the
-    product, where the device can (half the time on a CPU with bfloat16 instructions).
+    product: on GPUs both factors, on CPUs with bfloat16 instructions inside it (half the time).
     """
     device = hidden_TD.device.type
-    rounded = _rounded_inputs() if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with rounded, torch.autocast(device, enabled=False):
-        logits_TV = hidden_TD.float() @ head_VD.float().T
+    if head_VD.dtype != torch.float32:  # a GPU's
+        logits_TV = torch.mm(hidden_TD.to(head_VD.dtype), head_VD.T, out_dtype=torch.float32)
+    else:
+        is_rounded = torch.is_autocast_enabled(device)
+        rounded = _rounded_inputs() if is_rounded else contextlib.nullcontext()
+        with rounded, torch.autocast(device, enabled=False):
+            logits_TV = hidden_TD.float() @ head_VD.T
     return logits_TV if soft_cap is None else logits_TV.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
