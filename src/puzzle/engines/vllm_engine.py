@@ -16,10 +16,19 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
+from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Engine, EngineFacts, Page, machine
-from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
+from puzzle.engines import Engine, EngineFacts, Page, Sampling, machine
+from puzzle.engines.vllm_messages import (
+    REPLY,
+    Ready,
+    StepsReply,
+    StepsRequest,
+    WriteReply,
+    WriteRequest,
+)
 from puzzle.errors import UserError
 
 # By default glibc may or may not map large activations anew in every step, which differs from start
@@ -54,12 +63,16 @@ def make(logs: Path, gpu: int = 0) -> Engine:
     def probe(folder: Path, scenario: ScenarioConfig) -> VllmSession:
         return VllmSession(folder, scenario, logs, probe=True, gpu=gpu)
 
+    def write(folder: Path, sampling: Sampling) -> VllmWriter:
+        return VllmWriter(folder, sampling, logs, gpu=gpu)
+
     return Engine(
         "vllm",
         measured=True,
         facts=facts,
         serve=serve,
         probe=probe,
+        write=write,
         probes_as_served=not _has_gpu(),
         makes_weights=_has_gpu(),
         gpu=gpu,
@@ -110,7 +123,71 @@ def register() -> None:
         ModelRegistry.register_model("PuzzleForCausalLM", name)
 
 
-class VllmSession:
+def _environment(gpu: int) -> dict[str, str]:
+    """Of a worker on the GPUs from number `gpu` on."""
+    environment = os.environ | ENVIRONMENT
+    if gpu > 0:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_from(gpu)
+    return environment
+
+
+class _Worker:
+    """A process that holds one vLLM engine and answers one JSON line per request."""
+
+    log: Path  # where its standard error goes
+    command: list[str]
+    environment: dict[str, str]
+
+    def _start(self) -> None:
+        with self.log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+
+    def _send(self, request: Record) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write((request.model_dump_json() + "\n").encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def _reply(self) -> str:
+        """The JSON of the next reply. Raises `UserError` where the worker has ended instead."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(REPLY.encode()):
+                return line[len(REPLY) :].decode("utf-8", "replace")
+        raise self._died()
+
+    def _died(self) -> UserError:
+        self.process.wait()
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line]
+        last = (errors or lines or ["no output"])[-1].strip()
+        return UserError(
+            f"vllm stopped while serving: {last} (see {self.log}); or use cost.engine=torch"
+        )
+
+
+class VllmSession(_Worker):
     """A worker process serving one checkpoint."""
 
     def __init__(
@@ -122,35 +199,14 @@ class VllmSession:
         self.command += [scenario.model_dump_json(), *(["--probe"] if probe else [])]
         self.forks = not _has_gpu()  # a GPU's state does not survive a fork
         self.command += ["--forks"] if self.forks else []
-        self.environment = os.environ | ENVIRONMENT
-        if gpu > 0:
-            self.environment["CUDA_VISIBLE_DEVICES"] = visible_from(gpu)
+        self.environment = _environment(gpu)
         self._start()
 
     def _start(self) -> None:
         self._pages: list[Page] | None = None
         self._next: ScenarioConfig | None = None
         self._memory_bytes: int | None = None
-        with self.log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=self.environment,
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> "VllmSession":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                pipe.close()
+        super()._start()
 
     @property
     def pages(self) -> Sequence[Page]:
@@ -194,35 +250,26 @@ class VllmSession:
         self._memory_bytes = max(self._memory_bytes or 0, reply.memory_bytes)
         return reply.seconds
 
-    def _send(self, request: StepsRequest) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write((request.model_dump_json() + "\n").encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._died() from None
-
     def _wait_until_ready(self) -> None:
         """The worker's first line tells its pages; only then does it take requests."""
         _ = self.pages
 
-    def _reply(self) -> str:
-        """The JSON of the next reply. Raises `UserError` where the worker has ended instead."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(REPLY.encode()):
-                return line[len(REPLY) :].decode("utf-8", "replace")
-        raise self._died()
 
-    def _died(self) -> UserError:
-        self.process.wait()
-        text = self.log.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line]
-        last = (errors or lines or ["no output"])[-1].strip()
-        return UserError(
-            f"vllm stopped while serving: {last} (see {self.log}); or use cost.engine=torch"
-        )
+class VllmWriter(_Worker):
+    """A worker process that writes text with one checkpoint; see `Writer`."""
+
+    def __init__(self, folder: Path, sampling: Sampling, logs: Path, gpu: int = 0) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log = logs / f"vllm-writer-{folder.name}.log"
+        self.command = [sys.executable, "-m", "puzzle.engines.vllm_writer", str(folder)]
+        self.command += [sampling.model_dump_json()]
+        self.environment = _environment(gpu)
+        self._start()
+
+    def write(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """New token ids for every prompt."""
+        self._send(WriteRequest(prompts=prompts, seeds=seeds))
+        return WriteReply.parse(self._reply(), "vllm's worker").texts
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def save(
         tensors.pop("lm_head.weight", None)
     if tensors:
         save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
-    for path in weight_files(folder):
-        artifacts.sync(path)
+        for path in weight_files(folder):
+            artifacts.sync(path)
     for name in CARRIED_OVER:
         if (parent_folder / name).exists():
             shutil.copyfile(parent_folder / name, folder / name)
