@@ -1,7 +1,7 @@
 """Text that the parent writes: the same whoever was interrupted, and said where it is reported."""
 
 import pytest
-from conftest import NEEDS_VLLM, tiny_recipe
+from conftest import NEEDS_VLLM, make_parent, tiny_recipe
 
 from puzzle import config
 from puzzle.data import written
@@ -99,12 +99,12 @@ def test_prompts_that_cannot_be_used_are_named(recipe, tmp_path, content, messag
 @NEEDS_VLLM
 @pytest.mark.vllm
 @pytest.mark.training
-def test_vllm_writes_the_same_text_again_and_stops_where_it_ends(recipe, tmp_path):
+def test_vllm_writes_the_same_text_again_and_stops_where_it_ends(tmp_path):
     from puzzle.engines import Sampling, vllm_engine
 
-    run = run_of(recipe, tmp_path / "run")
-    engine = vllm_engine.make(run.folder / "logs")
-    with engine.write(run.parent.folder, Sampling(tokens=12, temperature=1.0)) as writer:
+    parent = make_parent(tmp_path / "parent", hidden_size=128, head_dim=32)
+    engine = vllm_engine.make(tmp_path / "logs")
+    with engine.write(parent, Sampling(tokens=12, temperature=1.0)) as writer:
         first = writer.write([[0], [0], [5, 6]], [1, 2, 3])
         again = writer.write([[5, 6], [0]], [3, 1])
     assert again == [first[2], first[0]] and first[0] != first[1]

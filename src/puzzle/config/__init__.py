@@ -5,83 +5,45 @@ stage; what it leaves out keeps the default below. `--set a.b=c` overrides a dot
 resolved recipe is written to `RUN/run.yaml`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from puzzle import settings
-from puzzle.errors import UserError
+from puzzle.config.search import (
+    CONSTRAINTS,
+    TARGETS,
+    Constrained,
+    LessIsBetter,
+    MoreIsBetter,
+    SearchConfig,
+    with_constraints,
+)
+from puzzle.config.section import (
+    Fraction,
+    Name,
+    PathOrName,
+    Positive,
+    Section,
+    check_name,
+    expanded,
+    is_name,
+)
 
-
-def expanded(path: Path) -> Path:
-    """A path with its `~` expanded. Raises `UserError` for an unknown user's."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: no user of that name has a home folder here") from None
-
-
-def _path(text: str) -> str:
-    """A path with its `~` expanded; other texts stay as they are."""
-    if not text.strip() or "\0" in text:
-        raise ValueError("expected a path, or a name")
-    try:
-        return str(expanded(Path(text))) if text.startswith("~") else text
-    except UserError:
-        raise ValueError("expected a path; no user of that name has a home folder here") from None
-
-
-Positive = Annotated[int, Field(gt=0, le=10**15)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-PathOrName = Annotated[str, AfterValidator(_path)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        """Pydantic would take true for 1."""
-        field = cls.model_fields[info.field_name or ""]
-        values = value if isinstance(value, list) else [value]
-        if field.annotation is not bool and any(isinstance(v, bool) for v in values):
-            raise ValueError(
-                "expected no truth value; YAML reads yes, no, on and off as true and false: "
-                "write it in quotes if it is meant as text"
-            )
-        return value
-
-
+__all__ = [
+    "CONSTRAINTS",
+    "TARGETS",
+    "Constrained",
+    "LessIsBetter",
+    "MoreIsBetter",
+    "SearchConfig",
+    "check_name",
+    "expanded",
+    "is_name",
+    "with_constraints",
+]
 Target = Literal["vllm", "vllm-plugin", "llama.cpp", "transformers"]  # what serves children
-NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-Name = Annotated[str, Field(pattern=rf"^{NAME}$")]  # also a folder's name
-
-
-def is_name(text: str) -> bool:
-    """Whether a child or a place, and so a folder, can have this name."""
-    return re.fullmatch(NAME, text) is not None
-
-
-def check_name(what: str, name: str) -> None:
-    """Raise `UserError` for what can be no name of a child or place."""
-    if not is_name(name):
-        raise UserError(f"{what} {name!r:.100}: expected {settings.NAME}")
 
 
 class SourceConfig(Section):
@@ -297,104 +259,6 @@ class CostConfig(Section):
         return self.sweep | self.scenarios
 
 
-MoreIsBetter = Literal["throughput", "user_throughput"]
-LessIsBetter = Literal[
-    "latency",
-    "time_to_first_token",
-    "inter_token_latency",
-    "memory",
-    "parameters",
-    "kv_cache",
-]
-Constrained = Literal[MoreIsBetter, LessIsBetter]
-CONSTRAINTS: tuple[str, ...] = get_args(Constrained)
-TARGETS = ("maximize", "minimize", "kl")  # of a search in the other direction
-
-
-def _with_unit(value: object) -> object:
-    if isinstance(value, list):
-        raise ValueError("expected a number with a unit, or relative to the parent: 2x")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f"expected a number with a unit, or relative to the parent: {value:g}x")
-    return value
-
-
-# One text for every scenario, or a text by the scenario's name.
-Quantity = Annotated[str | dict[str, str] | None, BeforeValidator(_with_unit)]
-
-
-def _no_file(value: object) -> object:
-    if isinstance(value, str):
-        raise ValueError(
-            "expected a list of blocks, one for each layer; a file of them is for `puzzle child "
-            "RUN --name NAME --architecture FILE`"
-        )
-    return value
-
-
-Blocks = Annotated[list[str] | None, BeforeValidator(_no_file)]
-
-
-class SearchConfig(Section):
-    """What is asked of a child, and how it is searched for.
-
-    Constraints are absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent
-    ("2x", "50%").
-    """
-
-    throughput: Quantity = None  # output tokens per second of the whole batch
-    user_throughput: Quantity = None  # of one sequence, while the batch is full
-    latency: Quantity = None  # seconds per batch
-    time_to_first_token: Quantity = None  # until every sequence has one
-    inter_token_latency: Quantity = None  # the mean over the output
-    memory: Quantity = None
-    parameters: Quantity = None
-    kv_cache: Quantity = None
-    # The other direction: the best of one figure within a loss of quality, `kl`: the predicted KL
-    # before uptraining, in nats per token, going by children that were assembled.
-    maximize: MoreIsBetter | None = None
-    minimize: LessIsBetter | None = None
-    kl: float | None = Field(default=None, gt=0)
-    # At most so many layers may differ from the parent's.
-    changed_layers: int | None = Field(default=None, ge=0)
-    homogeneous: bool = False  # one block everywhere, as in Minitron
-    monotone: bool = False  # FFN widths never grow with depth
-    frontier: Constrained = "throughput"
-    points: Positive = 25
-    architecture: Blocks = None  # make exactly this child; nothing is searched
-    gap: float = Field(default=1e-4, ge=0)
-    solutions: Positive = 1
-    # In how many layers solutions differ: a share, or a number of layers from 1 on.
-    diversity: Annotated[float, Field(gt=0)] = 0.2
-    # Timed constraints are aimed at with this much to spare; default: what the uncertainty of the
-    # predictions asks for.
-    margin: float | None = Field(default=None, ge=0, lt=0.5)
-    # Children that are assembled and served at most, until one meets the wish from just above.
-    attempts: Positive = 4
-    # Times at most that blocks are scored again in the company of the best child, to find a better
-    # one around it (search/around.py); 0: the best sum of scores is the child.
-    refinements: int = Field(default=2, ge=0)
-    time_limit_s: float = Field(default=60.0, gt=0)
-
-    @model_validator(mode="after")
-    def _one_target(self) -> "SearchConfig":
-        if self.maximize and self.minimize:
-            raise ValueError("maximize and minimize are both set; set one of them")
-        if (self.target is None) != (self.kl is None):
-            raise ValueError(
-                "kl and one of maximize and minimize go together, for example "
-                "{maximize: throughput, kl: 0.15}"
-            )
-        if self.target is not None and self.architecture is not None:
-            raise ValueError("architecture is given, so nothing is maximized or minimized")
-        return self
-
-    @property
-    def target(self) -> str | None:
-        """The figure that is maximized or minimized, instead of the loss of quality."""
-        return self.maximize or self.minimize
-
-
 class LengthStage(Section):
     """A part of uptraining at one sequence length, for example 8192 tokens, then 65,536."""
 
@@ -578,21 +442,6 @@ class Recipe(Section):
             "evaluate": self.evaluate.model_dump(mode="json") | override.evaluate,
         }
         return settings.validate(ChildConfig, values, f"children.{name}")
-
-
-def with_constraints(
-    search: dict[str, JsonValue], changes: Mapping[str, JsonValue]
-) -> dict[str, JsonValue]:
-    """The settings of a search with changes.
-
-    Naming a constraint or a target drops all that were there, and an architecture that was given.
-    """
-    kept = dict(search)
-    if any(changes.get(name) is not None for name in (*CONSTRAINTS, *TARGETS)):
-        kept |= dict.fromkeys((*CONSTRAINTS, *TARGETS, "architecture"))
-    if changes.get("architecture") is not None:
-        kept |= dict.fromkeys(TARGETS)
-    return kept | dict(changes)
 
 
 def parse(
