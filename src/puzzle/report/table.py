@@ -122,4 +122,4 @@ def answer(results: Results) -> list[str]:
         lines.append(
             f"{kept.value:.1%} of its top-1 accuracy kept ({kept.low:.1%} to {kept.high:.1%})"
         )
-    return lines + [promise.in_words for promise in results.served.promises]
+    return lines + [one.told(results.speed_word) for one in results.served.promises]

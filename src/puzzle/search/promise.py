@@ -60,9 +60,13 @@ class Promise(Record):
     @property
     def in_words(self) -> str:
         """`asked throughput 2x, measured 2.05x (2.02x to 2.07x) the parent's: met`."""
+        return self.told("measured")
+
+    def told(self, how: str) -> str:
+        """The same, where it may have been `modelled` instead of measured."""
         if self.verdict == "predicted":
             return f"asked {self.asked}, predicted {self.measured}: not measured yet"
-        return f"asked {self.asked}, measured {self.measured}: {self.verdict}"
+        return f"asked {self.asked}, {how} {self.measured}: {self.verdict}"
 
     @property
     def is_slack(self) -> bool:
