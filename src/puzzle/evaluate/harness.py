@@ -89,7 +89,6 @@ def evaluate(
         limit=task.limit,
         task_manager=manager,
         log_samples=False,
-        bootstrap_iters=1000,
     )
     found: dict[str, JsonValue] = json.loads(json.dumps(results, default=handle_non_serializable))
     return found
