@@ -112,12 +112,17 @@ def register() -> None:
     """vLLM's plugin (entry point `vllm.general_plugins`), called in each of its processes.
 
     Children then load without trusting their code, and those that stock vLLM cannot serve have a
-    model class.
+    model class. On CPUs with AMX its attention kernel takes it for granted that something has asked
+    the system for the tile registers; with a first prompt of a few tokens nothing has, and the
+    process died of an illegal instruction (docs/log.md).
     """
+    import torch
     from vllm import ModelRegistry
 
     from puzzle.model import modeling_puzzle  # noqa: F401 (registers the config)
 
+    if torch.cpu.get_capabilities().get("amx_tile"):
+        torch.cpu._init_amx()
     if "PuzzleForCausalLM" not in ModelRegistry.get_supported_archs():
         name = "puzzle.engines.vllm_model:PuzzleForCausalLM"
         ModelRegistry.register_model("PuzzleForCausalLM", name)
