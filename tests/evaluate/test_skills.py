@@ -84,7 +84,7 @@ def test_a_parent_at_chance_is_called_so():
         )
 
     assert result(0.2).at_chance and not result(0.3).at_chance
-    assert result(0.3).in_words(result(0.3).parent) == "40.0 % (30.0 % to 50.0 %)"
+    assert result(0.3).in_words(result(0.3).parent) == "40.0 % (30.0 to 50.0)"
 
 
 def test_the_same_seed_writes_the_same_text_and_leaves_torchs_seed_alone(finished_run):

@@ -38,7 +38,7 @@ def render(job) -> str:
 
 def test_the_page_stands_alone_and_shows_every_row_of_the_table(job):
     html = page_path(job).read_text()
-    assert html.count("<svg") == 9
+    assert html.count("<svg") == 8
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", html) and "url(" not in html
     assert "@import" not in html and len(html.encode()) < 1 << 20
     for row in rows(evaluation.read(job)):

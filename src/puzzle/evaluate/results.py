@@ -106,12 +106,15 @@ class TaskResult(Record):
     uptrained: Interval
 
     def in_words(self, value: Interval) -> str:
-        """`71.9 % (56.2 % to 84.4 %)`, or a number where it is no share."""
-        if self.source == "lm-eval" and not 0 <= value.value <= 1:
-            return value.with_unit(".4g", "")
-        return Interval(
-            value=100 * value.value, low=100 * value.low, high=100 * value.high
-        ).with_unit(".1f", " %")
+        """`71.9 % (56.2 to 84.4)`, or a number where it is no share."""
+        is_share = self.source != "lm-eval" or 0 <= value.value <= 1
+        form, unit, times = (".1f", " %", 100) if is_share else (".4g", "", 1)
+        ends = (
+            ""
+            if value.low == value.high
+            else (f" ({times * value.low:{form}} to {times * value.high:{form}})")
+        )
+        return f"{times * value.value:{form}}{unit}{ends}"
 
     @property
     def at_chance(self) -> bool:

@@ -31,27 +31,25 @@ def frontier(job: Job, results: Results) -> str:
         says = f"{name}: {speed:.2f}x predicted, sum of scores {objective:.4f}"
         return Mark(speed, objective, says, data)
 
-    points = [
+    points = [  # on a logarithmic scale, so without the parent's 0
         mark(f"point {first + i}", p.figures, p.objective, solution=str(first + i))
         for i, p in enumerate(answers.read_frontier(job))
+        if p.objective > 0
     ]
     chosen = mark("this child", results.predicted_child, answer.best.objective, solution="0")
     others = [
         mark(b.name, b.figures, b.objective)
         for b in answers.read_baselines(job)
-        if b.figures is not None and b.objective is not None
+        if b.figures is not None and b.objective is not None and b.objective > 0
     ]
     series = [
         Series("frontier", points),
         Series("other ways of choosing", others, "ffn", "dots"),
-        Series("parent", [Mark(1.0, 0.0, "the parent")], "parent", "dot"),
         Series("this child", [chosen], "child", "dot"),
     ]
     marks = [*points, chosen]
     x = Axis.of("predicted throughput, times the parent's", [1.0, *(m.x for m in marks)])
-    # A bad choice may be so far off that nothing else could be told apart
-    near = [m.y for m in others if m.y < 3 * max(p.y for p in marks)]
-    y = Axis.of("sum of block scores", [0.0, *near, *(m.y for m in marks)], zero=True)
+    y = Axis.of("sum of block scores", [m.y for m in (*marks, *others)], log=True)
     return plot("the best sum of block scores for each throughput", x, y, series)
 
 
@@ -177,7 +175,7 @@ def predictions(job: Job, results: Results) -> str:
     of_parent = Figures.of(best_of_parent(tables, cost.sweep, parent), parent)
     series: list[Series] = []
     tries = tried.read_measured(job)
-    if not tries:
+    if not tries or not results.costs.measured:
         return ""
     marks, band = [], []
     for one in tries:
