@@ -307,7 +307,7 @@ def heat_map(
     high = max(positive, default=1.0)
     low = max(min(positive, default=1.0), high * 1e-4)
     cell_width = max(14.0, min(30.0, 460.0 / max(1, layers)))
-    left, cell_height = 18 + 6.4 * max(map(len, columns), default=1), 17.0
+    left, cell_height = 18 + 7.2 * max(map(len, columns), default=1), 17.0
     width = left + cell_width * layers + 8
     height = cell_height * len(columns) + 54
     parts = []
