@@ -181,7 +181,7 @@ def test_a_point_of_the_frontier_is_made_by_the_command_that_its_report_shows(co
     assert words[:2] == ["puzzle", "child"] and words[-4:] == ["--solution", number, "--of", "main"]
     words = [word.replace("NAME", "edge") for word in words[1:]]
     result = CliRunner().invoke(app, [*words, "--quiet", "--set", "uptrain.tokens=512"])
-    assert result.exit_code in (0, 3), result.output
+    assert result.exit_code == 0, result.output
     made = artifacts.read_object(copied.run.folder / "children/edge/search/solutions.json")
     assert made["solutions"][0]["blocks"] == point["blocks"]
 
@@ -192,7 +192,7 @@ def test_a_number_beyond_the_frontier_is_refused(copied):
 
     wish = copied.run.child_config("main")
     with pytest.raises(UserError, match="--solution: got 999, but child main has only"):
-        _with_solution(copied.run, "edge", wish, 999, "main")
+        _with_solution(copied.run, "edge", wish, 999, "main", ())
 
 
 def test_every_key_of_the_results_is_documented(job):

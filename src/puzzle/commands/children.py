@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -141,7 +142,7 @@ def child(
         changes["architecture"] = blocks
     wish = child_settings(run, name, changes, set_ or [], place)
     if solution is not None:
-        wish = _with_solution(run, name, wish, solution, of)
+        wish = _with_solution(run, name, wish, solution, of, changes)
     job = run.job_of(name, wish)
     for stage in (SEARCH, ASSEMBLE, UPTRAIN):
         stage.work().check(job)
@@ -195,9 +196,12 @@ def child_settings(
 
 
 def _with_solution(
-    run: Run, name: str, wish: ChildConfig, number: int, of: str | None
+    run: Run, name: str, wish: ChildConfig, number: int, of: str | None, asked: Collection[str]
 ) -> ChildConfig:
-    """The wish made exact: the solution that `puzzle search`, or a child's report, numbers so."""
+    """The wish made exact: the solution that `puzzle search`, or a child's report, numbers so.
+
+    What a child's report shows is made for itself: only what is `asked` now is a wish.
+    """
     if of is None:
         blocks = _solution(run, name, wish, number)
     else:
@@ -210,7 +214,9 @@ def _with_solution(
                 "points of its frontier, from 0"
             )
         blocks = listed[number]
-    exact = wish.search.model_copy(update={"architecture": blocks} | dict.fromkeys(config.TARGETS))
+    dropped = config.TARGETS if of is None else (*config.TARGETS, *config.CONSTRAINTS)
+    kept = {name: None for name in dropped if name not in asked}
+    exact = wish.search.model_copy(update={"architecture": blocks} | kept)
     return wish.model_copy(update={"search": exact})
 
 

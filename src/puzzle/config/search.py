@@ -115,6 +115,6 @@ def with_constraints(
     kept = dict(search)
     if any(changes.get(name) is not None for name in (*CONSTRAINTS, *TARGETS)):
         kept |= dict.fromkeys((*CONSTRAINTS, *TARGETS, "architecture"))
-    if changes.get("architecture") is not None:
-        kept |= dict.fromkeys(TARGETS)
+    if changes.get("architecture") is not None:  # it is made, whatever was asked before
+        kept |= dict.fromkeys((*CONSTRAINTS, *TARGETS))
     return kept | dict(changes)
