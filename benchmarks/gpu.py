@@ -34,7 +34,7 @@ import common
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from puzzle import config, pipeline
+from puzzle import artifacts, config, pipeline
 from puzzle.cost import COST, table
 from puzzle.cost.probe import write_checkpoint
 from puzzle.data.sequences import Sequences
@@ -45,12 +45,11 @@ from puzzle.errors import UserError
 from puzzle.evaluate import results as evaluation
 from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.evaluate.stage import WORK as EVALUATION
-from puzzle.library import memory as library_memory
+from puzzle.library.stage import WORK as LIBRARY_WORK
 from puzzle.library.stage import make_trainers
 from puzzle.library.training import LibraryTraining
 from puzzle.model import child, parent, variants
 from puzzle.model.architecture import NO_ATTENTION, Architecture, Block, Subblock
-from puzzle.model.layers import ParentLayers
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.parent import Parent, locate
 from puzzle.progress import Progress
@@ -60,8 +59,8 @@ from puzzle.score.fisher import Estimator
 from puzzle.score.modules import LayerBlocks
 from puzzle.score.stage import WORK as SCORING
 from puzzle.stage import Job, Need
-from puzzle.uptrain import memory as uptrain_memory
-from puzzle.uptrain.gkd import Pair
+from puzzle.uptrain.stage import WORK as UPTRAINING
+from puzzle.uptrain.stage import distil
 from puzzle.uptrain.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -254,9 +253,9 @@ def made_variants(run: Run) -> contextlib.AbstractContextManager[object]:
     return mock.patch("puzzle.library.weights.read_state", read_state)
 
 
-def compared(taken: Taken, planned_bytes: float) -> dict[str, float | None]:
+def compared(taken: Taken, need: Need) -> dict[str, float | None]:
     """Peak memory beside what was planned."""
-    peak = taken.peak_bytes
+    peak, planned_bytes = taken.peak_bytes, need.memory_bytes
     return {
         "peak_bytes": peak,
         "planned_bytes": planned_bytes,
@@ -267,32 +266,49 @@ def compared(taken: Taken, planned_bytes: float) -> dict[str, float | None]:
 # --------------------------------------------------------------------------------------- parts
 
 
+@contextlib.contextmanager
+def trained_twice(trainer: type, again: Callable[[Any], None], device: Device) -> Iterator[Taken]:
+    """`trainer.train` runs twice and counts the second time; `again` sets it back between."""
+    taken, train = Taken(), trainer.train
+
+    def twice(self: Any) -> None:
+        train(self)
+        again(self)
+        with timing(device, taken):
+            train(self)
+
+    with mock.patch.object(trainer, "train", twice):
+        yield taken
+
+
 def library_part(scale: Scale, root: Path) -> Settings:
-    """BLD of all variants of every layer: the first chunk warms up, the second is timed."""
+    """BLD of all variants of every layer."""
     run = made_run(scale, "library", root, library={"memory": "resident"})
-    tokens = run.recipe.library.tokens
-    timed, device = Taken(), run.device
-    with no_checkpoints(), taking(device) as taken:
-        layers = ParentLayers(run.parent_model)
-        training = LibraryTraining(run, root / "library", layers, make_trainers(run), True)
-        training.initialise()
-        training.train()
+    job, folder = Job(run), unfinished(root / "library")
+
+    def from_the_start(training: LibraryTraining) -> None:
         for trainer in training.trainers:
             trainer.step = 0
-        with timing(device, timed):
-            training.train()
-    planned = library_memory.memory_bytes(run, streamed=False)
+
+    with (
+        no_checkpoints(),
+        mock.patch("puzzle.library.stage._write"),
+        taking(run.device) as taken,
+        trained_twice(LibraryTraining, from_the_start, run.device) as timed,
+    ):
+        LIBRARY_WORK.execute(job, folder)
+    tokens, variants_count = run.recipe.library.tokens, len(make_trainers(run))
     return {
-        "variants": len(training.trainers),
+        "variants": variants_count,
         "tokens_per_s": tokens / timed.seconds,
         "layer_tokens_per_s": tokens * scale.layers["library"] / timed.seconds,
-        **compared(taken, planned),
+        **compared(taken, LIBRARY_WORK.need(job)),
     }
 
 
 def score_part(scale: Scale, root: Path) -> Settings:
     """Blocks of the first layer, which the others follow, and of the last, which none follows."""
-    run = made_run(scale, "score", root)
+    run = made_run(scale, "score", root, score={"method": "hybrid"})
     device, last = run.device, scale.layers["score"] - 1
     seconds: dict[str, float] = {}
     with made_variants(run), taking(device) as taken:
@@ -323,35 +339,39 @@ def score_part(scale: Scale, root: Path) -> Settings:
                 lambda blocks, layer=layer: estimator.estimate(layer, blocks),
             )
     milliseconds = {f"{name}_ms_per_block": 1e3 * s for name, s in seconds.items()}
-    planned = SCORING.need(Job(run)).memory_bytes
-    return milliseconds | {"tokens": tokens_BS.numel()} | compared(taken, planned)
+    return milliseconds | {"tokens": tokens_BS.numel()} | compared(taken, SCORING.need(Job(run)))
 
 
 def uptrain_part(scale: Scale, root: Path) -> Settings:
-    """Steps of distillation of a child of the parent's size; the first run of them warms up."""
+    """Steps of distillation of a child of the parent's size, as `puzzle plan` would have them."""
     run = made_run(scale, "uptrain", root)
-    job, timed = run.child_job("main"), Taken()
-    with no_checkpoints(), taking(run.device) as taken:
-        trainer = Trainer(job, root / "uptrained", _pair(job))
-        trainer.train()
-        with timing(run.device, timed):
-            trainer.train()
+    job, folder = run.child_job("main"), unfinished(root / "uptrained")
+    architecture = Architecture.of_parent(run.parent.shape)
+    with (
+        no_checkpoints(),
+        mock.patch.object(child, "load", lambda folder, *where: made_child(run, *where)),
+        mock.patch.object(child, "read_architecture", lambda folder: architecture),
+        mock.patch.object(child, "save"),
+        taking(run.device) as taken,
+        trained_twice(Trainer, lambda trainer: None, run.device) as timed,
+    ):
+        distil(job, folder)
     tokens = job.child.uptrain.tokens
-    return {"tokens_per_s": tokens / timed.seconds} | compared(
-        taken, uptrain_memory.memory_bytes(job)
-    )
+    return {"tokens_per_s": tokens / timed.seconds} | compared(taken, UPTRAINING.need(job))
 
 
-def _made_child(run: Run) -> PuzzleForCausalLM:
-    """A child of the parent's size, in float32."""
+def made_child(
+    run: Run, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> PuzzleForCausalLM:
+    """A child of the parent's size."""
     config = run.parent.child_config(Architecture.of_parent(run.parent.shape))
-    weights = child.RandomWeights(config, run.device.torch_device)
-    return child.build(config, weights, torch.float32, run.device.torch_device)
+    return child.build(config, child.RandomWeights(config, device), dtype, device, attention)
 
 
-def _pair(job: Job) -> Pair:
-    model = _made_child(job.run).requires_grad_()
-    return Pair(model, job.run.parent_model, job.child.uptrain)
+def unfinished(folder: Path) -> Path:
+    """A folder as a stage finds it."""
+    (folder / artifacts.UNFINISHED).mkdir(parents=True)
+    return folder
 
 
 def evaluate_part(scale: Scale, root: Path) -> Settings:
@@ -361,13 +381,13 @@ def evaluate_part(scale: Scale, root: Path) -> Settings:
     settings = job.child.evaluate
     with taking(run.device) as taken:
         text = Text.of(run, "test", settings.sequences)
-        model = _made_child(run)
+        model = made_child(run, torch.float32, run.device.torch_device)
         for _ in range(2):
             timed.seconds = 0.0
             with timing(run.device, timed):
                 unit_sums(run, model, text, settings.batch_sequences)
     with mock.patch("puzzle.evaluate.stage.serving_need", lambda job: Need()):
-        planned = EVALUATION.need(job).memory_bytes
+        planned = EVALUATION.need(job)
     return {"tokens_per_s": text.tokens_NS.numel() / timed.seconds} | compared(taken, planned)
 
 

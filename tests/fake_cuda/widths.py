@@ -25,6 +25,7 @@ from fake_cuda.mode import fake_cuda
 def measure(part: str, layers: int, bug: str = "") -> dict:
     """The part's figures, and the operators that touched most bytes, by place."""
     began = time.perf_counter()
+    gpu.PER_LAYER = 2
     with tempfile.TemporaryDirectory() as root, fake_cuda() as device:
         scale = gpu.Scale.of("cuda", quick=False, layers=layers)
         if bug:

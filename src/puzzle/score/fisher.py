@@ -66,10 +66,9 @@ class Estimator:
         self, normed_TD: torch.Tensor, count: int, generator: torch.Generator
     ) -> torch.Tensor:
         """d log p(y) / d normed hidden state, [K, T, D], in closed form: W[y] - p W."""
-        head = self.parent.lm_head.weight.float()
-        cap = self.parent.config.final_logit_softcapping
+        cap, head = self.parent.config.final_logit_softcapping, self.parent.lm_head.weight.float()
         gradients = torch.empty(count, *normed_TD.shape, device=normed_TD.device)
-        chunk = tokens_per_chunk(len(head))
+        chunk = tokens_per_chunk(head)
         for first in range(0, len(normed_TD), chunk):
             rows = slice(first, first + chunk)
             logits_TV = normed_TD[rows].float() @ head.T

@@ -162,7 +162,7 @@ def _memory_bytes(run: Run, parameters: int) -> float:
     if not is_resident(run):
         library /= shape.num_hidden_layers
     weights = parameters * run.placement.dtype.itemsize
-    return weights + 4 * states * shape.hidden_size + library + 4 * 4 * CHUNK_ELEMENTS
+    return weights + 4 * states * shape.hidden_size + library + 16 * CHUNK_ELEMENTS[run.device.type]
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)
