@@ -56,7 +56,7 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score.exact import Shard, parent_states, score_layer
 from puzzle.score.fisher import Estimator
-from puzzle.score.modules import LayerBlocks
+from puzzle.score.modules import LayerBlocks, LibraryBlocks
 from puzzle.score.stage import WORK as SCORING
 from puzzle.stage import Job, Need
 from puzzle.uptrain.stage import WORK as UPTRAINING
@@ -125,7 +125,7 @@ class Scale:
             "library": library,
             "score": {"sequences": 8, "shard_sequences": 8},
             "uptrain": {"tokens": tokens, **rows, **quiet},
-            "evaluate": {"sequences": 2 * self.rows, "batch_sequences": self.rows},
+            "evaluate": {"sequences": 2 * self.rows},
         }
         return made | {name: made.get(name, {}) | values for name, values in sections.items()}
 
@@ -313,13 +313,14 @@ def score_part(scale: Scale, root: Path) -> Settings:
     seconds: dict[str, float] = {}
     with made_variants(run), taking(device) as taken:
         model = run.parent_model
+        library = LibraryBlocks(run, model)
         tokens_BS = run.corpus["score"].head(run.recipe.score.shard_sequences)
         states = parent_states(run, model, tokens_BS)
         estimator = Estimator(run, model, tokens_BS, states)
 
         def time_layer(name: str, layer: int, score: Callable[[LayerBlocks], object]) -> None:
             wanted = run.space.layers[layer].blocks[:PER_LAYER]
-            blocks = LayerBlocks.load(run, layer, model.model.layers[layer], wanted)
+            blocks = library.layer(layer, wanted)
             score(blocks.only(wanted[:1]))
             one = Taken()
             with timing(device, one):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from puzzle.evaluate import results as evaluation
 from puzzle.report import table
@@ -24,6 +25,7 @@ NO_BENCHMARKS = {
 }
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name not in NO_BENCHMARKS)
 FASTEST = {"attention.py", "bld.py", "parent_size.py"}  # the others start several processes
+OPTIONS = {"gpu.py": ["--device", "cpu"]}
 pytestmark = pytest.mark.training
 
 
@@ -36,7 +38,7 @@ def benchmark(path: Path):
 def test_a_quick_run_ends_with_json(script, tmp_path):
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     out = subprocess.run(
-        [sys.executable, str(script), "--quick", "--json"],
+        [sys.executable, str(script), "--quick", "--json", *OPTIONS.get(script.name, [])],
         capture_output=True,
         text=True,
         cwd=tmp_path,  # nothing depends on where it is started
@@ -76,3 +78,17 @@ def test_the_readme_gets_the_figures_of_a_run(finished_run, tmp_path):
     assert f"asked {promise.asked}, measured {promise.measured}" in section
     for stage in ("library", "score", "cost", "search", "assemble", "uptrain", "evaluate"):
         assert f"{stage} " in section.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_benchmark_is_one_line():
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    out = subprocess.run(
+        [sys.executable, str(FOLDER / "gpu.py"), "library"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    assert out.returncode == 2
+    (line,) = out.stdout.splitlines()
+    assert "there is no GPU to measure on" in line

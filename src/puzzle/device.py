@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -38,9 +39,14 @@ class Device:
 
     @classmethod
     def choose(cls, name: str, precision: Precision) -> "Device":
-        """The device of a recipe. Raises `UserError` for one that does not work here."""
+        """The device of a recipe. Raises `UserError` for one that does not work here.
+
+        `auto` is a GPU where there is one, and never the CPU beside a GPU that does not work.
+        """
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+            if name == "cpu" and (reason := unusable_gpu()):
+                raise UserError(f"device auto: {reason}; or compute without it: device=cpu")
         try:
             device = torch.device(name)
         except RuntimeError:
@@ -115,6 +121,33 @@ def _bfloat16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return device.type == "cuda"
+
+
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU that this machine has; None where it has none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not (gpu := _nvidia_gpu()):
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"there is a GPU ({gpu}), but torch {torch.__version__} is a build without CUDA; "
+            "install one with it (README.md, Install)"
+        )
+    try:
+        torch.cuda.init()
+        reason = "torch does not see it"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". Please")[0]
+    return f"there is a GPU ({gpu}), but torch {torch.__version__} cannot use it: {reason}"
+
+
+def _nvidia_gpu() -> str:
+    """The name of the first GPU that the driver lists; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return listed.stdout.split("\n")[0].strip() if listed.returncode == 0 else ""
 
 
 def keep_freed_memory() -> None:

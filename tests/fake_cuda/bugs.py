@@ -9,6 +9,8 @@ from puzzle.device import Device
 from puzzle.library.bld import VariantTrainer
 from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.score.exact import Suffix
+from puzzle.score.modules import LayerBlocks
+from puzzle.training import losses
 from puzzle.uptrain.gkd import Pair
 
 
@@ -60,6 +62,27 @@ def unpinned_states() -> contextlib.AbstractContextManager:
     return mock.patch.object(Device, "to_host", lambda device, tensor: tensor.cpu())
 
 
+def a_head_that_is_cast_for_every_chunk() -> contextlib.AbstractContextManager:
+    """Logits are computed from a float32 copy of the whole head, chunk by chunk."""
+
+    def logits(hidden_TD, head_VD, soft_cap=None):
+        return hidden_TD.float() @ head_VD.float().T
+
+    return mock.patch.object(losses, "_logits", logits)
+
+
+def outputs_that_stay() -> contextlib.AbstractContextManager:
+    """Every block's output is kept until the end."""
+    kept = []
+
+    def outputs(original, *args):
+        for block, output in original(*args):
+            kept.append(output)
+            yield block, output
+
+    return _around(LayerBlocks, "outputs", outputs)
+
+
 BUGS = {
     bug.__name__: bug
     for bug in (
@@ -68,5 +91,7 @@ BUGS = {
         a_look_at_every_step,
         a_look_at_every_layer,
         unpinned_states,
+        a_head_that_is_cast_for_every_chunk,
+        outputs_that_stay,
     )
 }

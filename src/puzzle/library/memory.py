@@ -6,7 +6,7 @@ from puzzle.run import Run
 from puzzle.stage import Job, Need
 
 STREAM_ABOVE = 0.7  # of the device's memory
-OPTIMIZER_BYTES = 16  # per trained parameter: weight, gradient, two moments
+OPTIMIZER_BYTES = 12  # per trained parameter, between its steps: weight, two moments
 
 
 def trained_parameters(run: Run) -> list[int]:
@@ -35,7 +35,7 @@ def memory_bytes(run: Run, *, streamed: bool) -> float:
     layer of the parent (and its pages on disk while it is read), the same per parameter of the
     largest variant; the embedding's pages only while a chunk is embedded. Both: the chunk's
     activations, and what one variant keeps for one batch: its inputs and outputs, three
-    intermediates forward and two backward, and its folded weights.
+    intermediates forward and two backward, its gradients, and its folded weights.
     """
     recipe, shape = run.recipe, run.parent.shape
     settings, sequence = recipe.library, recipe.corpus.sequence_length
@@ -48,7 +48,7 @@ def memory_bytes(run: Run, *, streamed: bool) -> float:
     if run.placement.attention == "eager":
         probabilities = 10.0 * settings.batch_sequences * shape.num_attention_heads * sequence**2
     activations = batch * (10 * D * 4 + 5 * shape.intermediate_size * product)
-    step = activations + probabilities + 12 * max(trained, default=0)
+    step = activations + probabilities + 16 * max(trained, default=0)
     gram = 0
     if settings.initialization == "least_squares":
         gram = (shape.intermediate_size**2 + 4 * D**2) * 8
