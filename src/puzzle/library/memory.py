@@ -42,7 +42,7 @@ def memory_bytes(run: Run, *, streamed: bool) -> float:
     element, stored = run.placement.dtype.itemsize, run.parent.dtype.itemsize
     batch, D = settings.batch_sequences * sequence, shape.hidden_size
     trained = trained_parameters(run)
-    chunk = (settings.chunk_steps * batch + settings.validation_sequences * sequence) * D * 4
+    chunk = (settings.chunk_steps * batch + settings.validation_sequences * sequence) * D * element
     product = 2 if run.device.bfloat16 else 4
     probabilities = 0.0
     if run.placement.attention == "eager":
