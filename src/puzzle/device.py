@@ -45,8 +45,8 @@ class Device:
         """
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-            if name == "cpu" and (reason := unusable_gpu()):
-                raise UserError(f"device auto: {reason}; or compute without it: device=cpu")
+            if name == "cpu" and (unusable := unusable_gpu()):
+                raise UserError(f"device auto: {unusable}; or compute without it: device=cpu")
         try:
             device = torch.device(name)
         except RuntimeError:
@@ -134,10 +134,10 @@ def unusable_gpu() -> str | None:
         )
     try:
         torch.cuda.init()
-        reason = "torch does not see it"
+        why = "torch does not see it"
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". Please")[0]
-    return f"there is a GPU ({gpu}), but torch {torch.__version__} cannot use it: {reason}"
+        why = reason(error).split(". Please")[0]
+    return f"there is a GPU ({gpu}), but torch {torch.__version__} cannot use it: {why}"
 
 
 def _nvidia_gpu() -> str:

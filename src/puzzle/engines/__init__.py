@@ -181,7 +181,8 @@ def cache_bytes(pages: Sequence[Page], scenario: ScenarioConfig) -> int:
 
 def gpu_index(device: str) -> int:
     """The number of the GPU that a recipe's `device` names: 1 of `cuda:1`, otherwise 0."""
-    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else 0
+    number = device.removeprefix("cuda:")
+    return int(number) if number.isdigit() else 0
 
 
 def available_bytes(gpu: int = 0) -> int:
