@@ -322,6 +322,9 @@ def fake_cuda() -> Iterator[FakeCuda]:
         "current_stream": lambda *a: _Stream(),
         "default_stream": lambda *a: _Stream(),
         "initial_seed": lambda: 0,
+        "get_rng_state": lambda *a: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *a: None,
+        "manual_seed_all": lambda seed: None,
     }
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():

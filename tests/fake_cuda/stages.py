@@ -68,7 +68,14 @@ def recipe(parent: Path, text: Path, out: Path, wish: "Wish") -> dict:
         "validate_steps": 100,
         "lm_weight": 0.5,
     }
-    settings["evaluate"] |= {"sequences": BATCH * units, "batch_sequences": BATCH}
+    settings["evaluate"] |= {
+        "sequences": BATCH * units,
+        "batch_sequences": BATCH,
+        "context": 2 * LENGTH,
+        "questions": 1,
+        "samples": 1,
+        "sample_tokens": 2,
+    }
     return settings
 
 

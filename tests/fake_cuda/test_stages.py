@@ -30,7 +30,8 @@ WAITS = {
     # one result of a block and shard
     "score": {"score/exact.py text_sums": BLOCKS, "score/fisher.py _sums": BLOCKS},
     "uptrain": {"uptrain/trainer.py _step": 2 * STEPS},  # the norm, and the loss for the bar
-    "evaluate": {"evaluate/quality.py unit_sums": 3},  # one a batch, of three models
+    # one a batch, of three models; by position two rows are as many tokens as the batch
+    "evaluate": {"evaluate/quality.py group_sums": 3 * (1 + 2)},
 }
 PER_CHILD = "score/assembled.py _kl_sums"  # one of a child and shard; how many depends on a search
 
