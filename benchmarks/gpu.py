@@ -266,9 +266,16 @@ def compared(taken: Taken, need: Need) -> dict[str, float | None]:
 # --------------------------------------------------------------------------------------- parts
 
 
+class Enough(Exception):
+    """A stage has trained; what it would write does not matter."""
+
+
 @contextlib.contextmanager
 def trained_twice(trainer: type, again: Callable[[Any], None], device: Device) -> Iterator[Taken]:
-    """`trainer.train` runs twice and counts the second time; `again` sets it back between."""
+    """`trainer.train` runs twice and counts the second time; then the stage ends.
+
+    `again` sets it back between.
+    """
     taken, train = Taken(), trainer.train
 
     def twice(self: Any) -> None:
@@ -276,8 +283,9 @@ def trained_twice(trainer: type, again: Callable[[Any], None], device: Device) -
         again(self)
         with timing(device, taken):
             train(self)
+        raise Enough
 
-    with mock.patch.object(trainer, "train", twice):
+    with mock.patch.object(trainer, "train", twice), contextlib.suppress(Enough):
         yield taken
 
 
@@ -292,7 +300,6 @@ def library_part(scale: Scale, root: Path) -> Settings:
 
     with (
         no_checkpoints(),
-        mock.patch("puzzle.library.stage._write"),
         taking(run.device) as taken,
         trained_twice(LibraryTraining, from_the_start, run.device) as timed,
     ):
@@ -352,7 +359,6 @@ def uptrain_part(scale: Scale, root: Path) -> Settings:
         no_checkpoints(),
         mock.patch.object(child, "load", lambda folder, *where: made_child(run, *where)),
         mock.patch.object(child, "read_architecture", lambda folder: architecture),
-        mock.patch.object(child, "save"),
         taking(run.device) as taken,
         trained_twice(Trainer, lambda trainer: None, run.device) as timed,
     ):
