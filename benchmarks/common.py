@@ -133,6 +133,7 @@ def make_parent(folder: Path, sizes: LlamaSizes, dtype: torch.dtype = torch.floa
         "model.embed_tokens.weight": matrix(sizes.vocab_size, D),
         "model.norm.weight": torch.ones(D, dtype=dtype),
     }
+    files = {name: "model-00000.safetensors" for name in state}
     save_file(state, folder / "model-00000.safetensors", metadata={"format": "pt"})
     for layer in range(sizes.num_hidden_layers):
         tensors = {
@@ -147,7 +148,11 @@ def make_parent(folder: Path, sizes: LlamaSizes, dtype: torch.dtype = torch.floa
             "post_attention_layernorm": torch.ones(D, dtype=dtype),
         }
         state = {f"model.layers.{layer}.{name}.weight": t for name, t in tensors.items()}
-        save_file(state, folder / f"model-{layer + 1:05d}.safetensors", metadata={"format": "pt"})
+        file = f"model-{layer + 1:05d}.safetensors"
+        save_file(state, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(state, file)
+    index = json.dumps({"weight_map": files})
+    (folder / "model.safetensors.index.json").write_text(index)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -153,6 +153,9 @@ class RandomText(Sequences):
     def head_documents(self, count: int) -> torch.Tensor:
         return torch.arange(count)[:, None].expand(count, self.sequence_length).contiguous()
 
+    def head_counted(self, count: int) -> torch.Tensor:
+        return torch.ones(count, self.sequence_length, dtype=torch.bool)
+
 
 class MadeParent(Parent):
     """A parent whose weights are drawn on a device whenever they are read."""
