@@ -133,7 +133,7 @@ def make_parent(folder: Path, sizes: LlamaSizes, dtype: torch.dtype = torch.floa
         "model.embed_tokens.weight": matrix(sizes.vocab_size, D),
         "model.norm.weight": torch.ones(D, dtype=dtype),
     }
-    files = {name: "model-00000.safetensors" for name in state}
+    files = dict.fromkeys(state, "model-00000.safetensors")
     save_file(state, folder / "model-00000.safetensors", metadata={"format": "pt"})
     for layer in range(sizes.num_hidden_layers):
         tensors = {
@@ -179,7 +179,13 @@ def tiny_recipe(root: Path) -> Settings:
         },
         "search": {"parameters": "75%", "points": 3},
         "uptrain": {"tokens": 2048, "batch_sequences": 8, "checkpoint_steps": 2},
-        "evaluate": {"sequences": 4},
+        "evaluate": {
+            "sequences": 4,
+            "context": 64,
+            "questions": 1,
+            "samples": 1,
+            "sample_tokens": 4,
+        },
     }
 
 
