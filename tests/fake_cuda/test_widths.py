@@ -18,12 +18,12 @@ GIB = 1 << 30
 LAYERS = 2  # and 3: what a layer adds, and so what any number of them takes
 ALL_LAYERS = 32
 TOLERANCE = 0.15
-# Where the plan is further off: between which factors of what is alive, and why. A figure that
-# leaves its range fails, also for the better: then it goes from here.
+# Where the plan is further off: between which factors of what is alive, and why. A figure outside
+# its range fails.
 KNOWN: dict[str, tuple[float, float, str]] = {
     "score": (0.5, 0.85, "Fisher's gradients, two of every sample, are not planned"),
-    "uptrain": (1.15, 1.45, "a layer's activations are overestimated"),
-    "evaluate": (0.25, 0.75, "two models in the parent's dtype and no activations are planned"),
+    "uptrain": (1.15, 1.4, "a layer's activations are overestimated"),
+    "evaluate": (0.4, 0.7, "the child's float32 weights and the activations are not planned"),
 }
 # Bytes of the largest operator that is no product, but for those below.
 MOST_BYTES = 2.75 * GIB
@@ -63,17 +63,17 @@ def at(layers: int, figures: tuple[dict, dict], key: str) -> float:
 def test_a_plan_says_what_is_alive(measured, part):
     """Of `LAYERS` layers, and of all of them where both grow in a straight line.
 
-    Scores do not: a library is resident up to a size.
+    Others do not: what is held, or computed twice, depends on what fits.
     """
-    counts = [LAYERS] if part == "score" else [LAYERS, ALL_LAYERS]
+    counts = [LAYERS, ALL_LAYERS] if part in ("library", "evaluate") else [LAYERS]
     figures = measured[part]
     ratios = [at(n, figures, "planned_bytes") / at(n, figures, "peak_bytes") for n in counts]
     shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    if part in KNOWN:
-        low, high, reason = KNOWN[part]
-        assert all(low <= ratio <= high for ratio in ratios), f"{shown}: no longer as known"
-        pytest.xfail(f"the plan is {shown} of what is alive: {reason}")
-    assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios), shown
+    if all(abs(ratio - 1) <= TOLERANCE for ratio in ratios):
+        return
+    low, high, reason = KNOWN.get(part, (1.0, 1.0, ""))
+    assert all(low <= ratio <= high for ratio in ratios), f"the plan is {shown} of what is alive"
+    pytest.xfail(f"the plan is {shown} of what is alive: {reason}")
 
 
 def large(part: str, figures: dict) -> set[str]:
