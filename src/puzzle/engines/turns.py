@@ -53,7 +53,9 @@ class Served:
     @property
     def memory_bytes(self) -> int:
         """What serving it takes of each device, about."""
-        weights = sum(path.stat().st_size for path in weight_files(self.folder))
+        has_weights = any(self.folder.glob("*.safetensors"))  # or the engine makes them
+        files = weight_files(self.folder) if has_weights else []
+        weights = sum(path.stat().st_size for path in files)
         shared = (weights + self.kv_cache_bytes) // self.scenario.tensor_parallel
         return shared + overhead_bytes()
 
