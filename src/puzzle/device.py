@@ -16,6 +16,8 @@ from puzzle.errors import UserError, reason
 # On CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py).
 EAGER_UP_TO_TOKENS = 256
 EFFICIENCY = 0.4  # the share of the rate of matrix products that whole training steps reach
+USABLE = 0.92  # of memory: contexts of drivers, gaps between allocations and others take the rest
+PLANNED_FLOPS_PER_S = 650e12  # of bf16 products, where a GPU that is not here is planned for
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -30,11 +32,43 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one device has, and its host; with `is_shared` they are the same memory."""
+
+    device_bytes: int
+    host_bytes: int
+    devices: int = 1  # of this kind
+    is_shared: bool = False
+
+    def lacks(self, device_bytes: float, host_bytes: float) -> str:
+        """What is too small for so much on the device and beside it; empty where it fits."""
+        if self.is_shared:
+            device_bytes, host_bytes = device_bytes + host_bytes, 0
+        pairs = {
+            "device": (device_bytes, self.device_bytes),
+            "host": (host_bytes, self.host_bytes),
+        }
+        for name, (needed, there) in pairs.items():
+            if needed > USABLE * there:
+                return (
+                    f"{needed / 2**30:.1f} GiB of the {name}'s memory are needed, of "
+                    f"{there / 2**30:.1f} GiB {USABLE * there / 2**30:.1f} can be used"
+                )
+        return ""
+
+
+@dataclass(frozen=True)
 class Device:
     """A torch device, and whether matrix products run in bfloat16 over float32 weights."""
 
     torch_device: torch.device
     bfloat16: bool
+    planned: "Memory | None" = None  # of a device that is only planned for
+
+    @classmethod
+    def gpu(cls, memory: "Memory") -> "Device":
+        """A GPU that need not be here, to plan for."""
+        return cls(torch.device("cuda"), True, memory)
 
     @classmethod
     def choose(cls, name: str, precision: Precision) -> "Device":
@@ -90,15 +124,26 @@ class Device:
         return host.copy_(tensor, non_blocking=True)
 
     @cached_property
+    def memory(self) -> "Memory":
+        """What one device and its host have; the same all the time, whatever is in use."""
+        if self.planned is not None:
+            return self.planned
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.type == "cuda":
+            gpu = torch.cuda.get_device_properties(self.torch_device).total_memory
+            return Memory(gpu, host, torch.cuda.device_count())
+        return Memory(host, host, is_shared=True)
+
+    @property
     def memory_bytes(self) -> int:
         """What the device has: a GPU's memory, or this machine's."""
-        if self.type == "cuda":
-            return torch.cuda.get_device_properties(self.torch_device).total_memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return self.memory.device_bytes
 
     @cached_property
     def training_flops_per_s(self) -> float:
         """What training steps reach, from a square matrix product measured now (best of four)."""
+        if self.planned is not None and self.type == "cuda":
+            return EFFICIENCY * PLANNED_FLOPS_PER_S
         size = 1024 if self.type == "cpu" else 8192
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32
         a = torch.randn(size, size, device=self.torch_device, dtype=dtype)

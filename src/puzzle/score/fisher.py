@@ -69,7 +69,7 @@ class Estimator:
         head = self.parent.lm_head.weight.float()
         cap = self.parent.config.final_logit_softcapping
         gradients = torch.empty(count, *normed_TD.shape, device=normed_TD.device)
-        chunk = tokens_per_chunk(len(head))
+        chunk = tokens_per_chunk(head)
         for first in range(0, len(normed_TD), chunk):
             rows = slice(first, first + chunk)
             logits_TV = normed_TD[rows].float() @ head.T

@@ -6,7 +6,7 @@ Shape legend: T tokens, B batch, S sequence, D hidden, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,8 @@ def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.
     return 1 - F.cosine_similarity(child_BSD.float(), parent_BSD.float(), dim=-1).mean()
 
 
-CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
+# Logits of a chunk: 64 MiB of float32 on CPUs, 256 MiB on GPUs
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 # Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens, which is
 # within 6 % of all at once.
 LOSS_ELEMENTS = 1 << 26
@@ -103,6 +104,8 @@ class _DistillationLoss(torch.autograd.Function):
         device = child_TD.device.type
         autocast_dtype = torch.get_autocast_dtype(device)
         product_dtype = autocast_dtype if torch.is_autocast_enabled(device) else None
+        if product_dtype is None and head_VD.dtype.itemsize == 2:
+            product_dtype = head_VD.dtype
         inputs = _Inputs(child_TD, head_VD, parent_TD, parent_head_VD)
         with torch.autocast(device, enabled=False):
             work = _Chunks(inputs, settings, product_dtype, ctx.needs_input_grad[:2])
@@ -255,9 +258,9 @@ def distillation_losses(
     return losses
 
 
-def tokens_per_chunk(vocabulary: int) -> int:
-    """How many tokens' logits may exist at once."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+def tokens_per_chunk(head_VD: torch.Tensor) -> int:
+    """How many tokens' logits may exist at once, on the head's device."""
+    return max(16, CHUNK_ELEMENTS[head_VD.device.type] // len(head_VD))
 
 
 METRICS = ("kl", "lm_loss", "top1", "top5", "top10", "cosine")
@@ -268,7 +271,7 @@ ACCURACIES = ("top1", "top5", "top10", "task")  # more is better
 def token_metrics(
     parent_TD: torch.Tensor,
     parent_head_VD: torch.Tensor,
-    child_CTD: torch.Tensor,
+    child_CTD: torch.Tensor | Sequence[torch.Tensor],
     child_head_VD: torch.Tensor,
     targets_T: torch.Tensor,
     soft_cap: float | None = None,
@@ -288,7 +291,7 @@ def token_metrics(
         targets_T: the next tokens.
         soft_cap: of both sides' logits, as in `LogitLoss`.
     """
-    chunks, chunk_tokens = [], tokens_per_chunk(len(parent_head_VD))
+    chunks, chunk_tokens = [], tokens_per_chunk(parent_head_VD)
     parent_head_VD, child_head_VD = _product_head(parent_head_VD), _product_head(child_head_VD)
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
@@ -300,9 +303,10 @@ def token_metrics(
                 [_metrics(parent_TV, p_TV, child_TV, targets_T[rows]) for child_TV in children]
             )
         )
-    cosine_CT = torch.ones(child_CTD.shape[:2], device=child_CTD.device)
-    if child_CTD.shape[-1] == parent_TD.shape[-1]:
-        cosine_CT -= F.cosine_similarity(child_CTD.float(), parent_TD.float()[None], dim=-1)
+    cosine_CT = torch.ones(len(child_CTD), len(parent_TD), device=parent_TD.device)
+    if child_CTD[0].shape[-1] == parent_TD.shape[-1]:
+        for cosine_T, child_TD in zip(cosine_CT, child_CTD, strict=True):
+            cosine_T -= F.cosine_similarity(child_TD.float(), parent_TD.float(), dim=-1)
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
 
 
@@ -327,7 +331,7 @@ def _product_head(head_VD: torch.Tensor) -> torch.Tensor:
     device = head_VD.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         return head_VD.to(torch.get_autocast_dtype(device))
-    return head_VD.float()
+    return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()
 
 
 def _logits(

@@ -10,6 +10,7 @@ SAME_RESULT = {
     "wandb",
     "micro_batch_sequences",
     "activation_checkpointing",
+    "optimizer",
     "checkpoint_steps",
 }
 
