@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -122,6 +123,27 @@ class Device:
             return tensor.cpu()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+    def fetched(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Tensors on the device, one after the other; on a GPU the next comes meanwhile."""
+        if self.type != "cuda" or not tensors or tensors[0].is_cuda:
+            yield from (tensor.to(self.torch_device) for tensor in tensors)
+            return
+        stream, main = torch.cuda.Stream(self.torch_device), torch.cuda.current_stream()
+        stream.wait_stream(main)  # which may still be writing them
+
+        def fetch(index: int) -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return tensors[index].to(self.torch_device, non_blocking=True)
+
+        coming = fetch(0)
+        for index in range(len(tensors)):
+            main.wait_stream(stream)
+            here = coming
+            if index + 1 < len(tensors):
+                coming = fetch(index + 1)
+            here.record_stream(main)
+            yield here
 
     @cached_property
     def memory(self) -> "Memory":

@@ -10,7 +10,7 @@ its files at a time, and as many of its trainers as fit come from disk together 
 the same arithmetic in the same order, so the same library.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class LibraryTraining:
             return
         least_squares = self.run.recipe.library.initialization == "least_squares"
         with self.run.device.autocast():
-            batches = self._on_device(activations.batches)
+            batches = self.run.device.fetched(activations.batches)
             calibration = initialization.calibrate(
                 module, batches, activations.context, least_squares
             )
@@ -157,7 +157,7 @@ class LibraryTraining:
     ) -> None:
         losses = []
         with torch.no_grad(), self.run.device.autocast():
-            for x_BSD in self._on_device(activations.validation):
+            for x_BSD in self.run.device.fetched(activations.validation):
                 batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                 losses.append(batch.no_op_error(slot))
         loss = mean(losses)
@@ -238,14 +238,14 @@ class LibraryTraining:
             if trainer.module is None:
                 trainer.restore(self.checkpoint(trainer), self._module(trainer))
         batches = activations.batches
-        for index, x_BSD in enumerate(self._on_device(batches)):
+        for index, x_BSD in enumerate(self.run.device.fetched(batches)):
             with run.device.autocast():
                 batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                 for trainer in group:
                     if not trainer.done:
                         losses[trainer.key].append(trainer.train_step(batch, settings))
             if hand_on:
-                batches[index] = batch.o_BSD.to(batches[index].device)
+                batches[index] = self._kept(batch.o_BSD)
         errors = self._validation_errors(group, module, activations)
         if hand_on:
             self._advance(module, activations.validation, activations.context)
@@ -271,7 +271,7 @@ class LibraryTraining:
         losses: dict[str, list[float]] = {trainer.key: [] for trainer in group}
         if group:
             with torch.no_grad(), self.run.device.autocast():
-                for x_BSD in self._on_device(activations.validation):
+                for x_BSD in self.run.device.fetched(activations.validation):
                     batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                     for trainer in group:
                         losses[trainer.key].append(trainer.error(batch).item())
@@ -289,20 +289,19 @@ class LibraryTraining:
         with torch.no_grad(), self.run.device.autocast():
             for part in (batches, self._validation_tokens()):
                 states = [self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part]
-                embedded.append([x.cpu() for x in states] if self.parent.on_host else states)
+                embedded.append([self._kept(x_BSD) for x_BSD in states])
             _, context = self.parent.embed(batches[0][:1].to(device))
         return Activations(embedded[0], embedded[1], context)
-
-    def _on_device(self, batches: Batches) -> Iterator[torch.Tensor]:
-        device = self.run.device.torch_device
-        return (x_BSD.to(device, non_blocking=True) for x_BSD in batches)
 
     @torch.no_grad()
     def _advance(self, module: PuzzleDecoderLayer, batches: Batches, context: LayerContext) -> None:
         """Replace a layer's inputs by its outputs."""
         with self.run.device.autocast():
-            for index, x_BSD in enumerate(self._on_device(batches)):
-                batches[index] = module(x_BSD, **context).to(batches[index].device)
+            for index, x_BSD in enumerate(self.run.device.fetched(batches)):
+                batches[index] = self._kept(module(x_BSD, **context))
+
+    def _kept(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.run.device.to_host(x_BSD) if self.parent.on_host else x_BSD
 
     def _tokens(self, step: int) -> torch.Tensor:
         return self.run.corpus["train"].batch(step, self.run.recipe.library.batch_sequences)

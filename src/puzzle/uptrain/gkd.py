@@ -18,6 +18,7 @@ from puzzle.config import UptrainConfig
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.training import sharding
 from puzzle.training.losses import (
+    LOSS_ELEMENTS,
     LogitLoss,
     cosine_distance,
     distillation_losses,
@@ -42,7 +43,13 @@ class Pair(nn.Module):
         self.child, self.parent, self.settings = child, parent.eval(), settings
         self.checkpointing = checkpointing
         cap = child.config.final_logit_softcapping
-        self.logits = LogitLoss(settings.kl_weight, settings.lm_weight, settings.temperature, cap)
+        self.logits = LogitLoss(
+            settings.kl_weight,
+            settings.lm_weight,
+            settings.temperature,
+            cap,
+            LOSS_ELEMENTS[child.device.type],
+        )
 
     def forward(
         self, tokens_BS: torch.Tensor, metrics: bool = False

@@ -212,7 +212,7 @@ class Case:
         """Four buffers of a chunk of logits, a head in the dtype of products, its gradient."""
         shape, device = self.job.run.parent.shape, self.job.run.device
         head = shape.vocab_size * shape.hidden_size
-        buffers = 4 * 4 * min(self._tokens(choice) * shape.vocab_size, LOSS_ELEMENTS)
+        buffers = 4 * 4 * min(self._tokens(choice) * shape.vocab_size, LOSS_ELEMENTS[device.type])
         if self.job.child.uptrain.lora_rank:
             return float(buffers)
         return buffers + head * (4.0 + 2 * device.bfloat16 * (choice.optimizer == "device"))
