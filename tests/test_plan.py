@@ -55,7 +55,7 @@ def test_weights_of_a_parent_alone_take_what_they_take(tmp_path):
     assert (choice.optimizer, choice.activation_checkpointing) == ("host", True)
     taken = case.taken(choice)
     assert taken.device > case.parameters * (2 + 2 + 4)
-    assert taken.host == case.parameters * 12
+    assert taken.host == case.parameters * (12 + 12)  # and a snapshot
 
 
 def test_a_child_of_5_5b_parameters_can_be_uptrained_on_an_h100(tmp_path):

@@ -299,7 +299,8 @@ class UptrainConfig(Section):
     lora_rank: int = Field(default=0, ge=0)
     lora_alpha: float = Field(default=16.0, gt=0)
     validate_steps: Positive = 50
-    checkpoint_steps: Positive = 25
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    checkpoint_steps: Positive | None = None  # instead: every so many steps
     # Stop after so many validations without a better KL; 0: never.
     patience: int = Field(default=0, ge=0)
     keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL

@@ -58,8 +58,8 @@ def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.
 
 # Logits of a chunk: 64 MiB of float32 on CPUs, 256 MiB on GPUs
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-# Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens on a CPU, within
-# 6 % of all at once, and 1046 on a GPU: every chunk adds to the whole head's gradient.
+# Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens on a CPU,
+# within 6 % of all at once, and 1046 on a GPU: a chunk adds to the gradient of the whole head.
 LOSS_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
 
 

@@ -11,6 +11,7 @@ SAME_RESULT = {
     "micro_batch_sequences",
     "activation_checkpointing",
     "optimizer",
+    "checkpoint_minutes",
     "checkpoint_steps",
 }
 

@@ -178,6 +178,7 @@ class Case:
             models += largest * 2 * (frozen + product + 4)
         elif choice.optimizer == "device" and product < 4:
             models += product * learning
+        host += 12.0 * learning  # of a snapshot
         return Bytes(device=models + self._activations(choice) + self._logits(choice), host=host)
 
     def _tokens(self, choice: Choice) -> int:

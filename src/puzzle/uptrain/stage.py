@@ -22,7 +22,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.weights import Weights
 from puzzle.stage import Job, Work
-from puzzle.training import checkpoint, offload, sharding
+from puzzle.training import checkpoint, offload, sharding, snapshots
 from puzzle.uptrain import launch, memory, trained_weights
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.memory import Choice
@@ -101,8 +101,8 @@ def _launch(job: Job, folder: Path, number: int) -> None:
     arguments += ["--quiet"] if run.progress.quiet else []
     failure = launch.launch("puzzle.uptrain.worker", arguments, number, logs)
     if failure:
-        path = folder / artifacts.UNFINISHED / LAST
-        step = checkpoint.peek(path)[0] if path.exists() else 0
+        last = snapshots.read(folder / artifacts.UNFINISHED, LAST)
+        step = last.step if last else 0
         raise UserError(
             f"uptrain: {failure}; the same command goes on from step {step} (logs: {logs})"
         )
@@ -122,9 +122,9 @@ def distil(job: Job, folder: Path) -> None:
         trained_weights.select(masters, settings, architecture, run.parent.shape.parent_blocks)
     trainer = Trainer(job, folder, load(job, source, architecture, choice), choice, masters)
     trainer.train()
-    best = folder / artifacts.UNFINISHED / BEST
-    if settings.keep == "best" and best.exists():
-        checkpoint.restore(best, {"child": trainer.stored}, {})
+    if settings.keep == "best":
+        sharding.barrier()  # process 0 has written the index
+        trainer.snapshots.restore(BEST, {"child": trainer.stored}, {})
     state = trainer.stored.state_dict()
     if settings.lora_rank:
         state = trained_weights.merge_adapters(trainer.stored)

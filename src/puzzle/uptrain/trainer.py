@@ -12,6 +12,7 @@ Shape legend: N sequences of a batch, B of a micro-batch, S sequence.
 
 import contextlib
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from puzzle.stage import Job
 from puzzle.training import checkpoint, schedules, sharding
 from puzzle.training.losses import METRICS
 from puzzle.training.offload import HostAdamW
+from puzzle.training.snapshots import Snapshots
 from puzzle.uptrain import UPTRAIN
 from puzzle.uptrain.gkd import TERMS, Pair
 from puzzle.uptrain.memory import Choice
@@ -32,7 +34,7 @@ from puzzle.uptrain.phases import Batches, Phase, phases
 VALIDATION_SEQUENCES = 32
 CURVE_EVERY = 5  # steps
 BETAS = (0.9, 0.95)
-CURVE, LAST, BEST = "curve.jsonl", "uptrain.safetensors", "best.safetensors"
+CURVE, LAST, BEST = "curve.jsonl", "uptrain", "best"
 
 
 class CurvePoint(Record):
@@ -91,9 +93,15 @@ class Trainer:
                 self.learning, betas=BETAS, weight_decay=0.0, fused=True
             )
         self.skipped, self.best_kl, self.stale = 0, math.inf, 0
+        self.snapshots, self.saved_at = Snapshots(self.checkpoints), time.monotonic()
 
     def train(self) -> None:
         """The loop; goes on from the last checkpoint, whatever number of processes wrote it."""
+        with contextlib.closing(self.snapshots):
+            self._train()
+            self.snapshots.wait()
+
+    def _train(self) -> None:
         settings, schedule = self.settings, phases(self.job)
         steps, batches = schedule[-1].last, self._batches(schedule)
         progress = self.job.run.progress
@@ -116,7 +124,7 @@ class Trainer:
                         f"  stopped at step {done}: {self.stale} validations without a better KL"
                     )
                     break
-                if done % settings.checkpoint_steps == 0 and done < steps:
+                if done < steps and self._is_due(done):
                     self._save(done)
                 task.advance(batches.tokens, f"loss {loss:.4f}")
         if self.skipped == done:
@@ -149,12 +157,12 @@ class Trainer:
 
     def _restore(self) -> int:
         """The step to go on from; the curve is cut there."""
-        path = self.checkpoints / LAST
         modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
-        start, values = checkpoint.restore(path, modules, optimizers)
+        last = self.snapshots.restore(LAST, modules, optimizers)
         if isinstance(self.optimizer, HostAdamW):
             self.optimizer.publish()
-        notes = TrainerNotes.model_validate(values)
+        start = 0 if last is None else last.step
+        notes = TrainerNotes.model_validate({} if last is None else last.notes)
         self.skipped, self.stale = notes.skipped, notes.stale
         self.best_kl = math.inf if notes.best_kl is None else notes.best_kl
         if sharding.rank() == 0:
@@ -162,12 +170,20 @@ class Trainer:
             artifacts.keep_records(curve, CurvePoint, lambda point: point.step <= start)
         return start
 
+    def _is_due(self, done: int) -> bool:
+        """Whether it is time for a checkpoint, by the clock of process 0."""
+        settings = self.settings
+        if settings.checkpoint_steps is not None:
+            return done % settings.checkpoint_steps == 0
+        passed = time.monotonic() - self.saved_at
+        return sharding.shared(passed >= 60 * settings.checkpoint_minutes)
+
     def _save(self, step: int) -> None:
         best = None if math.isinf(self.best_kl) else self.best_kl
         notes = TrainerNotes(skipped=self.skipped, best_kl=best, stale=self.stale)
         modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
-        path = self.checkpoints / LAST
-        checkpoint.save(path, step, modules, optimizers, notes.as_json())
+        self.snapshots.save(LAST, step, modules, optimizers, notes.as_json())
+        self.saved_at = time.monotonic()
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measure on validation text; keep the weights where they are the best so far."""
@@ -175,7 +191,7 @@ class Trainer:
         if metrics["kl"] < self.best_kl:
             self.best_kl, self.stale = metrics["kl"], 0
             if self.settings.keep == "best":
-                checkpoint.save(self.checkpoints / BEST, step, {"child": self.stored}, {})
+                self.snapshots.save(BEST, step, {"child": self.stored}, {}, {})
         else:
             self.stale += 1
         return metrics
