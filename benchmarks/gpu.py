@@ -118,7 +118,7 @@ class Scale:
             "validation_sequences": self.rows,
             **rows,
         }
-        quiet = {"checkpoint_steps": 1000, "validate_steps": 1000}
+        quiet = {"checkpoint_steps": 1000, "validate_steps": 1000, "keep": "last"}
         made = {
             "device": self.device,
             "deploy": ["vllm-plugin"],
@@ -274,7 +274,7 @@ def library_part(scale: Scale, root: Path) -> Settings:
     timed, device = Taken(), run.device
     with no_checkpoints(), taking(device) as taken:
         layers = ParentLayers(run.parent_model)
-        training = LibraryTraining(run, root / "library", layers, make_trainers(run), True)
+        training = LibraryTraining(run, root / "library", layers, make_trainers(run), None)
         training.initialise()
         training.train()
         for trainer in training.trainers:
@@ -332,14 +332,14 @@ def uptrain_part(scale: Scale, root: Path) -> Settings:
     run = made_run(scale, "uptrain", root)
     job, timed = run.child_job("main"), Taken()
     with no_checkpoints(), taking(run.device) as taken:
-        trainer = Trainer(job, root / "uptrained", _pair(job))
+        choice = uptrain_memory.choose(job)
+        trainer = Trainer(job, root / "uptrained", _pair(job, choice), choice)
         trainer.train()
         with timing(run.device, timed):
             trainer.train()
     tokens = job.child.uptrain.tokens
-    return {"tokens_per_s": tokens / timed.seconds} | compared(
-        taken, uptrain_memory.memory_bytes(job)
-    )
+    planned = uptrain_memory.Case.of(job).taken(choice).device
+    return {"tokens_per_s": tokens / timed.seconds} | compared(taken, planned)
 
 
 def _made_child(run: Run) -> PuzzleForCausalLM:
@@ -349,9 +349,9 @@ def _made_child(run: Run) -> PuzzleForCausalLM:
     return child.build(config, weights, torch.float32, run.device.torch_device)
 
 
-def _pair(job: Job) -> Pair:
-    model = _made_child(job.run).requires_grad_()
-    return Pair(model, job.run.parent_model, job.child.uptrain)
+def _pair(job: Job, choice: uptrain_memory.Choice) -> Pair:
+    model, again = _made_child(job.run).requires_grad_(), choice.activation_checkpointing
+    return Pair(model, job.run.parent_model, job.child.uptrain, again)
 
 
 def evaluate_part(scale: Scale, root: Path) -> Settings:

@@ -146,7 +146,8 @@ class LibraryConfig(Section):
     stop_patience: Positive = 2
     batch_sequences: Positive = 16
     # The rate of variants that start at FULL_RATE_NMSE or above (library/bld.py).
-    learning_rate: float = Field(default=2e-3, gt=0)
+    # Default: 2e-3, less for parents wider than 256 (training/schedules.py).
+    learning_rate: float | None = Field(default=None, gt=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
@@ -282,7 +283,8 @@ class UptrainConfig(Section):
     activation_checkpointing: bool | Literal["auto"] = "auto"
     optimizer: Literal["auto", "device", "host"] = "auto"
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
-    learning_rate: float = Field(default=1e-3, gt=0)
+    # Default: 1e-3, less for parents wider than 256 (training/schedules.py).
+    learning_rate: float | None = Field(default=None, gt=0)
     # wsd: constant, then linear to zero over `decay_share`.
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_share: float = Field(default=0.05, ge=0, lt=1)

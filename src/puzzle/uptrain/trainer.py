@@ -104,14 +104,15 @@ class Trainer:
     def _train(self) -> None:
         settings, schedule = self.settings, phases(self.job)
         steps, batches = schedule[-1].last, self._batches(schedule)
-        progress = self.job.run.progress
+        progress, width = self.job.run.progress, self.job.run.parent.shape.hidden_size
+        peak = schedules.peak(settings.learning_rate, schedules.UPTRAIN_RATE, width)
         self.pair.child.train()
         start = self._restore()
         done = start
         with progress.task("uptraining", steps * batches.tokens, "tokens") as task:
             task.skip(start * batches.tokens)
             for step in range(start, steps):
-                rate = settings.learning_rate * rate_factor(settings, step, steps)
+                rate = peak * rate_factor(settings, step, steps)
                 schedules.set_learning_rate(self.optimizer, rate)
                 loss, terms = self._step(batches, step)
                 done = step + 1
