@@ -25,7 +25,7 @@ import common
 import torch
 
 from puzzle import pipeline
-from puzzle.library import LIBRARY
+from puzzle.library import LIBRARY, memory
 from puzzle.library.bld import ParentBatch, VariantTrainer
 from puzzle.library.records import VariantRecord, read_index
 from puzzle.library.stage import make_trainers
@@ -137,9 +137,10 @@ def measure_round(training: LibraryTraining, number: int) -> Round:
     """Time a chunk of the library's loop, then the obvious one on a sample of the variants."""
     run, trainers = training.run, training.trainers
     settings, layers = run.recipe.library, len(run.space.layers)
+    chunk = memory.chunk_steps(run, streamed=False)
     batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
     rate = common.matmul_flops_per_s(run.device)
-    steps = range(number * settings.chunk_steps, (number + 1) * settings.chunk_steps)
+    steps = range(number * chunk, (number + 1) * chunk)
     batches = [run.corpus["train"].batch(step, settings.batch_sequences) for step in steps]
     began = time.perf_counter()
     chunk_step(training, batches)
@@ -156,7 +157,7 @@ def speed(run: Run, rounds: int) -> dict[str, float]:
     """Medians over the rounds; a first round warms up and does not count."""
     parent = ParentLayers(run.parent_model)
     folder = Job(run).folder(LIBRARY)
-    training = LibraryTraining(run, folder, parent, make_trainers(run), resident=True)
+    training = LibraryTraining(run, folder, parent, make_trainers(run), None)
     training.initialise()
     measured = [measure_round(training, number) for number in range(rounds + 1)][1:]
     needed = flops_per_token(run)

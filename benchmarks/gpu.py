@@ -117,7 +117,7 @@ class Scale:
             "validation_sequences": self.rows,
             **rows,
         }
-        quiet = {"checkpoint_steps": 1000, "validate_steps": 1000}
+        quiet = {"checkpoint_steps": 1000, "validate_steps": 1000, "keep": "last"}
         made = {
             "device": self.device,
             "deploy": ["vllm-plugin"],

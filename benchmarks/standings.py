@@ -28,6 +28,7 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.report import charts
 from puzzle.report.charts import Axis, Mark, Series
 from puzzle.run import Run
+from puzzle.uptrain import memory
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.trainer import Trainer
 
@@ -97,7 +98,9 @@ def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, sp
         if weights.exists():
             model.load_state_dict(torch.load(weights, weights_only=True))
         else:
-            Trainer(job, folder, Pair(model, run.parent_model, uptrain)).train()
+            choice = memory.choose(job)
+            pair = Pair(model, run.parent_model, uptrain, choice.activation_checkpointing)
+            Trainer(job, folder, pair, choice).train()
             torch.save(model.state_dict(), weights)
             shutil.rmtree(folder / artifacts.UNFINISHED)
         model.eval()

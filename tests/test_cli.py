@@ -98,7 +98,8 @@ def test_plan_and_status_answer_without_spending_anything(finished_run):
     plan = last_line(puzzle("plan", finished_run.folder / "run.yaml", "--json"))
     names = ["library", "score", "cost", "search", "assemble", "uptrain", "evaluate", "report"]
     assert [stage["stage"] for stage in plan["stages"]] == names
-    assert all(stage["memory_bytes"] > 0 for stage in plan["stages"])
+    nothing = [stage["stage"] for stage in plan["stages"] if not stage["memory_bytes"] > 0]
+    assert nothing == ["cost", "assemble"]  # modelled: nothing is served on this machine
 
 
 # ---------------------------------------------------------------------------------------- children

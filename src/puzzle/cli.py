@@ -98,21 +98,35 @@ def run(
 
 @app.command()
 def plan(
-    recipe: RecipeArgument = "pocket", set_: Set = None, as_json: Json = False, quiet: Quiet = False
+    recipe: RecipeArgument = "pocket",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Plan for a GPU of this memory, e.g. 80GiB, that need not be here."),
+    ] = None,
+    host_memory: Annotated[
+        str, typer.Option(help="With --device-memory: of the machine that the GPU is in.")
+    ] = "256GiB",
+    set_: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """What each stage will need (tokens, FLOPs, memory, disk, time), before anything is spent."""
-    made = read_recipe(recipe, None, set_)
-    this = Run(made, Path(made.out), Progress(quiet))
-    from puzzle.commands import planning
-    from puzzle.library import memory
+    """What each stage will need, and what is chosen to make it fit, before anything is spent.
 
-    pipeline.preflight(this)
+    With --device-memory the parent's config.json is enough.
+    """
+    made = read_recipe(recipe, None, set_)
+    from puzzle.commands import planning
+
+    device = planning.gpu(device_memory, host_memory) if device_memory else None
+    this = Run(made, Path(made.out), Progress(quiet), device=device)
+    if device is None:
+        pipeline.preflight(this)
     planned = planning.plan(this)
     if not quiet:
         planning.print_plan(planned)
-        print(memory.summary(this))
     stages: list[JsonValue] = [one.as_json() for one in planned]
     emit({"stages": stages, "seconds": planning.total_seconds(planned)}, as_json)
+    planning.refuse(planned)
 
 
 @app.command()

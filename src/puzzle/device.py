@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +18,8 @@ from puzzle.errors import UserError, reason
 # On CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py).
 EAGER_UP_TO_TOKENS = 256
 EFFICIENCY = 0.4  # the share of the rate of matrix products that whole training steps reach
+USABLE = 0.92  # of memory: contexts of drivers, gaps between allocations and others take the rest
+PLANNED_FLOPS_PER_S = 650e12  # of bf16 products, where a GPU that is not here is planned for
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -31,11 +34,43 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one device has, and its host; with `is_shared` they are the same memory."""
+
+    device_bytes: int
+    host_bytes: int
+    devices: int = 1  # of this kind
+    is_shared: bool = False
+
+    def lacks(self, device_bytes: float, host_bytes: float) -> str:
+        """What is too small for so much on the device and beside it; empty where it fits."""
+        if self.is_shared:
+            device_bytes, host_bytes = device_bytes + host_bytes, 0
+        pairs = {
+            "device": (device_bytes, self.device_bytes),
+            "host": (host_bytes, self.host_bytes),
+        }
+        for name, (needed, there) in pairs.items():
+            if needed > USABLE * there:
+                return (
+                    f"{needed / 2**30:.1f} GiB of the {name}'s memory are needed, of "
+                    f"{there / 2**30:.1f} GiB {USABLE * there / 2**30:.1f} can be used"
+                )
+        return ""
+
+
+@dataclass(frozen=True)
 class Device:
     """A torch device, and whether matrix products run in bfloat16 over float32 weights."""
 
     torch_device: torch.device
     bfloat16: bool
+    planned: "Memory | None" = None  # of a device that is only planned for
+
+    @classmethod
+    def gpu(cls, memory: "Memory") -> "Device":
+        """A GPU that need not be here, to plan for."""
+        return cls(torch.device("cuda"), True, memory)
 
     @classmethod
     def choose(cls, name: str, precision: Precision) -> "Device":
@@ -95,16 +130,48 @@ class Device:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
+    def fetched(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Tensors on the device, one after the other; on a GPU the next comes meanwhile."""
+        if self.type != "cuda" or not tensors or tensors[0].is_cuda:
+            yield from (tensor.to(self.torch_device) for tensor in tensors)
+            return
+        stream, main = torch.cuda.Stream(self.torch_device), torch.cuda.current_stream()
+        stream.wait_stream(main)  # which may still be writing them
+
+        def fetch(index: int) -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return tensors[index].to(self.torch_device, non_blocking=True)
+
+        coming = fetch(0)
+        for index in range(len(tensors)):
+            main.wait_stream(stream)
+            here = coming
+            if index + 1 < len(tensors):
+                coming = fetch(index + 1)
+            here.record_stream(main)
+            yield here
+
     @cached_property
+    def memory(self) -> "Memory":
+        """What one device and its host have; the same all the time, whatever is in use."""
+        if self.planned is not None:
+            return self.planned
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.type == "cuda":
+            gpu = torch.cuda.get_device_properties(self.torch_device).total_memory
+            return Memory(gpu, host, torch.cuda.device_count())
+        return Memory(host, host, is_shared=True)
+
+    @property
     def memory_bytes(self) -> int:
         """What the device has: a GPU's memory, or this machine's."""
-        if self.type == "cuda":
-            return torch.cuda.get_device_properties(self.torch_device).total_memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return self.memory.device_bytes
 
     @cached_property
     def training_flops_per_s(self) -> float:
         """What training steps reach, from a square matrix product measured now (best of four)."""
+        if self.planned is not None and self.type == "cuda":
+            return EFFICIENCY * PLANNED_FLOPS_PER_S
         size = 1024 if self.type == "cpu" else 8192
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32
         a = torch.randn(size, size, device=self.torch_device, dtype=dtype)

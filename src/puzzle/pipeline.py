@@ -42,7 +42,6 @@ def execute(run: Run) -> None:
     run.write()
     if run.first is not None:
         narrow(run, run.first)
-        run = Run(run.recipe, run.folder, run.progress, wait=run.wait)  # with the narrowed space
     for stage in (LIBRARY, SCORE):
         execute_stage(stage, Job(run))
     _assemble_some(run)
@@ -140,7 +139,7 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
     job.run.progress.say(stage.name)
     if reason is not None:
         job.run.progress.say(f"  made again: {reason}")
-    stage.work().check(job)  # before an earlier result is removed
+    stage.check(job)  # before an earlier result is removed
     if earlier is not None and earlier.inputs == inputs and stage.repairs:
         artifacts.reopen(folder, earlier)
     artifacts.begin(folder, inputs)
@@ -192,7 +191,7 @@ def preflight(run: Run) -> None:
             )
     for job in run.recipe_jobs():
         for stage in STAGES:
-            stage.work().check(job)
+            stage.check(job)
 
 
 def _check_folder(folder: Path) -> None:

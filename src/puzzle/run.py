@@ -55,11 +55,22 @@ class Run:
         *,
         corpus_folder: Path | None = None,
         wait: bool = False,
+        device: "Device | None" = None,
     ) -> None:
-        """`wait`: for folders that another process writes, instead of giving up."""
+        """A run in its directory.
+
+        Args:
+            recipe: what is to be done.
+            folder: where.
+            progress: who hears of it.
+            corpus_folder: that of another run, whose text is shared.
+            wait: for folders that another process writes, instead of giving up.
+            device: to plan for, instead of the recipe's.
+        """
         self.recipe, self.folder, self.progress, self.wait = recipe, folder, progress, wait
         self.corpus_folder = corpus_folder or folder / "corpus"
         self.metrics = Metrics(folder / "logs")
+        self.given_device = device
 
     @classmethod
     def open(cls, folder: Path, progress: Progress, *, wait: bool = False) -> "Run":
@@ -182,6 +193,8 @@ class Run:
         """Where this process computes. Raises `UserError` for a device that does not work here."""
         from puzzle.device import Device
 
+        if self.given_device is not None:
+            return self.given_device
         return Device.choose(self.recipe.device, self.recipe.precision)
 
     @cached_property
@@ -206,6 +219,21 @@ class Run:
         placement = self.placement
         return self.parent.load(placement.dtype, placement.device, placement.attention)
 
+    def make_room(self, other_bytes: float) -> None:
+        """Keep the parent's layers on the host where the device cannot hold so much beside it."""
+        import torch
+
+        from puzzle.model.architecture import Architecture
+        from puzzle.training import offload
+
+        shape, placement, memory = self.parent.shape, self.placement, self.device.memory
+        weights = Architecture.of_parent(shape).parameters(shape) * placement.dtype.itemsize
+        if memory.is_shared or not memory.lacks(weights + other_bytes, 0.0):
+            return
+        self.__dict__.pop("parent_model", None)
+        host = self.parent.load(placement.dtype, torch.device("cpu"), placement.attention)
+        self.__dict__["parent_model"] = offload.fetch_layers(host, placement.device)
+
     def release_models(self) -> None:
         """Give a GPU's memory back before an engine is started on it."""
         if self.device.type == "cuda":
@@ -227,16 +255,19 @@ class Run:
         spaces = [space.build(library, shape, deploy) for deploy in deploys]
         return space.union(spaces, space.build(library, shape, []))
 
-    @cached_property
+    @property
     def space(self) -> "SearchSpace":
         """What the library holds: with `library.coupled`, what the first search has left.
 
         Before that search it is the full space, which is what can be planned with.
         """
-        path = self.folder / NARROWED
-        if not self.recipe.library.coupled or not path.exists():
+        if not self.recipe.library.coupled or not (self.folder / NARROWED).exists():
             return self.full_space
-        return self.full_space.restricted(NarrowedSpace.read(path).layers)
+        return self._narrowed_space
+
+    @cached_property
+    def _narrowed_space(self) -> "SearchSpace":
+        return self.full_space.restricted(NarrowedSpace.read(self.folder / NARROWED).layers)
 
     @cached_property
     def first(self) -> "Run | None":
@@ -251,6 +282,7 @@ class Run:
             self.progress,
             corpus_folder=self.corpus_folder,
             wait=self.wait,
+            device=self.given_device,
         )
 
     # ----------------------------------------------------------------------------------------- data

@@ -22,6 +22,7 @@ from puzzle.config import CostConfig, EvaluateConfig, SearchConfig, Target, Uptr
 from puzzle.errors import UserError
 
 if TYPE_CHECKING:
+    from puzzle.device import Memory
     from puzzle.engines import Engine
     from puzzle.model.space import SearchSpace
     from puzzle.run import Run
@@ -131,9 +132,17 @@ class Need:
 
     tokens: int = 0
     flops: float = 0.0
-    memory_bytes: float = 0.0  # at the peak, of the process that takes most
+    memory_bytes: float = 0.0  # of one device at the peak
+    host_bytes: float = 0.0  # of the host's memory beside that
     disk_bytes: float = 0.0
     seconds: float = 0.0
+    chosen: str = ""  # what was chosen so that it fits
+    instead: str = ""  # where it does not fit: the smallest change with which it would
+
+    def refusal(self, memory: "Memory") -> str:
+        """Why a machine with this memory cannot do it, and what could; empty where it can."""
+        lack = memory.lacks(self.memory_bytes, self.host_bytes)
+        return f"{lack}; {self.instead or 'use a larger machine'}" if lack else ""
 
 
 def nothing_to_check(job: Job) -> None:
@@ -192,6 +201,12 @@ class Stage:
             "facts": self.work().facts(job),
             "after": {stage.name: job.manifest(stage).fingerprint for stage in self.after},
         }
+
+    def check(self, job: Job) -> None:
+        """Raise `UserError` for what can be known to be wrong or too large for this machine."""
+        self.work().check(job)
+        if refusal := self.work().need(job).refusal(job.run.device.memory):
+            raise UserError(f"{self.name}: {refusal}")
 
     def is_current(self, job: Job, manifest: Manifest) -> bool:
         """Whether a result is of the settings of now and of the earlier stages' files of now.

@@ -51,7 +51,7 @@ def with_library(run: Run, **settings) -> Run:
 def initialised_trainers(run: Run) -> list[bld.VariantTrainer]:
     """Every variant with its first weights, in memory."""
     trainers, layers = stage.make_trainers(run), ParentLayers(run.parent_model)
-    LibraryTraining(run, library_folder(run), layers, trainers, resident=True).initialise()
+    LibraryTraining(run, library_folder(run), layers, trainers, None).initialise()
     return trainers
 
 

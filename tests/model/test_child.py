@@ -135,3 +135,14 @@ def test_a_replacement_changes_what_the_model_says(tiny, tmp_path):
     for folder in write_children(tiny, tmp_path):
         model = child.load(folder, torch.float32, CPU)
         assert (log_softmax(model(tokens).logits, -1) - reference).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_norm_of_gpus_is_the_norm_up_to_rounding(tiny, dtype):
+    norm = tiny.load(dtype, torch.device("cpu")).model.norm
+    torch.manual_seed(0)
+    norm.weight.copy_(1 + 0.1 * torch.randn(64))
+    x = torch.randn(3, 5, 64, dtype=dtype) * 4
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # bf16: two roundings against one
+    assert norm.fused(x).dtype == dtype
+    torch.testing.assert_close(norm.fused(x), norm(x), rtol=tolerance, atol=tolerance)

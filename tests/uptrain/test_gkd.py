@@ -46,8 +46,8 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(finished_run)
     tokens, kept_elements = finished_run.corpus["train"].batch(0, 4), []
     for checkpointing in (False, True):
         child = load(finished_run.child_job("main"), ASSEMBLE).train()
-        settings, saved = UptrainConfig(activation_checkpointing=checkpointing), []
-        pair = gkd.Pair(child, finished_run.parent_model, settings)
+        saved = []
+        pair = gkd.Pair(child, finished_run.parent_model, UptrainConfig(), checkpointing)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
         ):

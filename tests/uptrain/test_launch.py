@@ -18,7 +18,7 @@ from puzzle.errors import UserError
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.stage import Job
-from puzzle.training import checkpoint
+from puzzle.training import snapshots
 from puzzle.uptrain import UPTRAIN, trainer
 
 pytestmark = pytest.mark.training
@@ -29,7 +29,7 @@ SAVING = {"micro_batch_sequences": 2, "activation_checkpointing": True}
 
 
 def last_checkpoint(job: Job) -> Path:
-    return job.folder(UPTRAIN) / artifacts.UNFINISHED / trainer.LAST
+    return job.folder(UPTRAIN) / artifacts.UNFINISHED / f"{trainer.LAST}.json"
 
 
 def read_process(number: str, file: str) -> bytes:
@@ -115,7 +115,7 @@ def test_it_goes_on_bit_identically_on_as_many_processes_and_alike_on_fewer(
     settings = copied.child_config("main")
     one_process = settings.uptrain.model_copy(update={"processes": 1})
     fewer = copied.job_of("main", settings.model_copy(update={"uptrain": one_process}))
-    started = checkpoint.peek(last_checkpoint(job))[0]
+    started = snapshots.read(last_checkpoint(job).parent, trainer.LAST).step
     assert 0 < started < STEPS
     pipeline.execute_stage(UPTRAIN, job)
     ours, uninterrupted = (j.folder(UPTRAIN) / "model.safetensors" for j in (job, on_two))

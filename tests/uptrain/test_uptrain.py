@@ -18,11 +18,13 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
         recipe = finished_run.recipe.model_dump(mode="json")
         recipe["uptrain"] |= settings
         run = Run(config.parse(recipe), tmp_path, Progress(quiet=True))
-        return memory.memory_bytes(run.child_job("main"))
+        job = run.child_job("main")
+        return memory.Case.of(job).taken(memory.choose(job)).device
 
     savings = {
         "micro_batch_sequences": 1,
         "activation_checkpointing": True,
+        "optimizer": "host",
         "lora_rank": 2,
         "processes": 2,
     }
@@ -45,6 +47,8 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
         ),
         ({"processes": 3}, "cannot be shared by 3 processes"),
         ({"lora_rank": 4, "processes": 2}, "lora_rank is for one process"),
+        ({"optimizer": "host", "processes": 2}, "host is for one process"),
+        ({"optimizer": "host", "lora_rank": 4}, "host is for one process"),
         ({"cosine_weight": 0, "kl_weight": 0}, "nothing to learn"),
         ({"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}, "exceed 1"),
         ({"lora_rank": 4}, "pip install peft"),

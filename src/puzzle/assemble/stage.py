@@ -15,6 +15,7 @@ import torch
 
 from puzzle.artifacts import Inputs
 from puzzle.assemble import measured
+from puzzle.cost import table
 from puzzle.cost.table import serving_facts
 from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.library import weights
@@ -79,14 +80,24 @@ def _execute(job: Job, folder: Path) -> None:
 
 
 def serving_need(job: Job) -> Need:
-    """What measuring parent and child side by side takes."""
+    """What measuring parent and child takes: side by side where that fits, else in turn.
+
+    Nothing of this machine's memory where costs are modelled.
+    """
     run, scenario = job.run, job.place.cost.scenario
     parameters = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
     tokens = scenario.batch_size * (scenario.input_length + scenario.output_length)
     model_bytes = parameters * run.parent.dtype.itemsize
     batch_s = BATCH_OVERHEAD * 2 * parameters * tokens / run.device.training_flops_per_s
+    cache = Architecture.of_parent(run.parent.shape).kv_elements_per_token(run.parent.shape)
+    cache_bytes = cache * tokens * run.parent.dtype.itemsize
+    served = (model_bytes + cache_bytes) / scenario.tensor_parallel + ENGINE_OVERHEAD_BYTES
+    is_beside = not run.device.memory.lacks(2.0 * served, 0.0)
+    is_modelled = job.place.cost.engine == "roofline" or table.are_from_elsewhere(job)
     return Need(
-        memory_bytes=2.0 * (model_bytes + ENGINE_OVERHEAD_BYTES),
+        memory_bytes=0.0 if is_modelled else served * (2 if is_beside else 1),
+        chosen="" if is_modelled else f"engines {'side by side' if is_beside else 'in turn'}",
+        instead="raise cost.scenario.tensor_parallel or lower cost.scenario.batch_size",
         disk_bytes=model_bytes,
         seconds=ENGINE_START_S
         + job.place.cost.starts * (ENGINE_RESTART_S + 2 * BATCHES_PER_START * batch_s),

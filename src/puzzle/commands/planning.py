@@ -1,8 +1,9 @@
 """`puzzle plan`: what each stage will need, before anything is spent. Sums and prints.
 
-Every stage estimates its own need from config and shapes alone, without loading weights. Time is
-FLOPs over the rate of a matrix product measured now on this machine, at the efficiency that the
-pocket run reached (docs/log.md); treat it as an order of magnitude on other machines.
+Every stage estimates its own need from config and shapes alone, without loading weights, and says
+what it chooses so that it fits the memory. Time is FLOPs over the rate of a matrix product measured
+now on this machine, or assumed for a GPU that is not here, at the efficiency that the pocket run
+reached (docs/log.md); treat it as an order of magnitude on other machines.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,9 +12,12 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
+from puzzle.device import Device, Memory
+from puzzle.errors import UserError
 from puzzle.pipeline import STAGES
 from puzzle.progress import duration
 from puzzle.run import Run
+from puzzle.search.constraints import parse_quantity
 from puzzle.stage import Job, Need, Scope
 
 
@@ -23,6 +27,7 @@ class PlannedStage:
 
     stage: str
     need: Need
+    refusal: str  # why it does not fit; empty where it does
     child: str | None = None
     place: str | None = None
 
@@ -30,32 +35,54 @@ class PlannedStage:
         """As JSON values, every figure with its unit in the key."""
         owner = {"child": self.child, "place": self.place}
         named = {key: name for key, name in owner.items() if name is not None}
-        return {"stage": self.stage, **named, **asdict(self.need)}
+        return {"stage": self.stage, **named, **asdict(self.need), "refusal": self.refusal}
+
+    @property
+    def name(self) -> str:
+        """The stage, and whose it is where there are several."""
+        owner = self.child or self.place
+        return f"{self.stage} ({owner})" if owner else self.stage
+
+
+def gpu(device_memory: str, host_memory: str) -> Device:
+    """A GPU of so much memory, in a machine of so much. Raises `UserError` for other texts."""
+    sizes = []
+    for name, text in (("device-memory", device_memory), ("host-memory", host_memory)):
+        try:
+            size, relative = parse_quantity("memory", text)
+        except UserError:
+            relative = True
+        if relative:
+            raise UserError(f"--{name}: got {text!r}; expected bytes with a unit, such as 80GiB")
+        sizes.append(int(size))
+    return Device.gpu(Memory(device_bytes=sizes[0], host_bytes=sizes[1]))
 
 
 def plan(run: Run) -> list[PlannedStage]:
     """The needs of every stage of a recipe, in the order of work."""
     jobs = list(run.recipe_jobs())
-    several = len(jobs) > 1
-    planned = [
-        PlannedStage(stage.name, stage.work().need(Job(run)))
-        for stage in STAGES
-        if stage.scope is Scope.RUN
-    ]
-    places: set[str] = set()
+    several, places = len(jobs) > 1, set[str]()
+    memory = run.device.memory
+
+    def stages(scope: Scope, job: Job, **owner: str | None) -> list[PlannedStage]:
+        needs = [(stage.name, stage.work().need(job)) for stage in STAGES if stage.scope is scope]
+        return [PlannedStage(name, need, need.refusal(memory), **owner) for name, need in needs]
+
+    planned = stages(Scope.RUN, Job(run))
     for job in jobs:
-        for stage in STAGES:
-            if stage.scope is Scope.PLACE and job.place.name not in places:
-                place = job.place.name if job.place.name != "here" else None
-                planned.append(PlannedStage(stage.name, stage.work().need(job), place=place))
+        if job.place.name not in places:
+            place = job.place.name if job.place.name != "here" else None
+            planned += stages(Scope.PLACE, job, place=place)
         places.add(job.place.name)
-        child = job.child.name if several else None
-        planned += [
-            PlannedStage(stage.name, stage.work().need(job), child=child)
-            for stage in STAGES
-            if stage.scope is Scope.CHILD
-        ]
+        planned += stages(Scope.CHILD, job, child=job.child.name if several else None)
     return planned
+
+
+def refuse(planned: list[PlannedStage]) -> None:
+    """Raise `UserError` for the first stage that does not fit."""
+    for one in planned:
+        if one.refusal:
+            raise UserError(f"{one.name}: {one.refusal}")
 
 
 def total_seconds(planned: list[PlannedStage]) -> float:
@@ -66,17 +93,21 @@ def total_seconds(planned: list[PlannedStage]) -> float:
 def print_plan(planned: list[PlannedStage]) -> None:
     """The table, on standard output."""
     table = Table(title="what each stage will need (estimates)", title_justify="left")
-    for name in ("stage", "tokens", "FLOPs", "memory", "disk", "time"):
+    for name in ("stage", "tokens", "FLOPs", "device memory", "host memory", "disk", "time"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for one in planned:
-        need, owner = one.need, one.child or one.place
+        need = one.need
         table.add_row(
-            f"{one.stage} ({owner})" if owner else one.stage,
+            one.name,
             f"{need.tokens:,}" if need.tokens else "",
             f"{need.flops:.1e}" if need.flops else "",
             f"{need.memory_bytes / 2**30:.2f} GiB",
+            f"{need.host_bytes / 2**30:.2f} GiB" if need.host_bytes else "",
             f"{need.disk_bytes / 2**20:,.0f} MiB",
             duration(need.seconds),
         )
-    table.add_row("all", "", "", "", "", duration(total_seconds(planned)))
+    table.add_row("all", "", "", "", "", "", duration(total_seconds(planned)))
     Console(highlight=False).print(table)
+    for one in planned:
+        if one.refusal or one.need.chosen:
+            print(f"{one.name}: {one.refusal and 'does not fit: '}{one.refusal or one.need.chosen}")

@@ -146,14 +146,15 @@ class LibraryConfig(Section):
     stop_patience: Positive = 2
     batch_sequences: Positive = 16
     # The rate of variants that start at FULL_RATE_NMSE or above (library/bld.py).
-    learning_rate: float = Field(default=2e-3, gt=0)
+    # Default: 2e-3, less for parents wider than 256 (training/schedules.py).
+    learning_rate: float | None = Field(default=None, gt=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     calibration_sequences: Positive = 32
     validation_sequences: Positive = 32
-    # Batches that pass one layer before the next layer starts. An interruption repeats at most one
-    # layer of a chunk.
-    chunk_steps: Positive = 32
+    # Batches that pass one layer before the next layer starts: 32, or where the library is streamed
+    # as many as the host's memory holds. An interruption repeats at most one layer of a chunk.
+    chunk_steps: Literal["auto"] | Positive = "auto"
     memory: Literal["auto", "resident", "streamed"] = "auto"
 
 
@@ -274,11 +275,16 @@ class UptrainConfig(Section):
     stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
     # In sequences of corpus.sequence_length, of all processes together.
     batch_sequences: Positive = 16
-    # Sequences of one forward and backward pass in each process, whose gradients add up; default:
-    # all at once.
+    # What is left out of these three is chosen so that it fits the memory (uptrain/memory.py):
+    # sequences of one forward and backward pass in each process, whose gradients add up; whether
+    # layers are computed again in the backward pass; whether float32 weights and moments are in the
+    # device's memory or in the host's.
     micro_batch_sequences: Positive | None = None
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    optimizer: Literal["auto", "device", "host"] = "auto"
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
-    learning_rate: float = Field(default=1e-3, gt=0)
+    # Default: 1e-3, less for parents wider than 256 (training/schedules.py).
+    learning_rate: float | None = Field(default=None, gt=0)
     # wsd: constant, then linear to zero over `decay_share`.
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
@@ -294,9 +300,9 @@ class UptrainConfig(Section):
     # 0: the weights themselves learn; otherwise low-rank adapters, merged at the end.
     lora_rank: int = Field(default=0, ge=0)
     lora_alpha: float = Field(default=16.0, gt=0)
-    activation_checkpointing: bool = False
     validate_steps: Positive = 50
-    checkpoint_steps: Positive = 25
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    checkpoint_steps: Positive | None = None  # instead: every so many steps
     # Stop after so many validations without a better KL; 0: never.
     patience: int = Field(default=0, ge=0)
     keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import (
     AfterValidator,
@@ -49,9 +49,9 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
         """Pydantic would take true for 1."""
-        field = cls.model_fields[info.field_name or ""]
+        kind = cls.model_fields[info.field_name or ""].annotation
         values = value if isinstance(value, list) else [value]
-        if field.annotation is not bool and any(isinstance(v, bool) for v in values):
+        if bool not in (kind, *get_args(kind)) and any(isinstance(v, bool) for v in values):
             raise ValueError(
                 "expected no truth value; YAML reads yes, no, on and off as true and false: "
                 "write it in quotes if it is meant as text"

@@ -178,9 +178,10 @@ def _need(job: Job) -> Need:
     parent = job.run.parent
     model_bytes = Architecture.of_parent(parent.shape).parameters(parent.shape)
     model_bytes *= parent.dtype.itemsize
-    scenarios = len(job.place.cost.measured)
+    scenarios, is_modelled = len(job.place.cost.measured), job.place.cost.engine == "roofline"
+    shared = model_bytes / job.place.cost.scenario.tensor_parallel  # the probe is about as large
     return Need(
-        memory_bytes=2.0 * (model_bytes + ENGINE_OVERHEAD_BYTES),
+        memory_bytes=0.0 if is_modelled else shared + ENGINE_OVERHEAD_BYTES,
         disk_bytes=model_bytes,
         seconds=scenarios * job.place.cost.seconds,
     )

@@ -14,8 +14,6 @@ Reads: `child/`, `uptrained/`, the test side of the corpus, the search's answer,
 import gc
 from pathlib import Path
 
-import torch
-
 from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE, measured
@@ -43,6 +41,9 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.search import answers
 from puzzle.stage import Job, Need, Work
 from puzzle.uptrain import UPTRAIN
+from puzzle.uptrain.memory import most_parameters
+
+BATCH_BYTES = 2 << 30  # of a batch: activations and a chunk's logits, about
 
 
 def _facts(job: Job) -> Inputs:
@@ -88,8 +89,9 @@ def _load(job: Job, name: Model) -> PuzzleForCausalLM:
     run = job.run
     if name == "parent":
         return run.parent_model
+    run.make_room(most_parameters(job) * run.placement.dtype.itemsize + BATCH_BYTES)
     at = job.folder(ASSEMBLE if name == "child" else UPTRAIN)
-    return child.load(at, torch.float32, run.device.torch_device, run.placement.attention)
+    return child.load(at, run.placement.dtype, run.device.torch_device, run.placement.attention)
 
 
 def _shown(job: Job, name: Model, model: PuzzleForCausalLM) -> ModelQuality:
@@ -201,11 +203,15 @@ def _need(job: Job) -> Need:
     parameters = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
     tokens = job.child.evaluate.sequences * run.recipe.corpus.sequence_length
     flops = 3 * 2.0 * tokens * parameters
-    weights = parameters * run.placement.dtype.itemsize
+    element, memory = run.placement.dtype.itemsize, run.device.memory
+    models = [most_parameters(job) * element + BATCH_BYTES, parameters * element]
+    if not memory.is_shared and memory.lacks(sum(models), 0.0):  # as in `Run.make_room`
+        models[1] = (run.parent.shape.constant_parameters + parameters // 16) * element
     return Need(
         tokens=tokens,
         flops=flops,
-        memory_bytes=max(2.0 * weights, serving.memory_bytes),
+        memory_bytes=max(sum(models), serving.memory_bytes),
+        instead=serving.instead,
         disk_bytes=1e6,
         seconds=flops / run.device.training_flops_per_s + serving.seconds,
     )

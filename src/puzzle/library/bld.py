@@ -139,7 +139,9 @@ class VariantTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), settings.gradient_clip)
         if torch.isfinite(norm):
             factor = schedules.cosine(self.step, self.steps, settings.warmup_share)
-            rate = settings.learning_rate * factor * self.rate_share
+            width = batch.x_BSD.shape[-1]
+            peak = schedules.peak(settings.learning_rate, schedules.LIBRARY_RATE, width)
+            rate = peak * factor * self.rate_share
             schedules.set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.step += 1

@@ -5,8 +5,9 @@ from puzzle.model.architecture import Architecture, Attention, Block, Subblock
 from puzzle.run import Run
 from puzzle.stage import Job, Need
 
-STREAM_ABOVE = 0.7  # of the device's memory
 OPTIMIZER_BYTES = 12  # per trained parameter, between its steps: weight, two moments
+CHUNK_STEPS = 32
+CHUNK_SHARE = 0.25  # of the host's memory that the activations of a chunk may take
 
 
 def trained_parameters(run: Run) -> list[int]:
@@ -29,20 +30,27 @@ def trained_variants(run: Run) -> list[tuple[int, Subblock | Block]]:
 
 
 def memory_bytes(run: Run, *, streamed: bool) -> float:
-    """Peak memory of BLD beside the process itself.
+    """Peak memory of BLD beside the process itself, where device and host share theirs."""
+    return sum(taken(run, _largest(run) if streamed else None))
 
-    Resident: the parent, and `OPTIMIZER_BYTES` per trained parameter of all variants. Streamed: one
-    layer of the parent (and its pages on disk while it is read), the same per parameter of the
-    largest variant; the embedding's pages only while a chunk is embedded. Both: the chunk's
-    activations, and what one variant keeps for one batch: its inputs and outputs, three
-    intermediates forward and two backward, its gradients, and its folded weights.
+
+def taken(run: Run, together: int | None) -> tuple[float, float]:
+    """Peak memory of BLD, in bytes: (of the device, of the host beside it).
+
+    Resident (`together` None): the parent, and `OPTIMIZER_BYTES` per trained parameter of all
+    variants, and the chunk's activations. Streamed: one layer of the parent (and its pages on disk
+    while it is read), and the same per parameter of the variants that are trained `together`; the
+    embedding's pages only while a chunk is embedded, and the chunk on the host. Both: what one
+    variant keeps for one batch: its inputs and outputs, three intermediates forward and two
+    backward, its gradients, and its folded weights.
     """
     recipe, shape = run.recipe, run.parent.shape
     settings, sequence = recipe.library, recipe.corpus.sequence_length
     element, stored = run.placement.dtype.itemsize, run.parent.dtype.itemsize
     batch, D = settings.batch_sequences * sequence, shape.hidden_size
     trained = trained_parameters(run)
-    chunk = (settings.chunk_steps * batch + settings.validation_sequences * sequence) * D * element
+    steps = chunk_steps(run, streamed=together is not None)
+    chunk = (steps * batch + settings.validation_sequences * sequence) * D * element
     product = 2 if run.device.bfloat16 else 4
     probabilities = 0.0
     if run.placement.attention == "eager":
@@ -52,19 +60,54 @@ def memory_bytes(run: Run, *, streamed: bool) -> float:
     gram = 0
     if settings.initialization == "least_squares":
         gram = (shape.intermediate_size**2 + 4 * D**2) * 8
-    if not streamed:
+    if together is None:
         parent = Architecture.of_parent(shape).parameters(shape) * element
-        return parent + OPTIMIZER_BYTES * sum(trained) + chunk + step + gram
+        return parent + OPTIMIZER_BYTES * sum(trained) + chunk + step + gram, 0.0
     layer = shape.parameters(shape.widest_block) * (element + stored)
     parent = max(layer, shape.vocab_size * D * stored)
-    return parent + OPTIMIZER_BYTES * max(trained, default=0) + chunk + step + gram
+    return parent + OPTIMIZER_BYTES * together + step + gram, float(chunk)
+
+
+def _largest(run: Run) -> int:
+    return max(trained_parameters(run), default=0)
 
 
 def is_streamed(run: Run) -> bool:
     """Whether BLD holds one layer at a time: as the recipe says, or where all would not fit."""
     if run.recipe.library.memory != "auto":
         return run.recipe.library.memory == "streamed"
-    return memory_bytes(run, streamed=False) > STREAM_ABOVE * run.device.memory_bytes
+    return bool(run.device.memory.lacks(*taken(run, None)))
+
+
+def together(run: Run) -> int:
+    """How many parameters of a layer's variants are trained at a time, streamed, at the most.
+
+    With all of a layer's the parent's block runs once a batch; it comes out the same either way.
+    """
+    most, memory = _largest(run), run.device.memory
+    by_layer: dict[int, int] = {}
+    for layer, variant in trained_variants(run):
+        by_layer[layer] = by_layer.get(layer, 0) + run.parent.shape.parameters(variant)
+    whole = max(by_layer.values(), default=0)
+    sizes = [whole * share // 8 for share in range(8, 0, -1)]
+    return next((n for n in sizes if n > most and not memory.lacks(*taken(run, n))), most)
+
+
+def chunk_steps(run: Run, *, streamed: bool) -> int:
+    """Batches that pass one layer before the next one starts.
+
+    Streamed, every layer's variants are read and written once a chunk, so a chunk is as long as the
+    host's memory allows.
+    """
+    settings, sequence = run.recipe.library, run.recipe.corpus.sequence_length
+    if settings.chunk_steps != "auto":
+        return settings.chunk_steps
+    if not streamed:
+        return CHUNK_STEPS
+    batch = settings.batch_sequences * sequence
+    batch_bytes = batch * run.parent.shape.hidden_size * run.placement.dtype.itemsize
+    fitting = int(CHUNK_SHARE * run.device.memory.host_bytes / batch_bytes)
+    return min(max(CHUNK_STEPS, fitting), -(-settings.tokens // batch))
 
 
 def flops_per_token(run: Run) -> float:
@@ -81,23 +124,36 @@ def flops_per_token(run: Run) -> float:
 def need(job: Job) -> Need:
     """What the stage will take."""
     run = job.run
-    tokens = run.recipe.library.tokens
-    flops = tokens * flops_per_token(run)
+    settings, streamed = run.recipe.library, is_streamed(run)
+    at_a_time = together(run) if streamed else None
+    device, host = taken(run, at_a_time)
+    flops = settings.tokens * flops_per_token(run)
+    steps = chunk_steps(run, streamed=streamed)
+    chosen = f"{'streamed' if streamed else 'resident'}, chunk_steps {steps}"
+    if at_a_time is not None:
+        chosen += f", up to {at_a_time / 1e6:,.0f}M parameters of a layer's variants together"
     return Need(
-        tokens=tokens,
+        tokens=settings.tokens,
         flops=flops,
-        memory_bytes=memory_bytes(run, streamed=is_streamed(run)),
+        memory_bytes=device,
+        host_bytes=host,
         disk_bytes=OPTIMIZER_BYTES * sum(trained_parameters(run)),
         seconds=flops / run.device.training_flops_per_s,
+        chosen=chosen,
+        instead=_smallest_change(run, device, host),
     )
 
 
-def summary(run: Run) -> str:
-    """One line: what BLD takes either way, and which way the recipe and this machine give."""
-    gib = {way: memory_bytes(run, streamed=way) / 2**30 for way in (False, True)}
-    word = "streamed" if is_streamed(run) else "resident"
-    return (
-        f"library: {word} (library.memory: {run.recipe.library.memory}); resident "
-        f"{gib[False]:.2f} GiB, streamed layer by layer {gib[True]:.2f} GiB, of "
-        f"{run.device.memory_bytes / 2**30:.1f} GiB"
-    )
+def _smallest_change(run: Run, device: float, host: float) -> str:
+    """What would make the library fit where it does not."""
+    memory, settings = run.device.memory, run.recipe.library
+    if not memory.lacks(device, host):
+        return ""
+    if not is_streamed(run) and not memory.lacks(*taken(run, _largest(run))):
+        return "leave out library.memory"
+    fewer = settings.model_copy(update={"chunk_steps": 1, "batch_sequences": 1, "memory": "auto"})
+    recipe = run.recipe.model_copy(update={"library": fewer})
+    least = Run(recipe, run.folder, run.progress, device=run.device)
+    if not memory.lacks(*taken(least, _largest(run))):
+        return "lower library.batch_sequences or library.chunk_steps"
+    return ""

@@ -5,9 +5,9 @@ subblocks covers m * n blocks (decoupled). With `library.coupled` pairs are trai
 space that a first, decoupled search has narrowed, starting from its library (appendix F.1.1).
 Parent and no-op subblocks need no training. The loop is in `training.py`, one batch in `bld.py`.
 
-Reads: the parent, the corpus. Writes: `library/<layer>.<slot>.<variant>.safetensors` (float32,
-names relative to the layer), `index.jsonl`, `curve.jsonl` (`records.py`); a checkpoint per variant
-while it runs.
+Reads: the parent, the corpus. Writes: `library/<layer>.<slot>.<variant>.safetensors` (in the
+parent's dtype, names relative to the layer), `index.jsonl`, `curve.jsonl` (`records.py`); a
+checkpoint per variant while it runs.
 """
 
 from pathlib import Path
@@ -74,9 +74,8 @@ def _execute(job: Job, folder: Path) -> None:
         run.progress.say(f"  left out: {line}")
     trainers, made = make_trainers(run), _made(folder)
     missing = [trainer for trainer in trainers if trainer.key not in made]
-    training = LibraryTraining(
-        run, folder, _parent_layers(run), missing, resident=not memory.is_streamed(run)
-    )
+    together = memory.together(run) if memory.is_streamed(run) else None
+    training = LibraryTraining(run, folder, _parent_layers(run), missing, together)
     if missing:
         training.initialise()
         training.train()
@@ -125,7 +124,8 @@ def _write_weights(training: LibraryTraining) -> dict[str, Made]:
         file = f"{trainer.key}.safetensors"
         state = checkpoint.weights(training.checkpoint(trainer), "variant")
         with artifacts.atomic_path(folder / file) as path:
-            save_file({name: t.float().cpu().contiguous() for name, t in state.items()}, path)
+            dtype = training.run.parent.dtype
+            save_file({name: t.to(dtype).cpu().contiguous() for name, t in state.items()}, path)
         slot, name, history = trainer.variant.slot, trainer.variant.name, trainer.history
         record = VariantRecord(
             layer=trainer.layer,

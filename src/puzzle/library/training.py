@@ -6,11 +6,11 @@
             every variant: validation loss, checkpoint   # a kill loses at most this much
 
 Resident, the parent and all trainers stay in memory. Streamed, one layer of the parent is read from
-its files at a time and trainers come from disk and go back to it: the same arithmetic in the same
-order, so the same library.
+its files at a time, and as many of its trainers as fit come from disk together and go back to it:
+the same arithmetic in the same order, so the same library.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from puzzle import artifacts
 from puzzle.device import return_freed_memory
-from puzzle.library import initialization, weights
+from puzzle.library import initialization, memory, weights
 from puzzle.library.bld import ParentBatch, VariantTrainer, mean
 from puzzle.library.records import LossPoint, VariantRecord
 from puzzle.model import variants
@@ -29,6 +29,12 @@ from puzzle.model.variants import State
 from puzzle.run import Run
 
 Batches = list[torch.Tensor]  # a layer's inputs, [B, S, D] each
+
+
+class _Chunk(artifacts.Record):
+    """`chunk.json`: batches that pass a layer before the next one starts."""
+
+    steps: int
 
 
 @dataclass
@@ -48,7 +54,12 @@ class LibraryTraining:
     folder: Path
     parent: ParentLayers
     trainers: list[VariantTrainer]
-    resident: bool
+    together: int | None  # parameters of variants in memory at a time; None: all, resident
+
+    @property
+    def resident(self) -> bool:
+        """Whether all variants stay in memory."""
+        return self.together is None
 
     # ------------------------------------------------------------------------------------- files
 
@@ -111,7 +122,7 @@ class LibraryTraining:
             return
         least_squares = self.run.recipe.library.initialization == "least_squares"
         with self.run.device.autocast():
-            batches = self._on_device(activations.batches)
+            batches = self.run.device.fetched(activations.batches)
             calibration = initialization.calibrate(
                 module, batches, activations.context, least_squares
             )
@@ -146,7 +157,7 @@ class LibraryTraining:
     ) -> None:
         losses = []
         with torch.no_grad(), self.run.device.autocast():
-            for x_BSD in self._on_device(activations.validation):
+            for x_BSD in self.run.device.fetched(activations.validation):
                 batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                 losses.append(batch.no_op_error(slot))
         loss = mean(losses)
@@ -160,12 +171,12 @@ class LibraryTraining:
     def train(self) -> None:
         """BLD, chunk by chunk and layer by layer; goes on from the checkpoints in the folder."""
         run, settings = self.run, self.run.recipe.library
-        steps = max(trainer.steps for trainer in self.trainers)
+        steps, chunk_steps = max(trainer.steps for trainer in self.trainers), self._chunk_steps()
         batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
         title = f"BLD of {len(self.trainers)} variants"
         with run.progress.task(title, steps * batch_tokens, "tokens") as task:
-            for first in range(0, steps, settings.chunk_steps):
-                last = min(first + settings.chunk_steps, steps)
+            for first in range(0, steps, chunk_steps):
+                last = min(first + chunk_steps, steps)
                 pending = [t for t in self.trainers if not t.done and t.step < last]
                 if not pending:
                     task.skip((last - first) * batch_tokens)
@@ -182,14 +193,35 @@ class LibraryTraining:
     def _train_layer(
         self, layer: int, trainers: list[VariantTrainer], activations: Activations
     ) -> None:
-        """One layer, one chunk. Streamed, its variants take turns in memory."""
-        groups = [trainers] if self.resident else ([[t] for t in trainers] or [[]])
+        """One layer, one chunk. Streamed, variants that do not fit together take turns."""
+        groups = self._groups(trainers)
         with self.parent.layer(layer) as module:
             for index, group in enumerate(groups):
                 is_last = index == len(groups) - 1
                 self._train_group(group, module, activations, hand_on=is_last)
                 if not self.resident:
                     self._release(group)
+
+    def _groups(self, trainers: list[VariantTrainer]) -> list[list[VariantTrainer]]:
+        """In order; more than `together` parameters only where one variant has more."""
+        groups: list[list[VariantTrainer]] = [[]]
+        size, shape = 0, self.run.parent.shape
+        for trainer in trainers:
+            parameters = shape.parameters(trainer.variant)
+            if self.together is not None and groups[-1] and size + parameters > self.together:
+                groups.append([])
+                size = 0
+            groups[-1].append(trainer)
+            size += parameters
+        return groups
+
+    def _chunk_steps(self) -> int:
+        """As when the library was begun: a chunk's boundaries are those of the checkpoints."""
+        path = self.folder / artifacts.UNFINISHED / "chunk.json"
+        if not path.exists():
+            steps = memory.chunk_steps(self.run, streamed=not self.resident)
+            _Chunk(steps=steps).write(path)
+        return _Chunk.read(path).steps
 
     def _train_group(
         self,
@@ -206,14 +238,14 @@ class LibraryTraining:
             if trainer.module is None:
                 trainer.restore(self.checkpoint(trainer), self._module(trainer))
         batches = activations.batches
-        for index, x_BSD in enumerate(self._on_device(batches)):
+        for index, x_BSD in enumerate(self.run.device.fetched(batches)):
             with run.device.autocast():
                 batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                 for trainer in group:
                     if not trainer.done:
                         losses[trainer.key].append(trainer.train_step(batch, settings))
             if hand_on:
-                batches[index] = batch.o_BSD.to(batches[index].device)
+                batches[index] = self._kept(batch.o_BSD)
         errors = self._validation_errors(group, module, activations)
         if hand_on:
             self._advance(module, activations.validation, activations.context)
@@ -239,7 +271,7 @@ class LibraryTraining:
         losses: dict[str, list[float]] = {trainer.key: [] for trainer in group}
         if group:
             with torch.no_grad(), self.run.device.autocast():
-                for x_BSD in self._on_device(activations.validation):
+                for x_BSD in self.run.device.fetched(activations.validation):
                     batch = ParentBatch.from_layer(module, x_BSD, activations.context)
                     for trainer in group:
                         losses[trainer.key].append(trainer.error(batch).item())
@@ -257,20 +289,19 @@ class LibraryTraining:
         with torch.no_grad(), self.run.device.autocast():
             for part in (batches, self._validation_tokens()):
                 states = [self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part]
-                embedded.append([x.cpu() for x in states] if self.parent.on_host else states)
+                embedded.append([self._kept(x_BSD) for x_BSD in states])
             _, context = self.parent.embed(batches[0][:1].to(device))
         return Activations(embedded[0], embedded[1], context)
-
-    def _on_device(self, batches: Batches) -> Iterator[torch.Tensor]:
-        device = self.run.device.torch_device
-        return (x_BSD.to(device, non_blocking=True) for x_BSD in batches)
 
     @torch.no_grad()
     def _advance(self, module: PuzzleDecoderLayer, batches: Batches, context: LayerContext) -> None:
         """Replace a layer's inputs by its outputs."""
         with self.run.device.autocast():
-            for index, x_BSD in enumerate(self._on_device(batches)):
-                batches[index] = module(x_BSD, **context).to(batches[index].device)
+            for index, x_BSD in enumerate(self.run.device.fetched(batches)):
+                batches[index] = self._kept(module(x_BSD, **context))
+
+    def _kept(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.run.device.to_host(x_BSD) if self.parent.on_host else x_BSD
 
     def _tokens(self, step: int) -> torch.Tensor:
         return self.run.corpus["train"].batch(step, self.run.recipe.library.batch_sequences)
@@ -282,8 +313,10 @@ class LibraryTraining:
 
     def _module(self, trainer: VariantTrainer) -> PuzzleDecoderLayer:
         attention = self.run.placement.attention
-        module = variants.block_module(self.run.parent, trainer.layer, trainer.block, attention)
-        return module.to(self.run.device.torch_device)
+        with torch.device("meta"):  # what it holds comes from a checkpoint or the initialiser
+            block = trainer.block
+            module = variants.block_module(self.run.parent, trainer.layer, block, attention)
+        return module.to_empty(device=self.run.device.torch_device)
 
     @staticmethod
     def _release(group: Sequence[VariantTrainer]) -> None:

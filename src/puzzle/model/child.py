@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from pydantic import JsonValue
-from safetensors.torch import load_file
 
 from puzzle import artifacts
 from puzzle.errors import UserError
@@ -19,6 +18,7 @@ from puzzle.model import block_configs
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 from puzzle.model.weight_files import weight_files
+from puzzle.model.weights import Weights
 
 MODEL_CODE = ("configuration_puzzle.py", "modeling_puzzle.py")  # what a child loads with alone
 CARRIED_OVER = (  # from the parent's folder
@@ -196,10 +196,8 @@ def load(
 ) -> PuzzleForCausalLM:
     """Load a child written by `save`; `dtype` None keeps the checkpoint's."""
     config = PuzzleConfig.from_pretrained(folder)
-    state: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        state |= load_file(path)
-    return build(config, state, dtype or stored_dtype(config), device, attention)
+    with Weights(folder) as state:
+        return build(config, state, dtype or stored_dtype(config), device, attention)
 
 
 class RandomWeights(Mapping[str, torch.Tensor]):

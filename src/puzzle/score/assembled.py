@@ -71,7 +71,9 @@ class AssembledKL:
                 x_BSD = text.embedded_BSD
                 for layer in layers:
                     x_BSD = layer(x_BSD, **text.context)
-                total += float(self._kl_sums([], text, [x_BSD])[0])
+                suffix = Suffix(self.parent, [], text.context, text.final_BSD, text.tokens_BS)
+                ((_, final_TD),) = suffix.finals([(None, x_BSD)], per_pass=1)
+                total += float(self._kl_sums(suffix, [final_TD])[0])
         return total / self.tokens
 
     def exchanged(
@@ -111,16 +113,17 @@ class AssembledKL:
         """Sums over the tokens of one text; `x_BSD` is the child's input of the layer."""
         per_pass = max(1, self.run.recipe.score.tokens_per_pass // text.tokens_BS.numel())
         outputs = self._blocks(index, blocks).outputs(x_BSD, text.context)
-        while pending := list(itertools.islice(outputs, per_pass)):
-            kl_C = self._kl_sums(layers[index + 1 :], text, [output for _, output in pending])
+        after = layers[index + 1 :]
+        suffix = Suffix(self.parent, after, text.context, text.final_BSD, text.tokens_BS)
+        finals = suffix.finals(outputs, per_pass)
+        while pending := list(itertools.islice(finals, per_pass)):
+            kl_C = self._kl_sums(suffix, [final for _, final in pending])
             yield from zip([block.name for block, _ in pending], kl_C.tolist(), strict=True)
 
-    def _kl_sums(
-        self, layers: Sequence[Layer], text: _Text, outputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Sums over tokens [C] of what these layers make of several outputs [B, S, D]."""
-        suffix = Suffix(self.parent, layers, text.context, text.final_BSD, text.tokens_BS)
-        return suffix.metrics(outputs)[:, METRICS.index("kl")].sum(dim=(1, 2)).cpu()
+    @staticmethod
+    def _kl_sums(suffix: Suffix, finals: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums over tokens [C] of the KL of several inputs [T, D] of the head."""
+        return suffix.metrics(finals)[:, METRICS.index("kl")].sum(dim=(1, 2)).cpu()
 
     def _layers(self, architecture: Architecture) -> list[Layer]:
         return [self._layer(index, block) for index, block in enumerate(architecture)]

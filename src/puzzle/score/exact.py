@@ -1,15 +1,17 @@
 """Exact scores: a replaced block starts from the parent's activations and runs the layers after it.
 
 The parent's activations at every block input are computed once per shard of sequences; the blocks
-of a layer go through the layers after it together, batched to `tokens_per_pass`. Logits are chunked
-over tokens; the parent's log-probabilities are recomputed from its final hidden state.
+of a layer go through the layers after it together, batched to `tokens_per_pass`, and wait for one
+another before the head. Logits are chunked over tokens; the parent's are computed anew for each
+chunk, once for all blocks that have waited.
 
 Shape legend: C candidates, M metrics, B sequences, S positions, D hidden, T = B * (S - 1).
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +21,10 @@ from puzzle.run import Run
 from puzzle.score.modules import LayerBlocks
 from puzzle.score.results import Sums
 from puzzle.training.losses import METRICS, token_metrics
+
+HELD_SHARE = 0.05  # of the memory: inputs of the head that wait
+
+N = TypeVar("N")  # what an output is known by
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ def score_layer(
         _, context = parent.model.embed(tokens_BS[:1])  # of a batch of one: fits any number
         after = list(parent.model.layers[layer + 1 :])
         suffix = Suffix(parent, after, context, final_BSD, tokens_BS)
-        outputs = blocks.outputs(x_BSD, context)
-        while pending := list(itertools.islice(outputs, per_pass)):
-            metrics_CMBS = suffix.metrics([output for _, output in pending])
+        outputs = suffix.finals(blocks.outputs(x_BSD, context), per_pass)
+        held = max(1, int(HELD_SHARE * run.device.memory_bytes / x_BSD.nbytes))
+        while pending := list(itertools.islice(outputs, held)):
+            metrics_CMBS = suffix.metrics([final for _, final in pending])
             for (block, _), metrics_MBS in zip(pending, metrics_CMBS, strict=True):
                 if shard.questions is None:
                     results[block.name] = text_sums(metrics_MBS)
@@ -97,18 +104,30 @@ class Suffix:
     final_BSD: torch.Tensor  # the parent's, after the last norm
     tokens_BS: torch.Tensor
 
-    def metrics(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Run several outputs [B, S, D] of the layer on at once: float64 [C, M, B, S - 1]."""
-        count, (B, S) = len(outputs), self.tokens_BS.shape
-        hidden = torch.cat(list(outputs))
-        for layer in self.layers:
-            hidden = layer(hidden, **self.context)
-        child_CBSD = self.parent.model.norm(hidden).view(count, B, S, -1)
+    def finals(
+        self, outputs: Iterable[tuple[N, torch.Tensor]], per_pass: int
+    ) -> Iterator[tuple[N, torch.Tensor]]:
+        """Run outputs [B, S, D] of the layer on, several at once: the head's inputs [T, D]."""
+        outputs = iter(outputs)
+        while pending := list(itertools.islice(outputs, per_pass)):
+            hidden = torch.cat([output for _, output in pending])
+            for layer in self.layers:
+                hidden = layer(hidden, **self.context)
+            parts = self.parent.model.norm(hidden).chunk(len(pending))
+            for (block, _), normed_BSD in zip(pending, parts, strict=True):
+                yield block, normed_BSD[:, :-1].flatten(0, 1)
+
+    def metrics(self, finals: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of several inputs [T, D] of the head: float64 [C, M, B, S - 1].
+
+        The parent's logits are computed once for all of them.
+        """
+        count, (B, S) = len(finals), self.tokens_BS.shape
         head = self.parent.lm_head.weight
         metrics_CMT = token_metrics(
             self.final_BSD[:, :-1].flatten(0, 1),
             head,
-            child_CBSD[:, :, :-1].flatten(1, 2),
+            finals,
             head,
             self.tokens_BS[:, 1:].flatten(),
             soft_cap=self.parent.config.final_logit_softcapping,

@@ -17,7 +17,7 @@ RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while
 
 def is_resident(run: Run) -> bool:
     """Whether all layers' variants are kept in memory while scoring."""
-    library_bytes = 4 * sum(trained_parameters(run))
+    library_bytes = run.placement.dtype.itemsize * sum(trained_parameters(run))
     return library_bytes < RESIDENT_SHARE * run.device.memory_bytes
 
 
@@ -39,7 +39,7 @@ class LayerBlocks:
         def module(block: Block, state: State) -> PuzzleDecoderLayer:
             attention = run.placement.attention
             made = variants.frozen_module(run.parent, layer, block, attention, state)
-            return made.to(run.device.torch_device)
+            return made.to(run.device.torch_device, run.placement.dtype)
 
         if run.recipe.library.coupled:
             pairs = {b: module(b, weights.read_block(run, layer, b, parent_state)) for b in blocks}

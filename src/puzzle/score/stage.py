@@ -22,7 +22,7 @@ from puzzle.model.architecture import Architecture, Block
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
 from puzzle.score.candidates import candidates, scored_blocks
-from puzzle.score.exact import Shard, parent_states, score_layer
+from puzzle.score.exact import HELD_SHARE, Shard, parent_states, score_layer
 from puzzle.score.fisher import Estimator
 from puzzle.score.modules import LibraryBlocks, is_resident
 from puzzle.score.results import SCORES, BlockScore, Method, summarise
@@ -143,26 +143,57 @@ def _need(job: Job) -> Need:
     suffix = sum(n * (len(counts) - i) for i, n in enumerate(counts)) * per_layer
     head = sum(counts) * shape.vocab_size * shape.hidden_size
     flops = 2.0 * tokens * (suffix + head)
+    device, host = _memory_bytes(run, parameters)
     return Need(
         tokens=tokens,
         flops=flops,
-        memory_bytes=_memory_bytes(run, parameters),
+        memory_bytes=device,
+        host_bytes=host,
         disk_bytes=1e6,
         seconds=flops / run.device.training_flops_per_s,
+        chosen=f"parent in memory, library {'resident' if is_resident(run) else 'layer by layer'}",
+        instead=_smallest_change(run, parameters),
     )
 
 
-def _memory_bytes(run: Run, parameters: int) -> float:
-    """The parent, a shard's activations, a pass, four copies of a chunk of logits, the library."""
+def _memory_bytes(run: Run, parameters: int) -> tuple[float, float]:
+    """Of the device and of the host.
+
+    On the device the parent, a pass of `tokens_per_pass` (residual, norms and the FFN's three
+    intermediates), a shard's input and final states, the states that wait, four copies of a chunk
+    of logits, and the library; on the host the activations of a shard at every layer.
+    """
     settings, shape = run.recipe.score, run.parent.shape
+    element = run.placement.dtype.itemsize
     sequences = min(settings.sequences, settings.shard_sequences)
     tokens = sequences * run.recipe.corpus.sequence_length
-    states = (shape.num_hidden_layers + 1) * tokens + 4 * settings.tokens_per_pass
-    library = 4.0 * sum(trained_parameters(run))
+    in_pass = max(tokens, settings.tokens_per_pass)
+    passing: float = in_pass * (6 * shape.hidden_size + 3 * shape.intermediate_size) * element
+    library = float(element) * sum(trained_parameters(run))
     if not is_resident(run):
         library /= shape.num_hidden_layers
-    weights = parameters * run.placement.dtype.itemsize
-    return weights + 4 * states * shape.hidden_size + library + 16 * CHUNK_ELEMENTS[run.device.type]
+    state = tokens * shape.hidden_size
+    waiting = max(len(layer.blocks) for layer in run.space.layers) * state * element
+    waiting = min(waiting, int(HELD_SHARE * run.device.memory_bytes))
+    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
+    device = parameters * element + passing + library + logits + waiting + 4.0 * 3 * state
+    if settings.method != "exact":
+        device += 4.0 * settings.fisher_samples * state
+    return device, float((shape.num_hidden_layers + 1) * tokens * shape.hidden_size * element)
+
+
+def _smallest_change(run: Run, parameters: int) -> str:
+    """What would make scoring fit where it does not."""
+    memory = run.device.memory
+    if not memory.lacks(*_memory_bytes(run, parameters)):
+        return ""
+    least = {"shard_sequences": 1, "tokens_per_pass": 1, "fisher_samples": 4}
+    score = run.recipe.score.model_copy(update=least)
+    recipe = run.recipe.model_copy(update={"score": score})
+    smaller = Run(recipe, run.folder, run.progress, device=run.device)
+    if not memory.lacks(*_memory_bytes(smaller, parameters)):
+        return "lower score.shard_sequences and score.tokens_per_pass"
+    return "the whole parent is in memory while blocks are scored: use a larger device"
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)

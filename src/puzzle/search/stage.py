@@ -401,6 +401,8 @@ def _need(job: Job) -> Need:
     return Need(
         flops=share * scoring.flops,
         memory_bytes=scoring.memory_bytes,
+        host_bytes=scoring.host_bytes,
+        instead=scoring.instead,
         disk_bytes=1e6,
         seconds=5.0 + share * scoring.seconds,
     )

@@ -3,22 +3,21 @@
 Training that goes on from it is bit-identical to training that was never interrupted. Random
 numbers need no saving: batches are a pure function of (seed, step) and nothing here uses dropout.
 
-The file holds full tensors, whatever the number of processes: sharded ones are gathered one at a
-time and written by process 0 as they come, so no process ever holds a second copy, and any number
-of processes can go on from it. Its metadata holds a checksum of all of it, which is verified before
-a process goes on from what another one has written.
+Tensors are written one at a time, so there is never a second copy of all. A file's metadata holds a
+checksum of all of it, which is verified before a process goes on from what another one has written.
+Several processes, and training that goes on meanwhile, write snapshots instead (`snapshots.py`).
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from puzzle import artifacts
@@ -47,8 +46,6 @@ def save(
 ) -> None:
     """Write what is trained; frozen weights have not changed.
 
-    Every process must call it; it returns when the file is complete.
-
     Args:
         path: of the checkpoint.
         step: to go on from.
@@ -56,29 +53,22 @@ def save(
         optimizers: by name; their whole state is kept.
         notes: small JSON values that must survive an interruption, such as skipped steps.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    metadata = {"step": str(step), "notes": json.dumps(dict(notes or {}))}
+    write(path, tensors(modules, optimizers), metadata)
+
+
+def tensors(modules: Modules, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """Parameters that learn and the optimisers' states, by the names they have in a file."""
+    named: dict[str, torch.Tensor] = {}
     for key, module in modules.items():
-        tensors |= {f"module/{key}/{name}": parameter for name, parameter in _trained(module)}
+        named |= {f"module/{key}/{name}": parameter for name, parameter in _trained(module)}
     for key, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {
+            named |= {
                 f"optimizer/{key}/{index}/{name}": torch.as_tensor(value)
                 for name, value in state.items()
             }
-    metadata = {"sha256": NO_DIGEST.decode(), "step": str(step)}
-    metadata["notes"] = json.dumps(dict(notes or {}))
-    _trusted.add(path)
-    if not distributed.is_initialized():
-        with artifacts.atomic_path(path) as temporary:
-            _write(temporary, tensors, metadata)
-        return
-    if distributed.get_rank() == 0:
-        with artifacts.atomic_path(path) as temporary:
-            _write(temporary, tensors, metadata)
-    else:
-        for tensor in tensors.values():
-            gathered(tensor)
-    distributed.barrier()
+    return named
 
 
 @torch.no_grad()
@@ -87,14 +77,15 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, one tensor at a time.
+def write(path: Path, named: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, one tensor at a time, complete or not there.
 
     It is the length of the header, the header (JSON) and the bytes of the tensors.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
+    _trusted.add(path)
+    header: dict[str, Any] = {"__metadata__": {"sha256": NO_DIGEST.decode(), **metadata}}
     end = 0
-    for name, tensor in tensors.items():
+    for name, tensor in named.items():
         first, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
@@ -105,10 +96,10 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, 
     text += b" " * (-len(text) % 8)
     begin = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(begin)
-    with path.open("wb") as file:
+    with artifacts.atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(begin)
-        for tensor in tensors.values():
-            data = gathered(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        for tensor in named.values():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
         file.seek(begin.index(NO_DIGEST))
@@ -116,7 +107,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, 
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[safe_open]:
     """A checkpoint to read from. Raises `UserError` for a damaged one."""
     try:
         if path not in _trusted:
@@ -153,20 +144,34 @@ def restore(path: Path, modules: Modules, optimizers: Optimizers) -> tuple[int, 
     """
     if not path.exists():
         return 0, {}
-    with _opened(path) as file:
-        for key, module in modules.items():
-            for name, parameter in _trained(module):
-                parameter.copy_(shard(file.get_tensor(f"module/{key}/{name}"), parameter))
-        for key, optimizer in optimizers.items():
-            state_dict = optimizer.state_dict()
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for full_name in file.keys():  # noqa: SIM118 (not a dict)
-                if full_name.startswith(f"optimizer/{key}/"):
-                    index, name = full_name.removeprefix(f"optimizer/{key}/").split("/")
-                    value = shard(file.get_tensor(full_name), parameters[int(index)])
-                    state_dict["state"].setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict(state_dict)
+    with opened(path) as file:
+        load(file.keys(), file.get_tensor, modules, optimizers)
     return peek(path)
+
+
+@torch.no_grad()
+def load(
+    names: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+    modules: Modules,
+    optimizers: Optimizers,
+) -> None:
+    """Put stored tensors where `tensors` has them from, one at a time.
+
+    `read` gives them in full; those that are sharded take their part.
+    """
+    for key, module in modules.items():
+        for name, parameter in _trained(module):
+            parameter.copy_(shard(read(f"module/{key}/{name}"), parameter))
+    for key, optimizer in optimizers.items():
+        state_dict = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for full_name in names:
+            if full_name.startswith(f"optimizer/{key}/"):
+                index, name = full_name.removeprefix(f"optimizer/{key}/").split("/")
+                value = shard(read(full_name), parameters[int(index)])
+                state_dict["state"].setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(state_dict)
 
 
 def shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -191,7 +196,7 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
     """The weights of one of the modules of a checkpoint."""
-    with _opened(path) as file:
+    with opened(path) as file:
         prefix = f"module/{key}/"
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -199,5 +204,5 @@ def weights(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 def peek(path: Path) -> tuple[int, dict[str, Any]]:
     """(step, notes) of a checkpoint, without its tensors."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return int(file.metadata()["step"]), json.loads(file.metadata()["notes"])

@@ -58,9 +58,9 @@ def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.
 
 # Logits of a chunk: 64 MiB of float32 on CPUs, 256 MiB on GPUs
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-# Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens, which is
-# within 6 % of all at once.
-LOSS_ELEMENTS = 1 << 26
+# Products of fewer tokens are slower. At a vocabulary of 128k a chunk has 523 tokens on a CPU,
+# within 6 % of all at once, and 1046 on a GPU: a chunk adds to the gradient of the whole head.
+LOSS_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class LogitLoss:
     lm_weight: float = 0.0
     temperature: float = 1.0
     soft_cap: float | None = None
-    chunk_elements: int = LOSS_ELEMENTS  # logits of one side that exist at a time, in four buffers
+    chunk_elements: int = LOSS_ELEMENTS[
+        "cpu"
+    ]  # logits of one side that exist at a time, in four buffers
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -292,7 +294,7 @@ def token_metrics(
         soft_cap: of both sides' logits, as in `LogitLoss`.
     """
     chunks, chunk_tokens = [], tokens_per_chunk(parent_head_VD)
-    parent_head_VD, child_head_VD = _factor(parent_head_VD), _factor(child_head_VD)
+    parent_head_VD, child_head_VD = _product_head(parent_head_VD), _product_head(child_head_VD)
     for first in range(0, len(parent_TD), chunk_tokens):
         rows = slice(first, first + chunk_tokens)
         parent_TV = F.log_softmax(_logits(parent_TD[rows], parent_head_VD, soft_cap), dim=-1)
@@ -326,15 +328,18 @@ def _metrics(
     return torch.stack([kl_T, normaliser_T - target_T1[:, 0], *ranks])
 
 
-def _factor(head_VD: torch.Tensor) -> torch.Tensor:
-    """The head as `_logits` takes it: GPUs add products of bfloat16 up in float32, CPUs do not."""
-    return head_VD if head_VD.is_cuda and head_VD.dtype.itemsize == 2 else head_VD.float()
+def _product_head(head_VD: torch.Tensor) -> torch.Tensor:
+    """A head in the dtype in which `_logits` takes it: that is cast once, not for every chunk."""
+    device = head_VD.device.type
+    if device == "cuda" and torch.is_autocast_enabled(device):
+        return head_VD.to(torch.get_autocast_dtype(device))
+    return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()
 
 
 def _logits(
     hidden_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Logits [T, V] in float32, even under autocast; the head is a `_factor`.
+    """Logits [T, V] in float32, even under autocast; the head is as `_product_head` has it.
 
     Those in bfloat16 tie often enough to flatter a rank. Autocast only rounds what goes into the
     product, where the device can (half the time on a CPU with bfloat16 instructions).

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+DEFAULT_WIDTH = 256  # of the embedded parent
+LIBRARY_RATE, UPTRAIN_RATE = 2e-3, 1e-3
+
 
 def cosine(step: int, steps: int, warmup_share: float) -> float:
     """The learning-rate factor of a step: linear warm-up, then half a cosine down to zero."""
@@ -19,6 +22,15 @@ def warmup_stable_decay(step: int, steps: int, warmup_share: float, decay_share:
     warmup = max(1, round(steps * warmup_share))
     decay = max(1, math.ceil(steps * decay_share))
     return min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def peak(given: float | None, default: float, width: int) -> float:
+    """The learning rate at its peak: as given, or the default for parents of this width.
+
+    The defaults were found at `DEFAULT_WIDTH`; from there on they fall in proportion, as Adam's
+    do under muP (docs/log.md has the rates that were best at two widths).
+    """
+    return given or default * min(1.0, DEFAULT_WIDTH / width)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,11 +6,13 @@ more than one layer in full, or the embedding.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from puzzle.device import Placement
 from puzzle.model import child
@@ -45,43 +47,76 @@ def mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (size(),))
 
 
-def load_sharded(
-    config: PuzzleConfig,
-    weights: Mapping[str, torch.Tensor],
-    placement: Placement,
-    prepare: Callable[[PuzzleForCausalLM], None],
-    over: DeviceMesh,
-) -> PuzzleForCausalLM:
-    """A model whose layers are sharded; embedding, last norm and head wait for `shard_rest`.
+@dataclass(frozen=True)
+class Shards:
+    """How models are sharded: over which processes, and the dtype in which they compute.
 
-    Args:
-        config: of the model.
-        weights: by name, read one at a time.
-        placement: dtype, device and attention implementation.
-        prepare: sees the model before it has weights, to say which of them learn.
-        over: the processes.
+    Every layer is a group of its own, and so are embedding and head (one group where they are
+    tied). A group's float32 shards are gathered in the dtype of products, and its gradients are
+    added up in float32.
     """
-    model = child.skeleton(config, placement.device, placement.attention)
-    prepare(model)
 
-    def fill(module: nn.Module, prefix: str, names: list[str]) -> None:
-        state = {
-            name: weights[prefix + name].to(
-                device=placement.device, dtype=placement.dtype, copy=True
-            )
-            for name in names
-        }
-        module.load_state_dict(state, assign=True, strict=False)
+    over: DeviceMesh
+    products: torch.dtype | None  # None: the weights' own
 
-    for index, layer in enumerate(model.model.layers):
-        if names := list(layer.state_dict()):
-            fill(layer, f"model.layers.{index}.", names)
-            fully_shard(layer, mesh=over)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    names = [name for name in model.state_dict() if not name.startswith("model.layers.")]
-    fill(model, "", [name for name in names if name not in tied])
-    model.tie_weights()
-    return model
+    def load(
+        self,
+        config: PuzzleConfig,
+        weights: Mapping[str, torch.Tensor],
+        placement: Placement,
+        prepare: Callable[[PuzzleForCausalLM], None],
+    ) -> PuzzleForCausalLM:
+        """A model whose layers, embedding and head are sharded; the last norm is for `add_rest`.
+
+        Args:
+            config: of the model.
+            weights: by name, read one at a time.
+            placement: dtype, device and attention implementation.
+            prepare: sees the model before it has weights, to say which of them learn.
+        """
+        model = child.skeleton(config, placement.device, placement.attention)
+        prepare(model)
+
+        def fill(module: nn.Module, prefix: str, names: list[str]) -> None:
+            state = {
+                name: weights[prefix + name].to(
+                    device=placement.device, dtype=placement.dtype, copy=True
+                )
+                for name in names
+            }
+            module.load_state_dict(state, assign=True, strict=False)
+
+        for index, layer in enumerate(model.model.layers):
+            if names := list(layer.state_dict()):
+                fill(layer, f"model.layers.{index}.", names)
+                self._shard(layer)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        names = [name for name in model.state_dict() if not name.startswith("model.layers.")]
+        fill(model, "", [name for name in names if name not in tied])
+        model.tie_weights()
+        tables: list[nn.Module] = [model.model.embed_tokens, model.lm_head]
+        for group in [tables] if tied else [[table] for table in tables]:
+            self._shard(group, reshard=False)
+        return model
+
+    def add_rest(self, module: nn.Module) -> None:
+        """Shard what no group holds. From now on `module` may only be used through its forward."""
+        self._shard(module)
+
+    def _shard(self, module: nn.Module | list[nn.Module], reshard: bool | None = None) -> None:
+        policy = MixedPrecisionPolicy(
+            self.products,
+            reduce_dtype=torch.float32 if self.products else None,
+            cast_forward_inputs=False,  # angles may be float32
+        )
+        fully_shard(module, mesh=self.over, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def head(model: PuzzleForCausalLM) -> torch.Tensor:
+    """The head's weight [V, D], gathered where it is sharded."""
+    if isinstance(model.lm_head, FSDPModule):
+        model.lm_head.unshard()
+    return model.lm_head.weight
 
 
 def freeze(model: nn.Module) -> None:
@@ -89,12 +124,20 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def shard_rest(module: nn.Module, over: DeviceMesh) -> None:
-    """Shard what no layer holds. From now on `module` may only be used through its forward."""
-    fully_shard(module, mesh=over)
-
-
 def reshard(module: nn.Module) -> None:
     """Drop what a forward has gathered, after one that no backward follows."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.reshard()
+
+
+R = TypeVar("R")
+
+
+def shared(value: R) -> R:
+    """Process 0's value, on all of them."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]

@@ -10,6 +10,8 @@ SAME_RESULT = {
     "wandb",
     "micro_batch_sequences",
     "activation_checkpointing",
+    "optimizer",
+    "checkpoint_minutes",
     "checkpoint_steps",
 }
 

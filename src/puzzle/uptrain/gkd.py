@@ -12,10 +12,13 @@ Shape legend: B batch, S sequence, D hidden, T = B * (S - 1) tokens with a next 
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from puzzle.config import UptrainConfig
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.training import sharding
 from puzzle.training.losses import (
+    LOSS_ELEMENTS,
     LogitLoss,
     cosine_distance,
     distillation_losses,
@@ -29,14 +32,24 @@ class Pair(nn.Module):
     """The child that learns and the frozen parent."""
 
     def __init__(
-        self, child: PuzzleForCausalLM, parent: PuzzleForCausalLM, settings: UptrainConfig
+        self,
+        child: PuzzleForCausalLM,
+        parent: PuzzleForCausalLM,
+        settings: UptrainConfig,
+        checkpointing: bool = False,
     ) -> None:
+        """`checkpointing`: a layer's activations are computed again in the backward pass."""
         super().__init__()
         self.child, self.parent, self.settings = child, parent.eval(), settings
+        self.checkpointing = checkpointing
         cap = child.config.final_logit_softcapping
-        self.logits = LogitLoss(settings.kl_weight, settings.lm_weight, settings.temperature, cap)
-        if settings.activation_checkpointing:
-            child.gradient_checkpointing_enable({"use_reentrant": False})
+        self.logits = LogitLoss(
+            settings.kl_weight,
+            settings.lm_weight,
+            settings.temperature,
+            cap,
+            LOSS_ELEMENTS[child.device.type],
+        )
 
     def forward(
         self, tokens_BS: torch.Tensor, metrics: bool = False
@@ -56,9 +69,9 @@ class Pair(nn.Module):
         if self.logits.kl_weight or self.logits.lm_weight:
             total, kl, lm = distillation_losses(
                 self.child.model.norm(child_BSD)[:, :-1].flatten(0, 1),
-                self.child.lm_head.weight,
+                sharding.head(self.child),
                 self.parent.model.norm(parent_BSD)[:, :-1].flatten(0, 1),
-                self.parent.lm_head.weight,
+                sharding.head(self.parent),
                 tokens_BS[:, 1:].flatten(),
                 self.logits,
             )
@@ -71,10 +84,10 @@ class Pair(nn.Module):
         _, child_BSD, parent_BSD = self._walk(tokens_BS, cosine=False)
         parent_TD = self.parent.model.norm(parent_BSD)[:, :-1].flatten(0, 1)
         child_TD = self.child.model.norm(child_BSD)[:, :-1].flatten(0, 1)
-        parent_head, targets_T = self.parent.lm_head.weight, tokens_BS[:, 1:].flatten()
+        parent_head, targets_T = sharding.head(self.parent), tokens_BS[:, 1:].flatten()
         sums = []
         for model_TD, head in (
-            (child_TD, self.child.lm_head.weight),
+            (child_TD, sharding.head(self.child)),
             (parent_TD, parent_head),
         ):
             metrics_CMT = token_metrics(
@@ -98,9 +111,19 @@ class Pair(nn.Module):
         distance = torch.zeros((), device=tokens_BS.device)
         layers = zip(self.child.model.layers, self.parent.model.layers, strict=True)
         for layer, parent_layer in layers:
-            child_BSD = layer(child_BSD, **context)
             with torch.no_grad():
                 parent_BSD = parent_layer(parent_BSD, **parent_context)
-            if cosine:
-                distance = distance + cosine_distance(child_BSD, parent_BSD)
+
+            def step(
+                x_BSD: torch.Tensor, y_BSD: torch.Tensor, layer: nn.Module = layer
+            ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                x_BSD = layer(x_BSD, **context)
+                return x_BSD, cosine_distance(x_BSD, y_BSD) if cosine else None
+
+            if self.checkpointing and torch.is_grad_enabled():
+                child_BSD, of_layer = checkpoint(step, child_BSD, parent_BSD, use_reentrant=False)
+            else:
+                child_BSD, of_layer = step(child_BSD, parent_BSD)
+            if of_layer is not None:
+                distance = distance + of_layer
         return distance, child_BSD, parent_BSD

@@ -34,11 +34,11 @@ def processes(job: Job) -> int:
     settings, device = job.child.uptrain, job.run.device
     if settings.processes == "auto":
         alone = device.type != "cuda" or settings.lora_rank > 0
-        return 1 if alone else torch.cuda.device_count()
-    if device.type == "cuda" and settings.processes > torch.cuda.device_count():
+        return 1 if alone else device.memory.devices
+    if device.type == "cuda" and settings.processes > device.memory.devices:
         raise UserError(
             f"uptrain.processes: got {settings.processes}, but this machine has "
-            f"{torch.cuda.device_count()} GPUs"
+            f"{device.memory.devices} GPUs"
         )
     return settings.processes
 

@@ -1,64 +1,285 @@
-"""What uptraining takes: memory of one process, FLOPs, disk, time."""
+"""What uptraining takes, and what is chosen so that it fits: one function for plan and stage.
 
+What the recipe leaves to us (`micro_batch_sequences`, `activation_checkpointing`, `optimizer`) is
+chosen here, from the fastest to the smallest: everything on the device, then layers that are
+computed twice, then the optimiser in the host's memory, then the parent's layers there, too; within
+each the largest micro-batch.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from puzzle import artifacts
+from puzzle.artifacts import Record
+from puzzle.assemble import ASSEMBLE
+from puzzle.config import UptrainConfig
+from puzzle.model import child
 from puzzle.model.architecture import Architecture
+from puzzle.search.constraints import parse_quantity
 from puzzle.stage import Job, Need
 from puzzle.training.losses import LOSS_ELEMENTS
 from puzzle.uptrain.launch import processes
 
 PROJECTIONS = 7  # of a layer: q, k, v, o, gate, up, down
+CHOICE = "choice.json"
+SUGGESTED_RANK = 16
+Place = Literal["device", "host"]
 
 
-def memory_bytes(job: Job) -> float:
-    """Peak memory of one process: its share of models and optimiser, and one micro-batch.
+class Choice(Record):
+    """How uptraining is done where several ways lead to the same child."""
 
-    Sharded: the parent, and per parameter of the child 4 bytes, or 16 where it learns (all of it,
-    as children are not known yet). Not sharded: chunks of logits, and per layer and token what the
-    backward pass needs (norms and the residual in float32, projections, attention probabilities
-    where they are made; what the cosine keeps), or only the layer's input where the rest is
-    computed again; and once more what one layer needs, for its gradients.
+    micro_batch_sequences: int  # of corpus.sequence_length, in each process
+    activation_checkpointing: bool
+    optimizer: Place
+    parent: Place
+
+    def __str__(self) -> str:
+        return (
+            f"micro_batch_sequences {self.micro_batch_sequences}, activation_checkpointing "
+            f"{str(self.activation_checkpointing).lower()}, optimizer on the {self.optimizer}, "
+            f"parent on the {self.parent}"
+        )
+
+
+class _Chosen(Record):
+    """`choice.json`: what was asked, and chosen, when the uptraining began."""
+
+    asked: dict[str, str]
+    choice: Choice
+
+
+class Bytes(Record):
+    """Peaks: of one device, and of the host beside that, all processes together."""
+
+    device: float
+    host: float
+
+
+def choose(job: Job, folder: Path | None = None) -> Choice:
+    """What this uptraining does; with its `folder`, what it did when it began, if that still fits.
+
+    The same on every machine with as much memory. Where nothing fits it is the smallest, which the
+    stage's check refuses.
     """
-    run, settings, number = job.run, job.child.uptrain, processes(job)
-    shape, length = run.parent.shape, run.recipe.corpus.sequence_length
-    parameters = Architecture.of_parent(shape).parameters(shape)
-    longest = max([s.sequence_length for s in settings.stages], default=length)
-    rows = settings.batch_sequences // number
-    tokens = max(min(settings.micro_batch_sequences or rows, rows) * length, longest)
-    size = 2 if run.device.bfloat16 else 4
-    eager = run.device.type == "cpu" and run.device.attention_for(longest) == "eager"
-    D, layers = shape.hidden_size, shape.num_hidden_layers
-    probabilities = 10 * shape.num_attention_heads * longest if eager else 0
-    layer = tokens * ((24 + 6 * size) * D + 4 * size * shape.intermediate_size + probabilities)
-    between = tokens * D * (16 if settings.cosine_weight else 4)
-    activations = layer + layers * between
-    if not settings.activation_checkpointing:
-        activations += layers * layer
-    trained = 16.0 * parameters
-    if settings.lora_rank:
-        widths = shape.hidden_size + shape.intermediate_size
-        adapters = settings.lora_rank * 2 * widths * PROJECTIONS * layers / 2
-        trained = 4.0 * parameters + 16 * adapters
-    logits = 4 * 4 * min(tokens * shape.vocab_size, LOSS_ELEMENTS)
-    models = (parameters * run.placement.dtype.itemsize + trained) / number
-    return models + activations + logits
+    case = Case.of(job)
+    if folder is None:
+        return case.fitting() or case.choices()[-1]
+    path = folder / artifacts.UNFINISHED / CHOICE
+    keys = ("micro_batch_sequences", "activation_checkpointing", "optimizer", "processes")
+    asked = {key: str(getattr(job.child.uptrain, key)) for key in keys}
+    if path.exists():
+        begun = _Chosen.read(path)
+        if begun.asked == asked and case.fits(begun.choice):
+            return begun.choice
+    choice = choose(job)
+    _Chosen(asked=asked, choice=choice).write(path)
+    return choice
+
+
+def most_parameters(job: Job) -> int:
+    """Of the child: its own once it is assembled, before that the most that the wish allows."""
+    shape, wish = job.run.parent.shape, job.child.search.parameters
+    path = job.folder(ASSEMBLE) / "architecture.json"
+    if path.exists():
+        return child.read_architecture(path.parent).parameters(shape)
+    parent = Architecture.of_parent(shape).parameters(shape)
+    if wish is None:
+        return parent
+    texts = wish.values() if isinstance(wish, dict) else [wish]
+    limits = [parse_quantity("parameters", text) for text in texts]
+    return int(min(parent, *(n * (parent if relative else 1) for n, relative in limits)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An uptraining whose memory is asked for: of a child of so many parameters, in processes."""
+
+    job: Job
+    parameters: int
+    processes: int
+
+    @classmethod
+    def of(cls, job: Job) -> "Case":
+        """As the recipe has it."""
+        return cls(job, most_parameters(job), processes(job))
+
+    def fitting(self) -> Choice | None:
+        """The fastest way that fits; None where none does."""
+        return next((choice for choice in self.choices() if self.fits(choice)), None)
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether device and host have as much."""
+        taken = self.taken(choice)
+        return not self.job.run.device.memory.lacks(taken.device, taken.host)
+
+    def choices(self) -> list[Choice]:
+        """What the settings allow, from the fastest to the smallest."""
+        return list(self._choices())
+
+    def _choices(self) -> Iterator[Choice]:
+        settings = self.job.child.uptrain
+        rows = max(1, settings.batch_sequences // self.processes)
+        micro = settings.micro_batch_sequences
+        sizes = [min(micro, rows)] if micro else [rows >> n for n in range(rows.bit_length())]
+        again = settings.activation_checkpointing
+        has_host = not self.job.run.device.memory.is_shared
+        optimizers: list[Place] = ["device"]
+        if settings.optimizer != "auto":
+            optimizers = [settings.optimizer]
+        elif has_host and not refuses_host(settings, self.processes):
+            optimizers.append("host")
+        parents: list[Place] = ["device"]
+        if has_host and self.processes == 1:
+            parents.append("host")
+        ways = itertools.product(
+            parents, optimizers, (False, True) if again == "auto" else (again,), sizes
+        )
+        for parent, optimizer, checkpointing, size in ways:
+            yield Choice(
+                micro_batch_sequences=size,
+                activation_checkpointing=checkpointing,
+                optimizer=optimizer,
+                parent=parent,
+            )
+
+    def taken(self, choice: Choice) -> Bytes:
+        """Peak memory of models, optimiser and one micro-batch.
+
+        A parameter that learns takes, on the device, 16 bytes (weight, gradient, two moments) and a
+        copy in the dtype of products; with the optimiser on the host the weight in that dtype and a
+        float32 gradient there, and 12 bytes on the host. Sharded models divide by the processes,
+        and a layer, or the head, of each is there in full.
+        """
+        run, settings = self.job.run, self.job.child.uptrain
+        shape = run.parent.shape
+        parent = Architecture.of_parent(shape).parameters(shape)
+        frozen, product = run.placement.dtype.itemsize, 2 if run.device.bfloat16 else 4
+        learning, host = float(self.parameters), 0.0
+        models: float = frozen * parent / self.processes
+        if choice.parent == "host":
+            layer = shape.parameters(shape.widest_block)
+            models, host = frozen * (shape.constant_parameters + 2.0 * layer), frozen * parent
+        if settings.lora_rank:
+            widths = shape.hidden_size + shape.intermediate_size
+            learning = settings.lora_rank * widths * PROJECTIONS * shape.num_hidden_layers
+            models += frozen * self.parameters
+        if choice.optimizer == "host":
+            models += (product + 4.0) * learning
+            host += 12.0 * learning
+        else:
+            models += 16.0 * learning / self.processes
+        if self.processes > 1:
+            head = shape.vocab_size * shape.hidden_size
+            largest = max(shape.parameters(shape.widest_block), head)
+            models += largest * 2 * (frozen + product + 4)
+        elif choice.optimizer == "device" and product < 4:
+            models += product * learning
+        host += 12.0 * learning  # of a snapshot
+        return Bytes(device=models + self._activations(choice) + self._logits(choice), host=host)
+
+    def _tokens(self, choice: Choice) -> int:
+        """Of a micro-batch; at least one of the longest sequences."""
+        length = self.job.run.recipe.corpus.sequence_length
+        return max(choice.micro_batch_sequences * length, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        length = self.job.run.recipe.corpus.sequence_length
+        return max([stage.sequence_length for stage in self.job.child.uptrain.stages] or [length])
+
+    def _activations(self, choice: Choice) -> float:
+        """What a micro-batch keeps for its backward pass.
+
+        By layer and token: norms and the residual in float32, projections, attention probabilities
+        where they are made, what the cosine keeps; or only the inputs of what is computed again.
+        And once more what one layer needs, for its gradients.
+        """
+        device, shape = self.job.run.device, self.job.run.parent.shape
+        size, D = 2 if device.bfloat16 else 4, shape.hidden_size
+        eager = device.attention_for(self._longest) == "eager"
+        probabilities = 10 * shape.num_attention_heads * self._longest if eager else 0
+        of_layer = (24 + 6 * size) * D + 4 * size * shape.intermediate_size + probabilities
+        cosine = bool(self.job.child.uptrain.cosine_weight)
+        kept = (4 + 4 * cosine) * D
+        if not choice.activation_checkpointing:
+            kept = of_layer + (4 + 12 * cosine) * D
+        return self._tokens(choice) * (of_layer + shape.num_hidden_layers * kept)
+
+    def _logits(self, choice: Choice) -> float:
+        """Four buffers of a chunk of logits, a head in the dtype of products, its gradient."""
+        shape, device = self.job.run.parent.shape, self.job.run.device
+        head = shape.vocab_size * shape.hidden_size
+        buffers = 4 * 4 * min(self._tokens(choice) * shape.vocab_size, LOSS_ELEMENTS[device.type])
+        if self.job.child.uptrain.lora_rank:
+            return float(buffers)
+        return buffers + head * (4.0 + 2 * device.bfloat16 * (choice.optimizer == "device"))
+
+
+def refuses_host(settings: UptrainConfig, processes: int) -> bool:
+    """Whether the optimiser cannot be on the host: that is for one process and whole weights."""
+    return processes > 1 or settings.lora_rank > 0
+
+
+def smallest_change(case: Case) -> str:
+    """What would make an uptraining fit that does not, the least first; empty where nothing would.
+
+    It is made by trying: every answer is a case that fits.
+    """
+    job, settings = case.job, case.job.child.uptrain
+
+    def changed(**changes: object) -> Case:
+        wish = replace(job.child, uptrain=settings.model_copy(update=changes))
+        return replace(case, job=replace(job, wish=wish))
+
+    free = {"micro_batch_sequences": None, "activation_checkpointing": "auto", "optimizer": "auto"}
+    given = [f"uptrain.{key}" for key, ours in free.items() if getattr(settings, key) != ours]
+    if given and changed(**free).fitting():
+        return f"leave out {', '.join(given)}"
+    first = f"leave out {', '.join(given)}, and " if given else ""
+    if not (job.folder(ASSEMBLE) / "architecture.json").exists():
+        for percent in range(95, 45, -5):
+            smaller = case.parameters * percent // 100
+            if replace(changed(**free), parameters=smaller).fitting():
+                return f"{first}ask for a smaller child: search.parameters={smaller / 1e9:.2f}B"
+    adapted = changed(**free, lora_rank=SUGGESTED_RANK)
+    adapters = f"uptrain.lora_rank={SUGGESTED_RANK}"
+    if not settings.lora_rank and adapted.fitting():
+        return f"{first}train adapters: {adapters}"
+    smaller = case.parameters * 3 // 5
+    if not settings.lora_rank and replace(adapted, parameters=smaller).fitting():
+        small = f"search.parameters={smaller / 1e9:.2f}B"
+        return f"{first}train adapters of a smaller child: {adapters}, {small}"
+    for number in (2, 4, 8, 16, 32, 64):
+        if replace(changed(**free, lora_rank=0), processes=number).fitting():
+            return f"{first}share the work among such devices: uptrain.processes={number}"
+    return ""
 
 
 def need(job: Job) -> Need:
-    """What the stage will take, for a child of the parent's size."""
+    """What the stage will take, for the child that there is or the largest that may come."""
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
-    parameters = Architecture.of_parent(shape).parameters(shape)
+    case, choice = Case.of(job), choose(job)
+    taken, parameters = case.taken(choice), case.parameters
     tokens = sum(stage.tokens for stage in settings.stages) or settings.tokens
-    backward = 4.0 if settings.lora_rank else 6.0
-    per_token = 2.0 + backward + 2.0 * settings.activation_checkpointing
-    flops = tokens * per_token * parameters
+    forward = 2.0 * Architecture.of_parent(shape).parameters(shape)
+    per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
+    flops = tokens * (forward + per_token * parameters)
     if run.device.type == "cuda":
-        flops /= processes(job)  # side by side; processes on a CPU share its cores
+        flops /= case.processes  # side by side; processes on a CPU share its cores
     checkpoints = (12.0 + 4.0 * (settings.keep == "best")) * parameters
     if settings.lora_rank:
         checkpoints *= 0.02
     return Need(
         tokens=tokens,
         flops=flops,
-        memory_bytes=memory_bytes(job),
+        memory_bytes=taken.device,
+        host_bytes=taken.host,
         disk_bytes=parameters * run.parent.dtype.itemsize + checkpoints,
         seconds=flops / run.device.training_flops_per_s,
+        chosen=f"for a child of {parameters / 1e9:.3g}B parameters: {choice}",
+        instead="" if case.fits(choice) else smallest_change(case),
     )

@@ -36,7 +36,8 @@ def phases(job: Job) -> list[Phase]:
 class Batches:
     """This process's share of every batch, in micro-batches: a pure function of (seed, step)."""
 
-    def __init__(self, job: Job, schedule: list[Phase]) -> None:
+    def __init__(self, job: Job, schedule: list[Phase], micro_rows: int) -> None:
+        """`micro_rows`: of the corpus, in a micro-batch."""
         settings, recipe = job.child.uptrain, job.run.recipe
         self.schedule = schedule
         self.tokens = settings.batch_sequences * recipe.corpus.sequence_length  # of a full batch
@@ -45,7 +46,7 @@ class Batches:
         # BLD used the first batches of the stream; go on behind them, so that fresh text comes
         # first
         self.offset = 0 if settings.seed else -(-recipe.library.tokens // self.tokens)
-        self.micro_rows = settings.micro_batch_sequences or settings.batch_sequences
+        self.micro_rows = micro_rows
 
     def micro(self, step: int) -> Iterator[tuple[torch.Tensor, float]]:
         """(tokens [B, S], their share of what this process does in the step)."""

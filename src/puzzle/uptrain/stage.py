@@ -19,12 +19,13 @@ from puzzle.device import Placement
 from puzzle.errors import UserError
 from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
-from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.weights import Weights
 from puzzle.stage import Job, Work
-from puzzle.training import checkpoint, sharding
+from puzzle.training import checkpoint, offload, sharding, snapshots
 from puzzle.uptrain import launch, memory, trained_weights
 from puzzle.uptrain.gkd import Pair
+from puzzle.uptrain.memory import Choice
 from puzzle.uptrain.phases import phases
 from puzzle.uptrain.trainer import BEST, LAST, Trainer
 
@@ -40,6 +41,11 @@ def check(job: Job, number: int | None = None) -> None:
     """
     settings, run = job.child.uptrain, job.run
     number = number or launch.processes(job)
+    if settings.optimizer == "host" and memory.refuses_host(settings, number):
+        raise UserError(
+            "uptrain.optimizer: host is for one process whose own weights learn; use auto, or "
+            "processes: 1 and lora_rank: 0"
+        )
     packages = {"peft": ("lora_rank", settings.lora_rank), "wandb": ("wandb", settings.wandb)}
     for package, (key, is_used) in packages.items():
         if is_used and find_spec(package) is None:
@@ -95,8 +101,8 @@ def _launch(job: Job, folder: Path, number: int) -> None:
     arguments += ["--quiet"] if run.progress.quiet else []
     failure = launch.launch("puzzle.uptrain.worker", arguments, number, logs)
     if failure:
-        path = folder / artifacts.UNFINISHED / LAST
-        step = checkpoint.peek(path)[0] if path.exists() else 0
+        last = snapshots.read(folder / artifacts.UNFINISHED, LAST)
+        step = last.step if last else 0
         raise UserError(
             f"uptrain: {failure}; the same command goes on from step {step} (logs: {logs})"
         )
@@ -107,14 +113,21 @@ def distil(job: Job, folder: Path) -> None:
     run, settings, source = job.run, job.child.uptrain, job.folder(ASSEMBLE)
     architecture = child.read_architecture(source)
     config = run.parent.child_config(architecture)
-    pair = load(job, source, architecture, config)
-    Trainer(job, folder, pair).train()
-    best = folder / artifacts.UNFINISHED / BEST
-    if settings.keep == "best" and best.exists():
-        checkpoint.restore(best, {"child": pair.child}, {})
-    state = pair.child.state_dict()
+    choice = memory.choose(job, folder if sharding.rank() == 0 else None)
+    choice = sharding.shared(choice)
+    run.progress.say(f"  {choice}")
+    masters = None
+    if choice.optimizer == "host":
+        masters = child.load(source, torch.float32, torch.device("cpu"))
+        trained_weights.select(masters, settings, architecture, run.parent.shape.parent_blocks)
+    trainer = Trainer(job, folder, load(job, source, architecture, choice), choice, masters)
+    trainer.train()
+    if settings.keep == "best":
+        sharding.barrier()  # process 0 has written the index
+        trainer.snapshots.restore(BEST, {"child": trainer.stored}, {})
+    state = trainer.stored.state_dict()
     if settings.lora_rank:
-        state = trained_weights.merge_adapters(pair.child)
+        state = trained_weights.merge_adapters(trainer.stored)
     tensors = {}
     for name, tensor in state.items():
         full = checkpoint.gathered(tensor)
@@ -126,37 +139,45 @@ def distil(job: Job, folder: Path) -> None:
     sharding.barrier()
 
 
-def load(job: Job, source: Path, architecture: Architecture, config: PuzzleConfig) -> Pair:
-    """Child (float32) and parent, in full in a single process, sharded in one of several."""
+def load(job: Job, source: Path, architecture: Architecture, choice: Choice) -> Pair:
+    """Child and parent, in full in a single process, sharded in one of several.
+
+    The child is float32 where the optimiser steps it, and has the dtype of products where the
+    float32 weights are on the host. What does not learn has the dtype of frozen models.
+    """
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
     longest = max(phase.join for phase in phases(job)) * run.recipe.corpus.sequence_length
-    parent_placement = run.device.frozen(run.parent.dtype, longest)
-    device, attention = run.device.torch_device, parent_placement.attention
+    frozen = run.device.frozen(run.parent.dtype, longest)
+    device, attention = run.device.torch_device, frozen.attention
+    again = choice.activation_checkpointing
 
     def select(model: PuzzleForCausalLM) -> None:
         trained_weights.select(model, settings, architecture, shape.parent_blocks)
 
     if sharding.size() == 1:
-        model = child.load(source, torch.float32, device, attention)
+        dtype = torch.float32
+        if choice.optimizer == "host" and run.device.bfloat16:
+            dtype = torch.bfloat16
+        model = child.load(source, frozen.dtype if settings.lora_rank else dtype, device, attention)
         select(model)
         if settings.lora_rank:
             trained_weights.add_adapters(model, settings)
-        if parent_placement == run.placement:
-            return Pair(model, run.parent_model, settings)
-        parent = run.parent.load(parent_placement.dtype, device, attention)
-        return Pair(model, parent, settings)
-    over = sharding.mesh(device)
+        if choice.parent == "host":
+            parent = run.parent.load(frozen.dtype, torch.device("cpu"), attention)
+            return Pair(model, offload.fetch_layers(parent, device), settings, again)
+        if frozen == run.placement:
+            return Pair(model, run.parent_model, settings, again)
+        parent = run.parent.load(frozen.dtype, device, attention)
+        return Pair(model, parent, settings, again)
+    over, products = sharding.mesh(device), torch.bfloat16 if run.device.bfloat16 else None
     placement = Placement(torch.float32, device, attention)
-    model = sharding.load_sharded(config, Weights(source), placement, select, over)
-    parent = sharding.load_sharded(
-        run.parent.child_config(Architecture.of_parent(shape)),
-        run.parent.weights(),
-        parent_placement,
-        sharding.freeze,
-        over,
-    )
-    pair = Pair(model, parent, settings)
-    sharding.shard_rest(pair, over)
+    child_config = run.parent.child_config(architecture)
+    parent_config = run.parent.child_config(Architecture.of_parent(shape))
+    shards = sharding.Shards(over, products)
+    model = shards.load(child_config, Weights(source), placement, select)
+    parent = shards.load(parent_config, run.parent.weights(), frozen, sharding.freeze)
+    pair = Pair(model, parent, settings, again)
+    shards.add_rest(pair)
     return pair
 
 

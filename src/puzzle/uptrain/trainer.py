@@ -1,6 +1,6 @@
 """The training loop of uptraining (paper: section 4.3; one micro-batch: gkd.py).
 
-AdamW on float32 weights, bf16 autocast, warm-up, then cosine or warm-up-stable-decay. The gradients
+AdamW on float32 weights, products in bf16, warm-up, then cosine or warm-up-stable-decay. Gradients
 of micro-batches add up to those of the batch. A step whose gradient is not finite is skipped and
 counted. Of several processes each takes every n-th sequence of every batch, and all losses are
 means over the full batch, so the curve is the same however many there are.
@@ -10,7 +10,9 @@ Writes: `curve.jsonl`, a checkpoint of the last state, the weights with the best
 Shape legend: N sequences of a batch, B of a micro-batch, S sequence.
 """
 
+import contextlib
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -18,16 +20,21 @@ import torch
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.config import UptrainConfig
+from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.stage import Job
 from puzzle.training import checkpoint, schedules, sharding
 from puzzle.training.losses import METRICS
+from puzzle.training.offload import HostAdamW
+from puzzle.training.snapshots import Snapshots
 from puzzle.uptrain import UPTRAIN
 from puzzle.uptrain.gkd import TERMS, Pair
-from puzzle.uptrain.phases import Batches, phases
+from puzzle.uptrain.memory import Choice
+from puzzle.uptrain.phases import Batches, Phase, phases
 
 VALIDATION_SEQUENCES = 32
 CURVE_EVERY = 5  # steps
-CURVE, LAST, BEST = "curve.jsonl", "uptrain.safetensors", "best.safetensors"
+BETAS = (0.9, 0.95)
+CURVE, LAST, BEST = "curve.jsonl", "uptrain", "best"
 
 
 class CurvePoint(Record):
@@ -56,28 +63,56 @@ def read_curve(job: Job) -> list[CurvePoint]:
 class Trainer:
     """The uptraining of one child in its folder."""
 
-    def __init__(self, job: Job, folder: Path, pair: Pair) -> None:
-        self.job, self.folder, self.pair = job, folder, pair
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        pair: Pair,
+        choice: Choice,
+        masters: PuzzleForCausalLM | None = None,
+    ) -> None:
+        """Ready to train.
+
+        Args:
+            job: the child's.
+            folder: of the stage.
+            pair: child and parent.
+            choice: how it is done.
+            masters: the child in float32 in the host's memory, where the optimiser is there.
+        """
+        self.job, self.folder, self.pair, self.choice = job, folder, pair, choice
         self.settings = job.child.uptrain
         self.checkpoints = folder / artifacts.UNFINISHED
+        self.stored = pair.child if masters is None else masters  # whose weights are kept
         self.learning = [p for p in pair.child.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.learning, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizer: torch.optim.Optimizer
+        if masters is not None:
+            self.optimizer = HostAdamW(masters, pair.child, betas=BETAS)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.learning, betas=BETAS, weight_decay=0.0, fused=True
+            )
         self.skipped, self.best_kl, self.stale = 0, math.inf, 0
+        self.snapshots, self.saved_at = Snapshots(self.checkpoints), time.monotonic()
 
     def train(self) -> None:
         """The loop; goes on from the last checkpoint, whatever number of processes wrote it."""
+        with contextlib.closing(self.snapshots):
+            self._train()
+            self.snapshots.wait()
+
+    def _train(self) -> None:
         settings, schedule = self.settings, phases(self.job)
-        steps, batches = schedule[-1].last, Batches(self.job, schedule)
-        progress = self.job.run.progress
+        steps, batches = schedule[-1].last, self._batches(schedule)
+        progress, width = self.job.run.progress, self.job.run.parent.shape.hidden_size
+        peak = schedules.peak(settings.learning_rate, schedules.UPTRAIN_RATE, width)
         self.pair.child.train()
         start = self._restore()
         done = start
         with progress.task("uptraining", steps * batches.tokens, "tokens") as task:
             task.skip(start * batches.tokens)
             for step in range(start, steps):
-                rate = settings.learning_rate * rate_factor(settings, step, steps)
+                rate = peak * rate_factor(settings, step, steps)
                 schedules.set_learning_rate(self.optimizer, rate)
                 loss, terms = self._step(batches, step)
                 done = step + 1
@@ -90,11 +125,18 @@ class Trainer:
                         f"  stopped at step {done}: {self.stale} validations without a better KL"
                     )
                     break
-                if done % settings.checkpoint_steps == 0 and done < steps:
+                if done < steps and self._is_due(done):
                     self._save(done)
                 task.advance(batches.tokens, f"loss {loss:.4f}")
         if self.skipped == done:
             raise RuntimeError("uptraining diverged: every step was non-finite")
+
+    def _batches(self, schedule: list[Phase]) -> Batches:
+        return Batches(self.job, schedule, self.choice.micro_batch_sequences)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Float32 weights compute in bf16; sharded ones are gathered in the dtype of products."""
+        return contextlib.nullcontext() if sharding.size() > 1 else self.job.run.device.autocast()
 
     def _step(self, batches: Batches, step: int) -> tuple[float, torch.Tensor]:
         """One optimiser step: (the last micro-batch's loss, `TERMS` of this process [3])."""
@@ -102,7 +144,7 @@ class Trainer:
         terms = torch.zeros(len(TERMS), device=device.torch_device)
         loss = terms.new_zeros(())
         for tokens_BS, share in batches.micro(step):
-            with device.autocast():
+            with self._autocast():
                 loss, micro_terms = self.pair(tokens_BS.to(device.torch_device))
             (loss * share).backward()
             terms += micro_terms * share
@@ -116,10 +158,12 @@ class Trainer:
 
     def _restore(self) -> int:
         """The step to go on from; the curve is cut there."""
-        path = self.checkpoints / LAST
-        modules, optimizers = {"child": self.pair.child}, {"adamw": self.optimizer}
-        start, values = checkpoint.restore(path, modules, optimizers)
-        notes = TrainerNotes.model_validate(values)
+        modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
+        last = self.snapshots.restore(LAST, modules, optimizers)
+        if isinstance(self.optimizer, HostAdamW):
+            self.optimizer.publish()
+        start = 0 if last is None else last.step
+        notes = TrainerNotes.model_validate({} if last is None else last.notes)
         self.skipped, self.stale = notes.skipped, notes.stale
         self.best_kl = math.inf if notes.best_kl is None else notes.best_kl
         if sharding.rank() == 0:
@@ -127,12 +171,20 @@ class Trainer:
             artifacts.keep_records(curve, CurvePoint, lambda point: point.step <= start)
         return start
 
+    def _is_due(self, done: int) -> bool:
+        """Whether it is time for a checkpoint, by the clock of process 0."""
+        settings = self.settings
+        if settings.checkpoint_steps is not None:
+            return done % settings.checkpoint_steps == 0
+        passed = time.monotonic() - self.saved_at
+        return sharding.shared(passed >= 60 * settings.checkpoint_minutes)
+
     def _save(self, step: int) -> None:
         best = None if math.isinf(self.best_kl) else self.best_kl
         notes = TrainerNotes(skipped=self.skipped, best_kl=best, stale=self.stale)
-        modules, optimizers = {"child": self.pair.child}, {"adamw": self.optimizer}
-        path = self.checkpoints / LAST
-        checkpoint.save(path, step, modules, optimizers, notes.as_json())
+        modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
+        self.snapshots.save(LAST, step, modules, optimizers, notes.as_json())
+        self.saved_at = time.monotonic()
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measure on validation text; keep the weights where they are the best so far."""
@@ -140,7 +192,7 @@ class Trainer:
         if metrics["kl"] < self.best_kl:
             self.best_kl, self.stale = metrics["kl"], 0
             if self.settings.keep == "best":
-                checkpoint.save(self.checkpoints / BEST, step, {"child": self.pair.child}, {})
+                self.snapshots.save(BEST, step, {"child": self.stored}, {}, {})
         else:
             self.stale += 1
         return metrics
@@ -157,7 +209,7 @@ class Trainer:
             rank_BS = tokens_NS[first : first + round_rows][sharding.rank() :: size]
             # sharded layers need all processes, also one that has nothing to count
             counted_BS = rank_BS if len(rank_BS) else tokens_NS[:1]
-            with torch.no_grad(), run.device.autocast():
+            with torch.no_grad(), self._autocast():
                 metrics = torch.stack(self.pair(counted_BS.to(device), metrics=True)).cpu()
             sums += metrics if len(rank_BS) else 0
         sharding.reshard(self.pair)

@@ -1,0 +1,126 @@
+"""`puzzle plan` for a GPU that is not here, from the config.json of Llama-3.1-8B alone."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle import config, settings
+from puzzle.assemble import ASSEMBLE
+from puzzle.commands import planning
+from puzzle.config import Recipe
+from puzzle.device import USABLE
+from puzzle.errors import UserError
+from puzzle.library import memory as library_memory
+from puzzle.progress import Progress
+from puzzle.run import Run
+from puzzle.stage import Job
+from puzzle.uptrain import memory
+
+PLANS = Path(__file__).parent / "plans"
+SMALL_GPU = ("search.parameters=4.8B", "uptrain.lora_rank=16", "cost.scenario.batch_size=8")
+
+
+def recipe_8b(*assignments: str) -> Recipe:
+    values = settings.read_yaml(PLANS / "llama-3.1-8b.yaml", "recipe")
+    values["parent"] = str(PLANS / "llama-3.1-8b")
+    return config.parse(settings.override(values, list(assignments)))
+
+
+def run_8b(folder: Path, gpu_memory: str, *assignments: str) -> Run:
+    device = planning.gpu(gpu_memory, "256GiB")
+    return Run(recipe_8b(*assignments), folder, Progress(quiet=True), device=device)
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "assignments"), [("24GiB", SMALL_GPU), ("80GiB", ()), ("141GiB", ())]
+)
+def test_every_stage_of_an_8b_parent_fits_by_what_is_chosen(tmp_path, gpu_memory, assignments):
+    run = run_8b(tmp_path, gpu_memory, *assignments)
+    planned = {one.stage: one for one in planning.plan(run)}
+    assert not [one.refusal for one in planned.values() if one.refusal]
+    for one in planned.values():
+        assert one.need.memory_bytes <= USABLE * run.device.memory_bytes
+    assert "streamed" in planned["library"].need.chosen
+
+
+def test_weights_of_a_parent_alone_take_what_they_take(tmp_path):
+    """A lower bound that no formula may miss: both models in bf16, and what the child learns by."""
+    job = run_8b(tmp_path, "80GiB").child_job("main")
+    case = memory.Case.of(job)
+    assert case.parameters == 8_030_261_248  # as Meta's model card has it
+    choice = memory.choose(job)
+    assert (choice.optimizer, choice.activation_checkpointing) == ("host", True)
+    taken = case.taken(choice)
+    assert taken.device > case.parameters * (2 + 2 + 4)
+    assert taken.host == case.parameters * (12 + 12)  # and a snapshot
+
+
+def test_a_child_of_5_5b_parameters_can_be_uptrained_on_an_h100(tmp_path):
+    job = run_8b(tmp_path, "79.6GiB", "search.parameters=5.5B").child_job("main")
+    assert memory.Case.of(job).parameters == 5_500_000_000
+    assert memory.Case.of(job).fits(memory.choose(job))
+    on_device = memory.choose(job).model_copy(update={"optimizer": "device"})
+    assert not memory.Case.of(job).fits(on_device)  # otherwise this would show nothing
+
+
+@pytest.mark.parametrize("gpu_memory", ["24GiB", "40GiB", "56GiB"])
+@pytest.mark.parametrize(
+    "assignments", [(), ("uptrain.micro_batch_sequences=64",), ("uptrain.optimizer=device",)]
+)
+def test_the_change_that_a_refusal_names_is_enough(tmp_path, gpu_memory, assignments):
+    job = run_8b(tmp_path, gpu_memory, *assignments).child_job("main")
+    need = memory.need(job)
+    refusal = need.refusal(job.run.device.memory)
+    assert refusal.startswith(f"{need.memory_bytes / 2**30:.1f} GiB of the device's memory")
+    named = re.findall(r"(?:uptrain|search)\.\w+(?:=[\w.]+)?", need.instead)
+    assert named
+    changed = [text for text in named if "=" in text]
+    kept = [one for one in assignments if one.split("=")[0] not in named]
+    gpus = next((int(t.split("=")[1]) for t in changed if "processes" in t), 1)
+    run = run_8b(tmp_path, gpu_memory, *kept, *changed)
+    run.given_device = replace(run.device, planned=replace(run.device.memory, devices=gpus))
+    changed_job = run.child_job("main")
+    assert not memory.need(changed_job).refusal(run.device.memory), need.instead
+
+
+def test_a_choice_is_repeated_when_the_uptraining_goes_on_if_it_still_fits(tmp_path):
+    begun = run_8b(tmp_path, "80GiB").child_job("main")
+    choice = memory.choose(begun, tmp_path)
+    larger = run_8b(tmp_path, "141GiB").child_job("main")
+    assert memory.choose(larger) != choice == memory.choose(larger, tmp_path)
+    asked = run_8b(tmp_path, "141GiB", "uptrain.micro_batch_sequences=1").child_job("main")
+    assert memory.choose(asked, tmp_path).micro_batch_sequences == 1
+
+
+def test_variants_of_a_layer_are_trained_together_where_they_fit(tmp_path):
+    run = run_8b(tmp_path, "80GiB")
+    of_layer = [
+        n
+        for n, (i, _) in zip(
+            library_memory.trained_parameters(run),
+            library_memory.trained_variants(run),
+            strict=True,
+        )
+        if i == 0
+    ]
+    assert library_memory.together(run) == sum(of_layer)
+    small = library_memory.together(run_8b(tmp_path, "20GiB"))
+    assert max(of_layer) <= small < sum(of_layer)
+
+
+def test_the_plan_needs_no_weights_and_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_: pytest.fail("weights"))
+    run = run_8b(tmp_path, "80GiB")
+    assert run.parent.dtype == torch.bfloat16
+    planning.plan(run)
+    assert not list(tmp_path.iterdir())
+    assert not (Job(run).run.folder / ASSEMBLE.folder).exists()
+
+
+@pytest.mark.parametrize("text", ["80", "2x", "lots"])
+def test_a_memory_without_a_unit_is_refused(text):
+    with pytest.raises(UserError, match="--device-memory: got .*80GiB"):
+        planning.gpu(text, "256GiB")
