@@ -1,6 +1,9 @@
 # Two commands on a fresh machine: `make demo` and `make test` (and `make headline`, which takes longer). Each makes its own virtual environment first.
 PYTHON ?= python3
 OUT ?= runs/pocket
+FUZZ ?= 2000
+MUTANTS ?= 100
+TALLY ?= $(CURDIR)/runs/faults.jsonl
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +17,7 @@ TORCH := torch==2.13.0
 endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo headline test test-fast test-engines lint pins clean
+.PHONY: demo headline test test-fast test-engines test-faults lint pins clean
 
 demo: $(VENV)/vllm.stamp  ## the main job on the embedded parent, ending with a report
 	$(BIN)/puzzle run pocket --out $(OUT)
@@ -30,6 +33,13 @@ test-fast: $(VENV)/dev.stamp  ## no engine, no training
 
 test-engines: $(VENV)/llamacpp.stamp  ## slow tests: exports in the engines they are for, benchmarks; builds llama.cpp first (minutes)
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(VENV)/dev.stamp  ## what a run survives: kills, full disks, damaged files, strangers' files, mutants of our own code; up to 20 minutes, ends with a table
+	mkdir -p $(dir $(TALLY)) && rm -f $(TALLY)
+	-PUZZLE_FAULTS_TALLY=$(TALLY) PUZZLE_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest $(wildcard tests/faults tests/test_bad_input.py tests/bad_input tests/fuzz)
+	-PUZZLE_FAULTS_TALLY=$(TALLY) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py --sample $(MUTANTS) --seconds 480
+	$(BIN)/python tests/faults/table.py $(TALLY)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
