@@ -28,7 +28,6 @@ from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.model.variants import State, subblock_state
 
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)  # as shares of the Gram matrix's diagonal
-NEARLY = 0.8  # of the largest gain: two folds are a sample, and more shrinking is the safer side
 CHECKED_OUTPUTS = 256  # about so many rows of the weights choose the ridge
 FOLDS = 2
 
@@ -132,30 +131,27 @@ def solve(gram_FNN: torch.Tensor, cross_FNM: torch.Tensor, near_MN: torch.Tensor
     """argmin_W |X W^T - Y|^2 + ridge |(W - near) D|^2, [M, N], from X^T X and X^T Y of two folds.
 
     D^2 is the diagonal of X^T X, so that the result follows any scale of the channels. The ridge is
-    the largest of `RIDGES` whose weights, fitted to either fold, gain nearly the most on the other
-    one, going by the fold that gains less. Where none gains on both, the result is `near`.
+    the one of `RIDGES` whose weights, fitted to either fold, gain most on the other one, going by
+    the fold that gains less. Where none of them gains on both, the result is `near`.
     """
     near, grams = near_MN.double(), gram_FNN.double()
     left_FNM = cross_FNM.double() - grams @ near.T  # what the weights to stay near do not explain
     energy_N = grams.diagonal(dim1=1, dim2=2).sum(0)
     scale_N = energy_N.clamp_min(max(float(energy_N.max()) * 1e-12, 1e-30)).rsqrt()
     checked_FNM = left_FNM[:, :, :: max(1, left_FNM.shape[2] // CHECKED_OUTPUTS)]
-    gains: dict[float, float] = {}  # of the fold that gains less
+    best_gain, best_ridge = 0.0, None
     for ridge in RIDGES:
-        by_fold = []
+        gains = []
         for fold, other in ((0, 1), (1, 0)):
             change_NM = _change(grams[fold], checked_FNM[fold], scale_N, ridge)
             fit_NM = 2 * checked_FNM[other] - grams[other] @ change_NM
-            by_fold.append(float((change_NM * fit_NM).sum()))  # by how much |Y - X W^T|^2 falls
-        gain, most = min(by_fold), max(gains.values(), default=0.0)
-        if gain > 0:
-            gains[ridge] = gain
-        if gains and not gain > most:
+            gains.append(float((change_NM * fit_NM).sum()))  # by how much |Y - X W^T|^2 falls
+        if min(gains) > best_gain:
+            best_gain, best_ridge = min(gains), ridge
+        elif best_ridge is not None:
             break  # smaller ones fit noise
-    if not gains:
+    if best_ridge is None:
         return near_MN.float().contiguous()
-    most = max(gains.values())
-    best_ridge = next(ridge for ridge, gain in gains.items() if gain >= NEARLY * most)
     change_NM = _change(grams.sum(0), left_FNM.sum(0), scale_N, best_ridge)
     return (near + change_NM.T).float().contiguous()
 
