@@ -261,7 +261,7 @@ def test_what_binds_a_search_loses_nothing_to_hybrid_scores(bound, seed):
     blocks = [Block(attention, ffn) for attention in attentions for ffn in ffns]
     for _ in range(8):
         harm = rng.uniform(0.5, 2, 2)
-        attention = harm[0] * np.array([0.0, 0.004, 0.012, 0.03, 0.15])
+        attention = harm[0] * np.array([0.0, 0.01, 0.03, 0.06, 0.2])
         ffn = harm[1] * np.array([0.0, 0.01, 0.03, 0.08, 0.15, 0.3])
         loss = (attention[:, None] + ffn).ravel() * rng.uniform(0.97, 1.03, len(blocks))
         loss[0] = 0.0
@@ -272,7 +272,8 @@ def test_what_binds_a_search_loses_nothing_to_hybrid_scores(bound, seed):
         sizes.append([[block.attention.kv_heads for block in blocks], parameters])
     rows = {"cache": [0], "parameters": [1], "cache and parameters": [0, 1]}[bound]
     resources = np.concatenate(np.array(sizes, dtype=float), axis=1)[rows]
-    limits = 0.5 * 8 * np.array(sizes, dtype=float).max((0, 2))[rows]
+    shares = np.array([0.25, 0.5])  # of the parent's cache and parameters
+    limits = (shares * 8 * np.array(sizes, dtype=float).max((0, 2)))[rows]
     costs = np.concatenate(losses)
     program = Program(starts_of([len(blocks)] * 8), costs, resources, limits)
     of_all = mip.solve(program).objective
