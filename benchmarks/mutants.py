@@ -1,6 +1,6 @@
 """Do the tests notice a change of the code? Mutants of the core modules, each against its tests.
 
-    python benchmarks/mutants.py [--named] [--sample N] [--seconds S] [--module M] [--quick] [--json]
+    python benchmarks/mutants.py [--named] [--sample N] [--module M] [--json] [--quick]
 
 A mutant is a copy of the package with one small change: a comparison, an operator, a constant, a
 negated condition, a returned None. It is killed where a test fails, or where the time of a test run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.faulty_runs import Command, Tally, Uninterrupted, results
+from interrupted_runs import Command, Tally, Uninterrupted, results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -6,7 +6,7 @@
 import shutil
 
 import pytest
-from faults.faulty_runs import assert_same
+from interrupted_runs import assert_same
 
 from puzzle import artifacts, pipeline
 from puzzle.errors import UserError

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.faulty_runs import PARTS, assert_same
+from interrupted_runs import PARTS, assert_same
 
 pytestmark = pytest.mark.training
 WRITES_OF_A_FINISHED_RUN = 50  # at least: locks, the recipe, places, children

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMAND = Path(__file__).with_name("command.py")
+COMMAND = Path(__file__).parent / "faults" / "command.py"
 # Where a run writes; "" is anywhere
 PARTS = (
     "corpus",
