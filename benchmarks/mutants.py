@@ -11,6 +11,7 @@ while the module and its tests stay as they are. Nothing is written into the tre
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -23,11 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import common
+from pydantic import JsonValue
 
 from puzzle import artifacts
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, RECORDS = ROOT / "src" / "puzzle", ROOT / "runs" / "mutants.jsonl"
+TIME_IS_UP = "the time is up"
 MOST_S = 240.0  # of a mutant's tests: an endless loop is noticed, too
 TESTS = {
     "training/losses.py": ["tests/training/test_losses.py"],
@@ -283,58 +286,65 @@ def named() -> list[Mutant]:
     return found
 
 
-def run(mutant: Mutant) -> dict[str, object]:
-    """Run the tests of a mutant on a copy of the package: whether they fail, and which first."""
+def fails(mutant: Mutant | None, tests: list[str]) -> str | None:
+    """The first of the tests that fails on a copy of the package, changed or not; None if none."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(PACKAGE, source / "puzzle", ignore=shutil.ignore_patterns("__pycache__"))
-        (source / "puzzle" / mutant.module).write_text(mutant.text, encoding="utf-8")
+        if mutant is not None:
+            (source / "puzzle" / mutant.module).write_text(mutant.text, encoding="utf-8")
         environment = {
             "PYTHONPATH": str(source),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        environment = {
-            k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"
-        } | environment
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-m",
-            "not slow",
-            "-p",
-            "no:cacheprovider",
-        ]
-        began = time.monotonic()
+        inherited = {k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"}
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
         try:
             ended = subprocess.run(
-                [*command, *mutant.tests],
+                [sys.executable, "-m", "pytest", *options, *tests],
                 cwd=ROOT,
-                env=environment,
+                env=inherited | environment,
                 capture_output=True,
                 text=True,
                 timeout=MOST_S,
                 check=False,
             )
-            killed, said = ended.returncode != 0, ended.stdout
         except subprocess.TimeoutExpired:
-            killed, said = True, "FAILED (time is up)"
-        lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return {
-            "key": mutant.key,
-            "module": mutant.module,
-            "what": mutant.what,
-            "killed": killed,
-            "by": lines[0].split(" - ")[0] if lines else "",
-            "seconds": round(time.monotonic() - began, 1),
-        }
+            return TIME_IS_UP
+    if not ended.returncode:
+        return None
+    lines = [line.split(" ", 1) for line in ended.stdout.splitlines()]
+    failed = [line[1] for line in lines if line[0] in ("FAILED", "ERROR") and len(line) == 2]
+    return failed[0].split(" - ")[0] if failed else "the tests cannot be collected"
 
 
-def tally(rows: list[dict[str, object]]) -> None:
+@functools.cache
+def passes_unchanged(test: str) -> bool:
+    """Whether a test passes on the package as it is: only then it can tell a mutant."""
+    return fails(None, [test]) is None
+
+
+def run(mutant: Mutant) -> dict[str, JsonValue]:
+    """Run a mutant's tests: whether it was killed, and by which. Raises `SystemExit` for a test
+    that fails without any mutant.
+    """
+    began = time.monotonic()
+    by = fails(mutant, mutant.tests)
+    if by is not None and "::" in by and not passes_unchanged(by):
+        raise SystemExit(f"{by} fails on the package as it is; mend that first")
+    return {
+        "key": mutant.key,
+        "module": mutant.module,
+        "what": mutant.what,
+        "killed": by is not None,
+        "by": by or "",
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def tally(rows: list[dict[str, JsonValue]]) -> None:
     """For the table of `make test-faults`."""
     path = os.environ.get("PUZZLE_FAULTS_TALLY")
     if path:
