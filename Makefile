@@ -32,7 +32,7 @@ test-fast: $(VENV)/dev.stamp  ## no engine, no training
 	$(BIN)/python -m pytest -m "not training and not slow"
 
 test-engines: $(VENV)/llamacpp.stamp  ## slow tests: exports in the engines they are for, benchmarks; builds llama.cpp first (minutes)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 test-faults: $(VENV)/dev.stamp  ## what a run survives: kills, full disks, damaged files, strangers' files, mutants of our own code; up to 20 minutes, ends with a table
 	mkdir -p $(dir $(TALLY)) && rm -f $(TALLY)

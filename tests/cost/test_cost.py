@@ -7,7 +7,7 @@ import pytest
 
 from puzzle import pipeline
 from puzzle.config import PlaceConfig
-from puzzle.cost import COST, table
+from puzzle.cost import COST, measure, table
 from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.regression import Samples
@@ -107,6 +107,37 @@ def test_what_serving_takes_besides_is_the_probes_peak_less_what_is_counted(cost
     without, with_workspace = (table.read(job).predict(parent) for job in (costed, other))
     assert with_workspace.workspace_bytes == 12_345
     assert with_workspace.memory_bytes == without.memory_bytes + 12_345
+
+
+def test_memory_is_parameters_cache_and_workspace():
+    cost = Cost(1.0, 2.0, 10, parameter_bytes=100, kv_cache_bytes=50, workspace_bytes=7)
+    assert cost.memory_bytes == 157
+
+
+def test_the_first_batches_warm_up_and_do_not_count(tiny_run, monkeypatch):
+    """An engine that takes 50 times as long in them has the costs of one that does not."""
+    job, real, begun = tiny_run.place_job(), roofline_engine.RooflineSession, []
+
+    def begin(session, scenario):
+        begun.append(session)
+        real_begin(session, scenario)
+
+    def advance(session, steps, layers=()):
+        prefills_a_batch = 1 + measure.MOST_PREFILLS
+        slow = 50 if len(begun) <= prefills_a_batch * measure.WARM_UPS // 4 else 1
+        return [slow * seconds for seconds in real_advance(session, steps, layers)]
+
+    pipeline.execute_stage(COST, job)
+    expected = table.read(job)
+    real_begin, real_advance = real.begin, real.advance
+    monkeypatch.setattr(real, "begin", begin)
+    monkeypatch.setattr(real, "advance", advance)
+    tiny_run.write_place("cold", PlaceConfig(deploy=job.place.deploy, cost=job.place.cost))
+    cold = tiny_run.place_job("cold")
+    pipeline.execute_stage(COST, cold)
+    parent = Architecture.of_parent(tiny_run.parent.shape)
+    warm, found = (t.predict(parent).total_s for t in (expected, table.read(cold)))
+    assert found == pytest.approx(warm, rel=1e-3)
 
 
 # ------------------------------------------------------------------------ a table that is given

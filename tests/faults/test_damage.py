@@ -47,7 +47,6 @@ KINDS = (
     f"{CHILD}/uptrained/model.safetensors",
     f"{CHILD}/uptrained/curve.jsonl",
     f"{CHILD}/uptrained/manifest.json",
-    f"{CHILD}/evaluate/quality.json",
     f"{CHILD}/evaluate/results.json",
     f"{CHILD}/report/index.html",
 )
@@ -69,6 +68,7 @@ def delete(path):
 
 def check(command, uninterrupted, tally, out, damages) -> None:
     """`damages`: what is done to which files, at once."""
+    shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(uninterrupted.folder, out)
     with tally.fault("damaged file", len(damages)):
         for damage, name in damages:
@@ -86,7 +86,10 @@ def check(command, uninterrupted, tally, out, damages) -> None:
 @pytest.mark.parametrize("damage", [flip, truncate, delete])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_made_again_or_refused(command, uninterrupted, tally, name, damage):
-    check(command, uninterrupted, tally, command.folder / "damaged", [(damage, name)])
+    damages = [(damage, name)]
+    if name.startswith("corpus"):  # it is verified when it is read, which needs something to do
+        damages.append((delete, f"{CHILD}/evaluate/results.json"))
+    check(command, uninterrupted, tally, command.folder / "damaged", damages)
 
 
 def test_three_damaged_files_are_made_again(command, uninterrupted, tally):
