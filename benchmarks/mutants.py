@@ -58,25 +58,27 @@ NAMED: dict[str, tuple[str, str, str, list[str]]] = {
         "run.py",
         '            "parent": self.parent.fingerprint,\n',
         "",
-        ["tests/test_stale.py"],
+        ["tests/test_stale.py::test_other_weights_tokenizer_or_text_are_other_inputs"],
     ),
     "the text is no input": (
         "run.py",
         '            "sources": dict(sources.source_fingerprints(self.corpus_settings)),\n',
         "",
-        ["tests/test_stale.py"],
+        ["tests/test_stale.py::test_other_weights_tokenizer_or_text_are_other_inputs"],
     ),
     "engine and machine are no inputs of costs": (
         "cost/stage.py",
         '{"header": header(job).as_json(), ',
         "{",
-        ["tests/test_stale.py"],
+        ["tests/test_stale.py::test_costs_depend_on_engine_version_and_machine"],
     ),
     "no proof of what lies outside the core": (
         "search/mip.py",
         "proven = complete or ",
         "proven = True or ",
-        ["tests/search/test_mip.py"],
+        [
+            "tests/search/test_mip.py::test_a_core_that_starts_too_small_grows_until_the_optimum_is_proven"
+        ],
     ),
     "no scaling to the parent's batches": (
         "cost/measure.py",
@@ -100,43 +102,45 @@ NAMED: dict[str, tuple[str, str, str, list[str]]] = {
         "cost/measure.py",
         "if number < WARM_UPS:",
         "if number < 0:",
-        ["tests/cost/test_cost.py"],
+        ["tests/cost/test_cost.py::test_the_first_batches_warm_up_and_do_not_count"],
     ),
     "only the first start counts": (
         "engines/intervals.py",
         "estimate = _seconds(phases, range(count))",
         "estimate = _seconds(phases, [0])",
-        ["tests/engines/test_turns.py"],
+        ["tests/engines/test_turns.py::test_every_start_of_the_engines_counts"],
     ),
     "memory without the KV cache": (
         "cost/table.py",
         "self.parameter_bytes + self.kv_cache_bytes + self",
         "self.parameter_bytes + self",
-        ["tests/search/test_search.py"],
+        ["tests/cost/test_cost.py::test_memory_is_parameters_cache_and_workspace"],
     ),
     "the task's mask one token late": (
         "data/tasks.py",
         "(len(context) - 1, len(context) + len(choice) - 1)",
         "(len(context), len(context) + len(choice))",
-        ["tests/score/test_score.py"],
+        ["tests/score/test_score.py::test_task_accuracy_is_that_of_a_really_swapped_model"],
     ),
     "uptraining reads BLD's data again": (
         "uptrain/phases.py",
         "self.offset = 0 if settings.seed else -(-recipe.library.tokens // self.tokens)",
         "self.offset = 0",
-        ["tests/uptrain/test_phases.py", "tests/uptrain/test_trainer.py"],
+        ["tests/uptrain/test_phases.py::test_fresh_text_comes_first_what_bld_has_read_comes_last"],
     ),
     "the best KL is forgotten": (
         "uptrain/trainer.py",
         "self.best_kl = math.inf if notes.best_kl is None else notes.best_kl",
         "self.best_kl = math.inf",
-        ["tests/uptrain/test_trainer.py"],
+        ["tests/uptrain/test_trainer.py::test_what_a_trainer_has_counted_survives_an_interruption"],
     ),
     "no smaller rate for small losses": (
         "library/bld.py",
         "return min(1.0, math.sqrt(self.history[0].validation / FULL_RATE_NMSE))",
         "return 1.0",
-        ["tests/library/test_library.py"],
+        [
+            "tests/library/test_library.py::test_the_learning_rate_falls_with_the_root_of_a_small_first_loss"
+        ],
     ),
     "calibration on validation text": (
         "library/training.py",
@@ -149,13 +153,18 @@ NAMED: dict[str, tuple[str, str, str, list[str]]] = {
         "return max((tables[name] for name in swept), "
         "key=lambda t: t.tokens / t.predict(parent).total_s)",
         "return next(tables[name] for name in swept)",
-        ["tests/search/test_search.py"],
+        [
+            "tests/search/test_search.py::test_the_best_batch_size_wins_and_is_compared_with_the_parent_at_its_best"
+        ],
     ),
     "dominated points stay": (
         "search/frontier.py",
         "if not kept or point.objective < kept[-1].objective:",
         "if True:",
-        ["tests/search/test_search.py"],
+        [
+            "tests/search/test_search.py::test_a_frontier_of_any_resource_has_no_dominated_point",
+            "tests/search/test_search.py::test_the_frontier_never_gets_better_with_more_throughput",
+        ],
     ),
     "greedy in reverse": (
         "search/baselines.py",
@@ -184,7 +193,7 @@ class Mutant:
     @property
     def key(self) -> str:
         """The same as long as the mutant and its tests are."""
-        paths = [ROOT / test for test in self.tests]
+        paths = [ROOT / test.split("::")[0] for test in self.tests]
         tests = [artifacts.file_fingerprint(path) for path in paths]
         return artifacts.fingerprint([self.module, self.text, tests])
 

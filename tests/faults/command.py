@@ -50,10 +50,10 @@ class Faults:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        for name in ("replace", "rename", "link", "mkdir", "rmdir"):
+        for name in ("replace", "rename", "link", "mkdir"):
             setattr(os, name, self._before(getattr(os, name)))
-        if self.kind != "full":  # a full disk can be deleted from
-            os.unlink = self._before(os.unlink)
+        if self.kind not in UNWRITABLE:  # a full disk can be deleted from
+            os.unlink, os.rmdir = self._before(os.unlink), self._before(os.rmdir)
         os.fsync = self._fsync(os.fsync)
         io.open = builtins.open = self._open(io.open)
         import safetensors.numpy
