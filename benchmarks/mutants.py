@@ -162,7 +162,7 @@ NAMED: dict[str, tuple[str, str, str, list[str]]] = {
         "if not kept or point.objective < kept[-1].objective:",
         "if True:",
         [
-            "tests/search/test_search.py::test_a_frontier_of_any_resource_has_no_dominated_point",
+            "tests/search/test_search.py::test_a_point_that_another_one_beats_in_both_is_left_out",
             "tests/search/test_search.py::test_the_frontier_never_gets_better_with_more_throughput",
         ],
     ),
