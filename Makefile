@@ -1,6 +1,9 @@
 # Two commands on a fresh machine: `make demo` and `make test` (and `make headline`, which takes longer). Each makes its own virtual environment first.
 PYTHON ?= python3
 OUT ?= runs/pocket
+FUZZ ?= 2000
+MUTANTS ?= 100
+TALLY ?= $(CURDIR)/runs/faults.jsonl
 VENV := .venv
 # A machine with an NVIDIA GPU gets a torch built for CUDA and vLLM's own wheel, others the CPU builds.
 FLAVOUR ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
@@ -20,7 +23,7 @@ define CHECK_PYTHON
 || { echo "Python 3.11 or newer is needed; got $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
 endef
 
-.PHONY: demo headline test test-fast test-fake-cuda test-gpu test-engines lint pins clean
+.PHONY: demo headline test test-fast test-fake-cuda test-gpu test-engines test-faults lint pins clean
 
 demo: $(VENV)/vllm-$(FLAVOUR).stamp  ## the main job on the embedded parent, ending with a report
 	$(BIN)/puzzle run pocket --out $(OUT)
@@ -41,7 +44,14 @@ test-gpu: $(VENV)/vllm-$(FLAVOUR).stamp  ## what needs a GPU; without one every 
 	$(BIN)/python -m pytest -m gpu -rs
 
 test-engines: $(VENV)/llamacpp-$(FLAVOUR).stamp  ## slow tests: exports in the engines they are for, benchmarks; builds llama.cpp first (minutes)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults --ignore=tests/fake_cuda
+
+test-faults: $(VENV)/dev-$(FLAVOUR).stamp  ## what a run survives: kills, full disks, damaged files, strangers' files, mutants of our own code; up to 20 minutes, ends with a table
+	mkdir -p $(dir $(TALLY)) && rm -f $(TALLY)
+	-PUZZLE_FAULTS_TALLY=$(TALLY) PUZZLE_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest $(wildcard tests/faults tests/test_bad_input.py tests/bad_input tests/fuzz)
+	-PUZZLE_FAULTS_TALLY=$(TALLY) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py --sample $(MUTANTS) --seconds 480
+	$(BIN)/python tests/faults/table.py $(TALLY)
 
 lint: $(VENV)/dev-$(FLAVOUR).stamp
 	$(BIN)/ruff check .

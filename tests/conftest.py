@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted_runs import Command, Tally, Uninterrupted, results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -145,6 +146,31 @@ def finished_run(tiny_folder, text_folder, tmp_path_factory) -> Run:
     run = Run(config.parse(tiny_recipe(tiny_folder, text_folder, out)), out, Progress(quiet=True))
     pipeline.execute(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def command(tiny_folder, text_folder, tmp_path_factory):
+    """`puzzle run` of the tiny recipe in processes that can fail."""
+    folder = tmp_path_factory.mktemp("faults")
+    with Command(tiny_recipe(tiny_folder, text_folder, folder / "run"), folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(command) -> Uninterrupted:
+    """The same run without faults."""
+    folder = command.folder / "uninterrupted"
+    outcome = command.run(folder)
+    assert outcome.status == 0, outcome.lines
+    return Uninterrupted(folder, outcome.writes, results(folder))
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """Faults that were injected and survived, by kind; see `make test-faults`."""
+    counted = Tally()
+    yield counted
+    counted.write()
 
 
 def write_recipe(path: Path, recipe: dict) -> Path:

@@ -1,6 +1,7 @@
 """Random search programs, and their optimum by trying every choice."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -27,6 +28,16 @@ def programs(draw):
     costs = np.array(draw(numbers)) * draw(st.sampled_from([1.0, 1e-4, 1e5]))
     resources = np.array(rows, dtype=float).reshape(len(rows), columns)
     return Program(starts_of(sizes), costs, resources, np.array(limits, dtype=float))
+
+
+@st.composite
+def uneven_programs(draw):
+    """The same with costs over ten orders of magnitude: a no-op beside a nearly lossless block."""
+    program = draw(programs())
+    count = len(program.costs)
+    exponents = draw(st.lists(st.floats(-10, 0), min_size=count, max_size=count))
+    powers = 10.0 ** np.array(exponents)
+    return replace(program, costs=powers * draw(st.sampled_from([1.0, 1e3, 1e-4])))
 
 
 def every_choice(program):

@@ -148,3 +148,10 @@ def test_checksums_read_a_file_again_only_when_its_size_or_time_has_changed(tmp_
     store.write_text("rubbish\n")
     assert artifacts.Checksums(store).of(path) == real(path)
     assert len(store.read_text().splitlines()) == 1
+
+
+def test_what_an_interrupted_write_has_left_is_in_no_manifest(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / ".manifest.json.part").write_text("{")
+    manifest = artifacts.write_manifest(tmp_path, {}, 1.0)
+    assert list(manifest.files) == ["a"] and artifacts.damage(tmp_path, manifest) is None

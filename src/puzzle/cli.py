@@ -50,6 +50,7 @@ OF_THE_MACHINE = {  # errors of files that users can mend, and how
     errno.EROFS: "choose a place that can be written to",
     errno.ENOSPC: "free some space; the same command goes on from here",
     errno.EDQUOT: "free some space; the same command goes on from here",
+    errno.EIO: "check the disk; the same command goes on from here",
     errno.EISDIR: "expected a file there",
     errno.ENOTDIR: "expected a folder there",
     errno.EEXIST: "expected a folder there, or nothing",

@@ -7,7 +7,7 @@ import pytest
 
 from puzzle import pipeline
 from puzzle.config import PlaceConfig
-from puzzle.cost import COST, table
+from puzzle.cost import COST, measure, table
 from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.regression import Samples
@@ -109,6 +109,37 @@ def test_what_serving_takes_besides_is_the_probes_peak_less_what_is_counted(cost
     assert with_workspace.memory_bytes == without.memory_bytes + 12_345
 
 
+def test_memory_is_parameters_cache_and_workspace():
+    cost = Cost(1.0, 2.0, 10, parameter_bytes=100, kv_cache_bytes=50, workspace_bytes=7)
+    assert cost.memory_bytes == 157
+
+
+def test_the_first_batches_warm_up_and_do_not_count(tiny_run, monkeypatch):
+    """An engine that takes 50 times as long in them: none of their seconds is a sample."""
+    real, batches, measured = roofline_engine.RooflineSession.advance, [], []
+    real_batch, real_records = ScenarioMeasurement._batch, ScenarioMeasurement.records
+
+    def batch(measurement):
+        batches.append(1)
+        real_batch(measurement)
+
+    def advance(session, steps, layers=()):
+        slow = 50 if len(batches) <= measure.WARM_UPS else 1
+        return [slow * seconds for seconds in real(session, steps, layers)]
+
+    def records(measurement, variants):
+        measured.append(measurement)
+        return real_records(measurement, variants)
+
+    monkeypatch.setattr(ScenarioMeasurement, "_batch", batch)
+    monkeypatch.setattr(ScenarioMeasurement, "records", records)
+    monkeypatch.setattr(roofline_engine.RooflineSession, "advance", advance)
+    pipeline.execute_stage(COST, tiny_run.place_job())
+    assert len(batches) > measure.WARM_UPS
+    for samples in (measured[0].prefills, measured[0].steps):
+        assert max(samples.seconds) < 10 * min(samples.seconds)
+
+
 # ------------------------------------------------------------------------ a table that is given
 
 
@@ -130,7 +161,8 @@ def reuse(job, path):
 
 def rewrite(path, edit):
     """Pass every line of a JSON Lines file through `edit`, which returns None to drop it."""
-    records = [edit(json.loads(line)) for line in path.read_text().splitlines()]
+    lines = map(json.loads, path.read_text().splitlines())
+    records = [edit({k: v for k, v in line.items() if k != "checksum"}) for line in lines]
     path.write_text("".join(json.dumps(r) + "\n" for r in records if r is not None))
 
 
@@ -201,6 +233,7 @@ def test_a_table_that_is_not_there_is_one_clear_line(costed, tmp_path):
 def test_a_bad_figure_is_one_clear_line(costed, value, message):
     path = costed.folder(COST) / COSTS
     records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [{k: v for k, v in record.items() if k != "checksum"} for record in records]
     records[0]["decode_s"] = value
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(UserError, match=message) as raised:

@@ -213,3 +213,9 @@ def test_a_faster_side_alone_may_have_more_prefills(tmp_path):
     fast[0] = Phase.of(1, np.ones((30, 1)))
     joined = turns._side_by_side([slow[0], fast[0]])
     assert joined.turns.shape == (len(slow[0].turns), 2)
+
+
+def test_every_start_of_the_engines_counts():
+    starts = [[Phase.of(1, [[seconds, 2 * seconds]] * 8)] for seconds in (1.0, 1.04)]
+    figures = {"seconds": lambda seconds: seconds.total[0]}
+    assert intervals.intervals(starts, figures, looks=1)["seconds"].value == pytest.approx(1.02)

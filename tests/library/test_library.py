@@ -7,6 +7,8 @@ import torch
 from puzzle import artifacts, config, pipeline
 from puzzle.evaluate import EVALUATE
 from puzzle.library import LIBRARY, bld, memory, records, stage, weights
+from puzzle.library.bld import VariantTrainer
+from puzzle.library.records import LossPoint
 from puzzle.library.training import LibraryTraining
 from puzzle.model import variants
 from puzzle.model.architecture import FFN, Attention, parse_block
@@ -284,3 +286,10 @@ def test_the_library_names_its_curves(finished_run):
     ]
     assert len(points) == 1 + math.ceil(8 / 3)
     assert Attention("gqa", 1).name == "gqa_1"
+
+
+@pytest.mark.parametrize(("loss", "share"), [(0.5, 1.0), (0.02, 1.0), (0.005, 0.5), (2e-4, 0.1)])
+def test_the_learning_rate_falls_with_the_root_of_a_small_first_loss(loss, share):
+    trainer = VariantTrainer(0, FFN("linear"), steps=1)
+    trainer.history = [LossPoint(tokens=0, validation=loss), LossPoint(tokens=8, validation=9.0)]
+    assert trainer.rate_share == pytest.approx(share)

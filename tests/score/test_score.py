@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
 from puzzle.score import SCORE, candidates, exact, fisher, results, stage
 from puzzle.score.modules import LayerBlocks
+from puzzle.search import mip
+from puzzle.search.program import Program, starts_of
 from puzzle.stage import Job
 
 pytestmark = pytest.mark.training
@@ -207,8 +210,13 @@ def test_hybrid_scores_are_the_exact_ones_of_fewer_blocks(finished_run, tmp_path
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(-3, 1))
-def test_a_search_never_wants_a_block_that_is_no_candidate(seed, share, power):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0, 1),
+    st.floats(-3, 1),
+    st.sampled_from(candidates.KV_SHARES),
+)
+def test_a_search_never_wants_a_block_that_is_no_candidate(seed, share, power, kv_share):
     """At any prices the best block by the true losses is kept, if estimates err as promised."""
     shape = ModelShape(
         hidden_size=64,
@@ -228,9 +236,49 @@ def test_a_search_never_wants_a_block_that_is_no_candidate(seed, share, power):
     rng = np.random.default_rng(seed)
     true = np.concatenate([[0.0], rng.exponential(size=len(blocks) - 1)])
     estimate = true * rng.uniform(1 - 0.04, 1 + 0.04, size=len(blocks))
-    sizes = np.array([[candidates._size(h, shape) for h in block.subblocks] for block in blocks])
+    sizes = candidates._sizes(blocks, shape, kv_share)
     priced = true + estimate.max() * 10**power * sizes @ np.array([share, 1 - share])
     assert blocks[int(priced.argmin())] in candidates.candidates(blocks, estimate, shape)
+
+
+@pytest.mark.parametrize("bound", ["cache", "parameters", "cache and parameters"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_binds_a_search_loses_nothing_to_hybrid_scores(bound, seed):
+    """An 8B parent of 8 layers: the optimum of all blocks against that of the candidates."""
+    shape = ModelShape(
+        hidden_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    )
+    rng, losses, kept, sizes = np.random.default_rng(seed), [], [], []
+    attentions = [*(Attention("gqa", n) for n in (8, 4, 2, 1)), Attention("no_op")]
+    ffns = [FFN("gated", 14336 * n // 100) for n in (100, 75, 50, 25, 10)] + [FFN("no_op")]
+    blocks = [Block(attention, ffn) for attention in attentions for ffn in ffns]
+    for _ in range(8):
+        harm = rng.uniform(0.5, 2, 2)
+        attention = harm[0] * np.array([0.0, 0.01, 0.03, 0.06, 0.2])
+        ffn = harm[1] * np.array([0.0, 0.01, 0.03, 0.08, 0.15, 0.3])
+        loss = (attention[:, None] + ffn).ravel() * rng.uniform(0.97, 1.03, len(blocks))
+        loss[0] = 0.0
+        names = candidates.candidates(blocks, loss * rng.uniform(0.96, 1.04, len(blocks)), shape)
+        losses.append(loss)
+        kept.append([block in names for block in blocks])
+        parameters = [sum(map(shape.parameters, block.subblocks)) for block in blocks]
+        sizes.append([[block.attention.kv_heads for block in blocks], parameters])
+    rows = {"cache": [0], "parameters": [1], "cache and parameters": [0, 1]}[bound]
+    resources = np.concatenate(np.array(sizes, dtype=float), axis=1)[rows]
+    shares = np.array([0.25, 0.5])  # of the parent's cache and parameters
+    limits = (shares * 8 * np.array(sizes, dtype=float).max((0, 2)))[rows]
+    costs = np.concatenate(losses)
+    program = Program(starts_of([len(blocks)] * 8), costs, resources, limits)
+    of_all = mip.solve(program).objective
+    only = np.where(np.concatenate(kept), costs, 1e3)
+    assert mip.solve(replace(program, costs=only)).objective <= 1.01 * of_all
 
 
 def test_subblock_scores_add_up(finished_run, tmp_path):

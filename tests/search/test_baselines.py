@@ -32,3 +32,18 @@ def test_greedy_is_the_papers():
     program = Program(starts_of([2, 2]), costs, resources, np.array([20.0]))
     # The first takes 9; then 10 and the 1 left over are not enough for 16.
     assert baselines.greedy(program).tolist() == [0, 3]
+
+
+def test_greedy_goes_by_rising_mean_score_and_passes_on_what_is_left():
+    """Layer 0 has the lower mean and leaves 1 of its 2; only with that can layer 1 keep its best.
+
+    In the other order, or without what is left, layer 1 gets its second best.
+    """
+    costs = np.array([0.0, 5.0, 0.0, 10.0, 30.0])
+    resources = np.array([[1.0, 0.0, 3.0, 2.0, 1.0]])
+    program = Program(starts_of([2, 3]), costs, resources, np.array([4.0]))
+    assert baselines.greedy(program).tolist() == [0, 2]
+    swapped = Program(
+        starts_of([3, 2]), np.roll(costs, 3), np.roll(resources, 3, axis=1), program.limits
+    )
+    assert baselines.greedy(swapped).tolist() == [0, 3]

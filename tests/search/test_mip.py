@@ -1,13 +1,14 @@
 """The solver against trying every choice of small random programs."""
 
 import dataclasses
+import itertools
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import brute_force, every_choice, programs
+from programs import brute_force, every_choice, programs, uneven_programs
 
 from puzzle.search import mip
 
@@ -29,6 +30,30 @@ def check_against_brute_force(program):
 @given(programs())
 def test_the_program_equals_brute_force_infeasible_ones_too(program):
     check_against_brute_force(program)
+
+
+@settings(max_examples=300, deadline=None)
+@given(uneven_programs(), st.sampled_from([0.0, 1e-4, 1e-2]))
+def test_the_proof_is_in_the_scale_of_the_objective_however_large_other_costs_are(program, gap):
+    optimum, expected = mip.solve(program, gap=gap), brute_force(program)
+    assert (optimum is None) == (expected is None)
+    if optimum is not None:
+        assert program.feasible(optimum.columns)
+        assert optimum.bound <= expected * (1 + 1e-7)
+        assert expected * (1 - 1e-7) <= optimum.objective <= expected * (1 + gap + 1e-6)
+        assert optimum.gap <= gap + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(uneven_programs(), st.integers(0, 4), st.sampled_from([0.0, 1e-2, 0.5]))
+def test_diverse_solutions_come_best_first_also_within_a_gap(program, overlap, gap):
+    optima = mip.diverse(program, solutions=4, overlap=overlap, gap=gap, time_limit_s=10.0)
+    objectives = [optimum.objective for optimum in optima]
+    assert objectives == sorted(objectives)
+    for one, other in itertools.combinations(optima, 2):
+        assert (one.columns == other.columns).sum() <= overlap
+    if optima:
+        assert optima[0].bound <= brute_force(program) * (1 + 1e-7)
 
 
 @settings(max_examples=500, deadline=None)

@@ -22,7 +22,7 @@ from puzzle.run import Run
 from puzzle.score import results as scores
 from puzzle.search import SEARCH, answers, stage, tried
 from puzzle.search.constraints import KINDS
-from puzzle.search.frontier import baseline_choices, frontier
+from puzzle.search.frontier import _undominated, baseline_choices, frontier
 from puzzle.search.tried import MeasuredChild
 from puzzle.stage import Job
 
@@ -547,3 +547,11 @@ def test_a_target_is_asked_on_the_command_line_and_a_child_is_made_of_it(copied_
     assert answers.read(job).best.objective <= 0.2 and measured.read(job).verdict == "met"
     listed = puzzle("children", copied_run.folder)
     assert "maximize" in listed.stdout and "kl 0.2" in listed.stdout, listed.stdout
+
+
+def test_a_point_that_another_one_beats_in_both_is_left_out():
+    def point(objective):
+        return answers.FrontierPoint.model_construct(objective=objective)
+
+    points = [(3.0, point(1.0)), (2.0, point(2.0)), (2.5, point(2.5)), (2.0, point(3.0))]
+    assert [p.objective for p in _undominated(points)] == [1.0, 2.0]

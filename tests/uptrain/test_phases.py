@@ -5,6 +5,7 @@ from uptrainings import uptrained
 
 from puzzle.errors import UserError
 from puzzle.uptrain import gkd
+from puzzle.uptrain.phases import Batches, phases
 
 pytestmark = pytest.mark.training
 
@@ -39,3 +40,13 @@ def test_another_seed_gives_the_same_rows_in_another_order(finished_run):
     first, second = (data.view(seed=seed).batch(0, len(data)).tolist() for seed in (0, 1))
     assert first == data.batch(0, len(data)).tolist() != second
     assert sorted(first) == sorted(second)
+
+
+def test_fresh_text_comes_first_what_bld_has_read_comes_last(finished_run):
+    job = finished_run.child_job("main")
+    ((tokens_BS, share),) = Batches(job, phases(job)).micro(0)
+    data, settings = finished_run.corpus["train"], finished_run.recipe.library
+    assert share == 1.0
+    steps = settings.tokens // (settings.batch_sequences * 32)
+    assert tokens_BS.equal(data.batch(steps, 8))  # batches 0 to steps - 1 were BLD's
+    assert not any(tokens_BS.equal(data.batch(step, 8)) for step in range(steps))

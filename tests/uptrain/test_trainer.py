@@ -16,6 +16,7 @@ from uptrainings import (
 )
 
 from puzzle import pipeline
+from puzzle.assemble import ASSEMBLE
 from puzzle.config import UptrainConfig
 from puzzle.evaluate import results
 from puzzle.training import schedules
@@ -75,6 +76,24 @@ def test_an_interrupted_uptraining_ends_bit_identical(
         j.folder(UPTRAIN) / "model.safetensors" for j in (job, finished_run.child_job("main"))
     )
     assert ours.read_bytes() == uninterrupted.read_bytes()
+
+
+def test_what_a_trainer_has_counted_survives_an_interruption(finished_run, tmp_path):
+    """The best KL above all: without it a worse validation would replace the best weights."""
+    job = assembled(finished_run, tmp_path / "run")
+    folder = tmp_path / "uptrained"
+
+    def made():
+        return trainer.Trainer(
+            job, folder, gkd.Pair(load(job, ASSEMBLE), job.run.parent_model, job.child.uptrain)
+        )
+
+    before = made()
+    before.best_kl, before.stale, before.skipped = 0.125, 3, 2
+    before._save(4)
+    after = made()
+    assert after._restore() == 4
+    assert (after.best_kl, after.stale, after.skipped) == (0.125, 3, 2)
 
 
 def test_a_non_finite_step_is_skipped_and_counted(finished_run, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,8 @@ from puzzle.engines.vllm_messages import (
 )
 from puzzle.errors import UserError
 
+REPLY_WITHIN_S = 3600.0  # loading, compiling and capturing included
+ENDING_S = 5.0  # between the end of a worker's output and its own
 # By default glibc may or may not map large activations anew in every step, which differs from start
 # to start: prefills took about 1.3x as long (docs/log.md). Keeping freed memory avoids it.
 MALLOC = {
@@ -157,9 +160,14 @@ class _Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _kill(self, hung: threading.Event | None = None) -> None:
+        if hung is not None:
+            hung.set()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def __exit__(self, *exception: object) -> None:
+        self._kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
@@ -174,15 +182,32 @@ class _Worker:
             raise self._died() from None
 
     def _reply(self) -> str:
-        """The JSON of the next reply. Raises `UserError` where the worker has ended instead."""
+        """The JSON of the next reply.
+
+        Raises `UserError` where the worker has ended instead, or says nothing for `REPLY_WITHIN_S`.
+        """
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(REPLY.encode()):
-                return line[len(REPLY) :].decode("utf-8", "replace")
+        hung = threading.Event()
+        watch = threading.Timer(REPLY_WITHIN_S, self._kill, (hung,))
+        watch.daemon = True
+        watch.start()
+        try:
+            for line in self.process.stdout:  # ends with the worker
+                if line.startswith(REPLY.encode()):
+                    return line[len(REPLY) :].decode("utf-8", "replace")
+        finally:
+            watch.cancel()
+        if hung.is_set():
+            raise UserError(
+                f"vllm said nothing for {REPLY_WITHIN_S:.0f} s and was ended (see {self.log}); the "
+                "same command goes on from here"
+            )
         raise self._died()
 
     def _died(self) -> UserError:
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=ENDING_S)
+        self._kill()
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line]

@@ -8,11 +8,13 @@
 
 With `library.initialization: least_squares` the linear variants, and the down projection that is
 left after pruning, solve a ridge regression on calibration activations instead, which shrinks
-towards the weights above: with few tokens it stays near them, with many it fits. Ours, not the
-paper's (docs/log.md compares them).
+towards the weights above: with few tokens it stays near them, with many it fits. How much it
+shrinks is chosen by cross-validation: Gram matrices are summed up over two folds of the tokens, and
+weights that are fitted to one are judged on the other. Ours, not the paper's
+(benchmarks/least_squares.py compares them).
 
 Shape legend: B batch, S sequence, T = B * S tokens, D hidden, I intermediate, K KV heads, d head
-dimension.
+dimension, F the two folds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,25 +27,27 @@ from puzzle.model.architecture import Attention, ModelShape, Subblock
 from puzzle.model.modeling_puzzle import PuzzleDecoderLayer
 from puzzle.model.variants import State, subblock_state
 
-RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal
+RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)  # as shares of the Gram matrix's diagonal
+CHECKED_OUTPUTS = 256  # about so many rows of the weights choose the ridge
+FOLDS = 2
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What the initialisers need to know of one layer, from calibration tokens.
 
-    `contribution_I` is the paper's channel contribution. The Gram matrices (sums over tokens of
-    outer products, None where least squares is not asked for) are of the FFN's intermediate
-    activation, of its normed input, of its normed input with its output, and the last two again for
-    attention.
+    `contribution_I` is the paper's channel contribution. The Gram matrices (sums over the tokens of
+    each fold of outer products, None where least squares is not asked for) are of the FFN's
+    intermediate activation, of its normed input, of its normed input with its output, and the last
+    two again for attention.
     """
 
     contribution_I: torch.Tensor | None = None  # None where the parent has no gated FFN
-    intermediate_II: torch.Tensor | None = None
-    ffn_in_DD: torch.Tensor | None = None
-    ffn_out_DD: torch.Tensor | None = None
-    attention_in_DD: torch.Tensor | None = None
-    attention_out_DD: torch.Tensor | None = None
+    intermediate_FII: torch.Tensor | None = None
+    ffn_in_FDD: torch.Tensor | None = None
+    ffn_out_FDD: torch.Tensor | None = None
+    attention_in_FDD: torch.Tensor | None = None
+    attention_out_FDD: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,11 +63,14 @@ class _Sums:
         self.activation_I = total_I if self.activation_I is None else self.activation_I + total_I
 
     def add_product(self, name: str, left_TN: torch.Tensor, right_TM: torch.Tensor) -> None:
+        """The first half of a batch's tokens goes to one fold, the second to the other."""
         if name not in self.grams:
-            size = left_TN.shape[1], right_TM.shape[1]
+            size = FOLDS, left_TN.shape[1], right_TM.shape[1]
             self.grams[name] = torch.zeros(size, device=left_TN.device)
+        folds = (part.tensor_split(FOLDS) for part in (left_TN, right_TM))
         with torch.autocast(left_TN.device.type, enabled=False):
-            self.grams[name].addmm_(left_TN.T, right_TM)
+            for gram_NM, left, right in zip(self.grams[name], *folds, strict=True):
+                gram_NM.addmm_(left.T, right)
 
     def watch_down(self, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Sum up what goes into the FFN's down projection."""
@@ -119,17 +126,46 @@ def calibrate(
     return Calibration(contribution_I, *(sums.grams.get(name) for name in names))
 
 
-def solve(gram_NN: torch.Tensor, cross_NM: torch.Tensor, near_MN: torch.Tensor) -> torch.Tensor:
-    """argmin_W |X W^T - Y|^2 + ridge |W - near|^2, [M, N], from X^T X and X^T Y; in float64.
+@torch.no_grad()
+def solve(gram_FNN: torch.Tensor, cross_FNM: torch.Tensor, near_MN: torch.Tensor) -> torch.Tensor:
+    """argmin_W |X W^T - Y|^2 + ridge |(W - near) D|^2, [M, N], from X^T X and X^T Y of two folds.
 
-    A float64 `gram_NN` is overwritten: its callers make it for this call.
+    D^2 is the diagonal of X^T X, so that the result follows any scale of the channels. The ridge is
+    the one of `RIDGES` whose weights, fitted to either fold, gain most on the other one, going by
+    the fold that gains less. Where none of them gains on both, the result is `near`.
     """
-    gram = gram_NN.double()
-    near = near_MN.double()
-    left_NM = cross_NM.double() - gram @ near.T  # what the weights to stay near do not explain
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-    factor = torch.linalg.cholesky(gram, out=gram)
-    return (near + torch.cholesky_solve(left_NM, factor).T).float().contiguous()
+    near, grams = near_MN.double(), gram_FNN.double()
+    left_FNM = cross_FNM.double() - grams @ near.T  # what the weights to stay near do not explain
+    energy_N = grams.diagonal(dim1=1, dim2=2).sum(0)
+    scale_N = energy_N.clamp_min(max(float(energy_N.max()) * 1e-12, 1e-30)).rsqrt()
+    checked_FNM = left_FNM[:, :, :: max(1, left_FNM.shape[2] // CHECKED_OUTPUTS)]
+    best_gain, best_ridge = 0.0, None
+    for ridge in RIDGES:
+        gains = []
+        for fold, other in ((0, 1), (1, 0)):
+            change_NM = _change(grams[fold], checked_FNM[fold], scale_N, ridge)
+            fit_NM = 2 * checked_FNM[other] - grams[other] @ change_NM
+            gains.append(float((change_NM * fit_NM).sum()))  # by how much |Y - X W^T|^2 falls
+        if min(gains) > best_gain:
+            best_gain, best_ridge = min(gains), ridge
+        elif best_ridge is not None:
+            break  # smaller ones fit noise
+    if best_ridge is None:
+        return near_MN.float().contiguous()
+    change_NM = _change(grams.sum(0), left_FNM.sum(0), scale_N, best_ridge)
+    return (near + change_NM.T).float().contiguous()
+
+
+def _change(
+    gram_NN: torch.Tensor, left_NM: torch.Tensor, scale_N: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """The solution of (X^T X + ridge D^2) change = left, [N, M]; NaN where it has none."""
+    scaled = gram_NN * scale_N[:, None] * scale_N
+    scaled.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if failed.item():
+        return torch.full_like(left_NM, torch.nan)
+    return scale_N[:, None] * torch.cholesky_solve(scale_N[:, None] * left_NM, factor)
 
 
 def initial_state(
@@ -160,9 +196,9 @@ def initial_state(
     assert calibration.contribution_I is not None
     kept = calibration.contribution_I.topk(variant.intermediate_size).indices.sort().values
     down = down_DI[:, kept].clone()
-    if calibration.intermediate_II is not None and len(kept) < down_DI.shape[1]:
-        rows_KI = calibration.intermediate_II[kept]
-        down = solve(rows_KI[:, kept].double(), rows_KI @ down_DI.T, down)
+    if calibration.intermediate_FII is not None and len(kept) < down_DI.shape[1]:
+        rows_FKI = calibration.intermediate_FII[:, kept]
+        down = solve(rows_FKI[:, :, kept], rows_FKI @ down_DI.T, down)
     return norms | {
         "mlp.gate_proj.weight": parent_state["mlp.gate_proj.weight"][kept].clone(),
         "mlp.up_proj.weight": parent_state["mlp.up_proj.weight"][kept].clone(),
@@ -176,8 +212,8 @@ def _norms(parent_state: State) -> State:
 
 def _initial_linear_ffn(parent_state: State, calibration: Calibration) -> torch.Tensor:
     matrix = parent_state["mlp.down_proj.weight"] @ parent_state["mlp.up_proj.weight"]
-    if calibration.ffn_in_DD is not None and calibration.ffn_out_DD is not None:
-        return solve(calibration.ffn_in_DD, calibration.ffn_out_DD, matrix)
+    if calibration.ffn_in_FDD is not None and calibration.ffn_out_FDD is not None:
+        return solve(calibration.ffn_in_FDD, calibration.ffn_out_FDD, matrix)
     return matrix
 
 
@@ -186,8 +222,8 @@ def _initial_attention(
 ) -> State:
     if variant.kind == "linear":
         matrix = linear_attention(parent_state, shape)
-        if calibration.attention_in_DD is not None and calibration.attention_out_DD is not None:
-            matrix = solve(calibration.attention_in_DD, calibration.attention_out_DD, matrix)
+        if calibration.attention_in_FDD is not None and calibration.attention_out_FDD is not None:
+            matrix = solve(calibration.attention_in_FDD, calibration.attention_out_FDD, matrix)
         return _norms(parent_state) | {"self_attn.linear_attn.weight": matrix}
     pooled = (".k_proj.", ".v_proj.", *([".k_norm."] if shape.qk_norm == "projection" else []))
     return {

@@ -138,7 +138,8 @@ def save(
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     if tensors:
-        save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
+        with artifacts.naming(folder):
+            save_torch_state_dict(tensors, folder, max_shard_size="4GB", metadata={"format": "pt"})
         for path in weight_files(folder):
             artifacts.sync(path)
     for name in CARRIED_OVER:

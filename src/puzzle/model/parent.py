@@ -77,6 +77,7 @@ class ParentRecord(Record):
     fingerprint: str
     tokenizer_fingerprint: str
     dtype: str
+    files: dict[str, str]  # fingerprints of the files beside it
 
 
 @dataclass(frozen=True)
@@ -285,24 +286,43 @@ def locate(name: str) -> Path:
 
 def write_description(parent: Parent, folder: Path) -> None:
     """Write what another machine needs to measure costs for this parent: all but the weights."""
+    names = ("config.json", *child.CARRIED_OVER)
+    paths = [parent.folder / name for name in names if (parent.folder / name).exists()]
     record = ParentRecord(
         name=parent.name,
         fingerprint=parent.fingerprint,
         tokenizer_fingerprint=parent.tokenizer_fingerprint,
         dtype=parent.dtype_name,
+        files={path.name: artifacts.file_fingerprint(path) for path in paths},
     )
-    if (folder / DESCRIPTION).exists() and ParentRecord.read(folder / DESCRIPTION) == record:
+    if _is_described(folder, record):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", *child.CARRIED_OVER):
-        if (parent.folder / name).exists():
-            shutil.copyfile(parent.folder / name, folder / name)
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
     record.write(folder / DESCRIPTION)
+
+
+def _is_described(folder: Path, record: ParentRecord) -> bool:
+    try:
+        return _undamaged(folder) == record
+    except UserError:
+        return False
+
+
+def _undamaged(folder: Path) -> ParentRecord:
+    """The record of a description. Raises `UserError` where one of its files is damaged."""
+    record = ParentRecord.read(folder / DESCRIPTION)
+    for name, expected in record.files.items():
+        path = folder / name
+        if not path.exists() or artifacts.file_fingerprint(path) != expected:
+            raise UserError(f"{path}: is damaged; `puzzle run` with the parent at hand mends it")
+    return record
 
 
 def read_description(folder: Path) -> Parent:
     """A parent from a folder that `write_description` has written."""
-    name = ParentRecord.read(folder / DESCRIPTION).name
+    name = _undamaged(folder).name
     return replace(describe(str(folder)), name=name)
 
 

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from puzzle.model.architecture import Block, ModelShape, Subblock
 
+KV_SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of what an attention's size is made of
 ERROR_OF_FISHER = 0.05  # a block is a candidate unless it loses even when estimates err by this
 Point = tuple[float, float]
 
@@ -23,23 +24,32 @@ def candidates(blocks: Sequence[Block], losses: Sequence[float], shape: ModelSha
     """The blocks of a layer that a search could choose if losses are right to `ERROR_OF_FISHER`.
 
     Whatever a search limits (seconds, bytes, parameters), an attention and an FFN have a price each
-    in it, so it minimises loss + prices * sizes for prices of at least 0. A block stays if there
-    are prices at which no other is surely better: what the half-planes of all the others leave of
-    the quadrant of prices is not empty. (What whole blocks leave of a budget can make another block
-    the best by a little; benchmarks/score.py measures that.)
+    in it, so it minimises loss + prices * sizes for prices of at least 0. The size of an attention
+    is that of its parameters, of its KV cache, which also decides decode time, or something between
+    (`KV_SHARES`). A block stays if there are prices at which no other is surely better: what the
+    half-planes of all the others leave of the quadrant of prices is not empty. (What whole blocks
+    leave of a budget can make another block the best by a little; benchmarks/score.py measures
+    that.)
     """
-    sizes = np.array([[_size(half, shape) for half in block.subblocks] for block in blocks])
+    kept = {
+        index for share in KV_SHARES for index in _candidates(_sizes(blocks, shape, share), losses)
+    }
+    return [blocks[index] for index in sorted(kept)]
+
+
+def _candidates(sizes: NDArray[np.float64], losses: Sequence[float]) -> list[int]:
+    """The numbers of the blocks that are candidates for these sizes [blocks, 2]."""
     loss = np.maximum(np.array(losses), 0.0)
     least, most = loss * (1 - ERROR_OF_FISHER), loss * (1 + ERROR_OF_FISHER)
     highest = 1e4 * max(float(loss.max()), 1e-9)
-    kept = [blocks[0]]
-    for index in range(1, len(blocks)):
+    kept = [0]
+    for index in range(1, len(sizes)):
         prices = [(0.0, 0.0), (highest, 0.0), (highest, highest), (0.0, highest)]
-        for other in range(len(blocks)):
+        for other in range(len(sizes)):
             room = float(most[other] - least[index])
             prices = _clip(prices, sizes[index] - sizes[other], room)
         if prices:
-            kept.append(blocks[index])
+            kept.append(index)
     return kept
 
 
@@ -55,6 +65,17 @@ def _clip(polygon: list[Point], normal: NDArray[np.float64], room: float) -> lis
         if after <= 0:
             clipped.append((x, y))
     return clipped
+
+
+def _sizes(blocks: Sequence[Block], shape: ModelShape, kv_share: float) -> NDArray[np.float64]:
+    """[blocks, 2]: of attention and FFN, shares of the parent's widest.
+
+    `kv_share` of an attention's size is its KV cache.
+    """
+    most = shape.widest_block.attention.kv_heads
+    sizes = [[_size(half, shape) for half in block.subblocks] for block in blocks]
+    caches = [[block.attention.kv_heads / max(most, 1), 0.0] for block in blocks]
+    return np.array(sizes) * [1 - kv_share, 1.0] + np.array(caches) * kv_share
 
 
 def _size(variant: Subblock, shape: ModelShape) -> float:

@@ -59,11 +59,12 @@ class Core:
     scaled: Program
     columns: np.ndarray
     types: Types | None
+    base: float  # of the objective beside the scaled costs; gaps are relative to both
 
     @classmethod
-    def of(cls, program: Program, scaled: Program, columns: np.ndarray) -> "Core":
+    def of(cls, program: Program, scaled: Program, columns: np.ndarray, base: float) -> "Core":
         """The core of these columns, sorted into types where that makes the program smaller."""
-        return cls(program, scaled, columns, Types.of(scaled.resources[:, columns]))
+        return cls(program, scaled, columns, Types.of(scaled.resources[:, columns]), base)
 
     def solve(self, gap: float, time_limit_s: float) -> CoreSolution | None:
         """The best choice within the core, or None where it holds none that keeps the limits.
@@ -75,6 +76,7 @@ class Core:
             "mip_abs_gap": TOLERANCE,
             "mip_feasibility_tolerance": TOLERANCE,
             "primal_feasibility_tolerance": TOLERANCE,
+            "dual_feasibility_tolerance": TOLERANCE,
             "time_limit": time_limit_s,
             "random_seed": 0,
         }
@@ -87,7 +89,7 @@ class Core:
                 return None
             columns = self._choice(answer.values)
             if columns is not None:
-                return CoreSolution(columns, answer.bound)
+                return CoreSolution(columns, answer.bound - self.base)
         raise UserError(
             f"search: no solution within {time_limit_s:.0f} s; "
             "raise search.time_limit_s or search.gap"
@@ -107,7 +109,7 @@ class Core:
         """The core for HiGHS: its columns and after them the count of every type."""
         column_count, type_count = len(self.columns), self.types.count if self.types else 0
         costs = np.concatenate([self.scaled.costs[self.columns], np.zeros(type_count)])
-        model = Model(costs, self._rows())
+        model = Model(costs, self._rows(), self.base)
         ends = np.cumsum([self.scaled.group_count, len(self.scaled.extra), len(self.scaled.limits)])
         model.lower[: ends[0]] = model.upper[: ends[0]] = 1.0
         model.upper[ends[0] : ends[1]] = self.scaled.extra_limits

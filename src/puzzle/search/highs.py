@@ -28,9 +28,9 @@ class Model:
     and nothing is `integral`.
     """
 
-    def __init__(self, costs: np.ndarray, rows: np.ndarray) -> None:
-        """`costs` [columns], `rows` [rows, columns]."""
-        self.costs, self.rows = costs, rows
+    def __init__(self, costs: np.ndarray, rows: np.ndarray, base: float = 0.0) -> None:
+        """`costs` [columns], `rows` [rows, columns]; `base` is added to the objective."""
+        self.costs, self.rows, self.base = costs, rows, base
         self.lower = np.full(len(rows), -np.inf)
         self.upper = np.full(len(rows), np.inf)
         self.largest = np.ones(len(costs))
@@ -56,6 +56,7 @@ class Model:
         """The model with its rows in compressed form, without zeros."""
         program = highspy.HighsLp()
         program.num_row_, program.num_col_ = self.rows.shape
+        program.offset_ = self.base
         program.col_cost_ = self.costs.astype(float)
         program.col_lower_, program.col_upper_ = np.zeros(len(self.costs)), self.largest
         program.row_lower_, program.row_upper_ = self.lower, self.upper

@@ -13,6 +13,12 @@ Three steps make it fast where plain branch and bound is slow; each is a proof, 
    branches on a dozen counts instead of on a thousand interchangeable columns (`core.py`).
 3. If bound + d of the best column outside the core beats the best solution so far, the core grows
    and is solved again; otherwise the solution is optimal (to `gap`) for the full program.
+
+HiGHS works to absolute tolerances, of costs that are scaled to at most 1, so what it proves is in
+the scale of the largest cost. A known solution tells which costs are too large to matter: counted
+from the least of its group, a column that costs more than that whole solution is in none that is
+better, and twice that solution's cost keeps it out as well. So the program is solved again with
+larger costs cut down, until the largest is of the size of the objective: then so is the proof.
 """
 
 import time
@@ -26,6 +32,7 @@ from puzzle.search.program import TOLERANCE, Program, Row, one_hot
 
 # The core starts with this many columns of least reduced cost per group, and so many more.
 CORE_PER_GROUP, CORE_SPARE = 2, 30
+LARGE = 100.0  # costs of so many objectives, and larger ones, are cut down
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,31 @@ def solve(program: Program, *, gap: float = 1e-4, time_limit_s: float = 60.0) ->
     Raises `UserError` where the time ends without a solution.
     """
     began = time.perf_counter()
+    least_G = np.minimum.reduceat(program.costs, program.starts[:-1])
+    base = float(least_G.sum())
+    extra_C = program.costs - least_G[program.groups]  # at least 0: beyond the least of the group
+    best: Optimum | None = None
+    while True:
+        time_left_s = max(time_limit_s - (time.perf_counter() - began), 0.1)
+        optimum = _solve(replace(program, costs=extra_C), base, gap, time_left_s)
+        if optimum is None:
+            return None
+        if best is None or optimum.objective < best.objective:
+            best = optimum
+        size = best.objective
+        is_late = time.perf_counter() - began > time_limit_s
+        if is_late or not size or extra_C.max() <= LARGE * max(size, abs(base + size) * gap):
+            break
+        extra_C = np.minimum(extra_C, 2 * size)
+    bound = min(optimum.bound, best.objective)
+    seconds = time.perf_counter() - began
+    objective = float(program.costs[best.columns].sum())
+    return Optimum(best.columns, objective, min(objective, base + bound), seconds)
+
+
+def _solve(program: Program, base: float, gap: float, time_limit_s: float) -> Optimum | None:
+    """The best choice of a program whose costs, and `base`, add up to the objective."""
+    began = time.perf_counter()
     scaled, cost_unit = program.scaled()
     relaxation = _relaxation(scaled)
     if relaxation is None:
@@ -60,7 +92,8 @@ def solve(program: Program, *, gap: float = 1e-4, time_limit_s: float = 60.0) ->
         columns = np.flatnonzero(reduced_C <= width)
         complete = len(columns) == len(reduced_C)
         time_left_s = time_limit_s - (time.perf_counter() - began)
-        solution = Core.of(program, scaled, columns).solve(gap, max(time_left_s, 0.1))
+        core = Core.of(program, scaled, columns, base / cost_unit)
+        solution = core.solve(gap, max(time_left_s, 0.1))
         if solution is None:
             if complete:
                 return None
@@ -69,7 +102,8 @@ def solve(program: Program, *, gap: float = 1e-4, time_limit_s: float = 60.0) ->
             continue
         value = scaled.costs[solution.columns].sum()
         outside = np.inf if complete else relaxation.bound + reduced_C[reduced_C > width].min()
-        proven = complete or value - outside <= max(gap * abs(value), TOLERANCE)
+        allowed = gap * abs(value + base / cost_unit)
+        proven = complete or value - outside <= max(allowed, TOLERANCE)
         if proven or time.perf_counter() - began > time_limit_s:
             objective = float(program.costs[solution.columns].sum())
             bound = float(max(relaxation.bound, min(solution.bound, outside)) * cost_unit)
@@ -135,7 +169,9 @@ def diverse(
             break
         optima.append(optimum)
         program = replace(program, extra=(*program.extra, overlap_row(optimum.columns, overlap)))
-    return optima
+    # Within the gap a later one can be better. What is proven of the first holds for all.
+    ranked = sorted(optima, key=lambda optimum: optimum.objective)
+    return [replace(ranked[0], bound=optima[0].bound), *ranked[1:]] if ranked else []
 
 
 def overlap_row(columns: np.ndarray, most: int) -> Row:

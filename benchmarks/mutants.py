@@ -1,0 +1,411 @@
+"""Do the tests notice a change of the code? Mutants of the core modules, each against its tests.
+
+    python benchmarks/mutants.py [--named] [--sample N] [--module M] [--json] [--quick]
+
+A mutant is a copy of the package with one small change: a comparison, an operator, a constant, a
+negated condition, a returned None. It is killed where a test fails, or where the time of a test run
+is used up. `--named` runs the changes that a review found unnoticed (`NAMED`). Which mutants are
+drawn depends on the seed only. What has been run is in `runs/mutants.jsonl` and is not run again
+while the module and its tests stay as they are. Nothing is written into the tree.
+"""
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+from pydantic import JsonValue
+
+from puzzle import artifacts
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, RECORDS = ROOT / "src" / "puzzle", ROOT / "runs" / "mutants.jsonl"
+TIME_IS_UP = "the time is up"
+MOST_S = 240.0  # of a mutant's tests: an endless loop is noticed, too
+TESTS = {
+    "training/losses.py": ["tests/training/test_losses.py"],
+    "library/bld.py": ["tests/library/test_library.py"],
+    "score/exact.py": ["tests/score/test_score.py"],
+    "score/fisher.py": ["tests/score/test_score.py"],
+    "score/results.py": ["tests/score/test_score.py"],
+    "score/candidates.py": ["tests/score/test_score.py"],
+    "search/program.py": ["tests/search/test_mip.py"],
+    "search/mip.py": ["tests/search/test_mip.py"],
+    "search/constraints.py": ["tests/search/test_constraints.py", "tests/search/test_search.py"],
+    "cost/regression.py": ["tests/cost/test_cost.py"],
+    "data/corpus.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
+    "data/packing.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
+}
+# Changes that no test noticed once: file, what is replaced, by what, the tests that must notice
+NAMED: dict[str, tuple[str, str, str, list[str]]] = {
+    "evaluate on train text": (
+        "evaluate/stage.py",
+        'Text.of(run, "test"',
+        'Text.of(run, "train"',
+        ["tests/data/test_splits.py"],
+    ),
+    "the parent is no input": (
+        "run.py",
+        '            "parent": self.parent.fingerprint,\n',
+        "",
+        ["tests/test_stale.py::test_other_weights_tokenizer_or_text_are_other_inputs"],
+    ),
+    "the text is no input": (
+        "run.py",
+        '            "sources": dict(sources.source_fingerprints(self.corpus_settings)),\n',
+        "",
+        ["tests/test_stale.py::test_other_weights_tokenizer_or_text_are_other_inputs"],
+    ),
+    "engine and machine are no inputs of costs": (
+        "cost/stage.py",
+        '{"header": header(job).as_json(), ',
+        "{",
+        ["tests/test_stale.py::test_costs_depend_on_engine_version_and_machine"],
+    ),
+    "no proof of what lies outside the core": (
+        "search/mip.py",
+        "proven = complete or ",
+        "proven = True or ",
+        [
+            "tests/search/test_mip.py::test_a_core_that_starts_too_small_grows_until_the_optimum_is_proven"
+        ],
+    ),
+    "no scaling to the parent's batches": (
+        "cost/measure.py",
+        "        fit = fit.scaled(*scales)\n",
+        "",
+        ["tests/cost/test_cost.py"],
+    ),
+    "regression on absolute errors": (
+        "cost/regression.py",
+        "x = x / y[:, None]",
+        "x, y = x / y.mean(), y / y.mean()",
+        ["tests/cost/test_cost.py"],
+    ),
+    "settling steps count": (
+        "engines/turns.py",
+        "steps_s[SETTLING_STEPS:] or steps_s[-1:]",
+        "steps_s",
+        ["tests/engines/test_turns.py", "tests/cost/test_cost.py"],
+    ),
+    "warm-up batches count": (
+        "cost/measure.py",
+        "if number < WARM_UPS:",
+        "if number < 0:",
+        ["tests/cost/test_cost.py::test_the_first_batches_warm_up_and_do_not_count"],
+    ),
+    "only the first start counts": (
+        "engines/intervals.py",
+        "estimate = _seconds(phases, range(count))",
+        "estimate = _seconds(phases, [0])",
+        ["tests/engines/test_turns.py::test_every_start_of_the_engines_counts"],
+    ),
+    "memory without the KV cache": (
+        "cost/table.py",
+        "self.parameter_bytes + self.kv_cache_bytes + self",
+        "self.parameter_bytes + self",
+        ["tests/cost/test_cost.py::test_memory_is_parameters_cache_and_workspace"],
+    ),
+    "the task's mask one token late": (
+        "data/tasks.py",
+        "(len(context) - 1, len(context) + len(choice) - 1)",
+        "(len(context), len(context) + len(choice))",
+        ["tests/score/test_score.py::test_task_accuracy_is_that_of_a_really_swapped_model"],
+    ),
+    "uptraining reads BLD's data again": (
+        "uptrain/phases.py",
+        "self.offset = 0 if settings.seed else -(-recipe.library.tokens // self.tokens)",
+        "self.offset = 0",
+        ["tests/uptrain/test_phases.py::test_fresh_text_comes_first_what_bld_has_read_comes_last"],
+    ),
+    "the best KL is forgotten": (
+        "uptrain/trainer.py",
+        "self.best_kl = math.inf if notes.best_kl is None else notes.best_kl",
+        "self.best_kl = math.inf",
+        ["tests/uptrain/test_trainer.py::test_what_a_trainer_has_counted_survives_an_interruption"],
+    ),
+    "no smaller rate for small losses": (
+        "library/bld.py",
+        "return min(1.0, math.sqrt(self.history[0].validation / FULL_RATE_NMSE))",
+        "return 1.0",
+        [
+            "tests/library/test_library.py::test_the_learning_rate_falls_with_the_root_of_a_small_first_loss"
+        ],
+    ),
+    "calibration on validation text": (
+        "library/training.py",
+        'run.corpus["train"].batch(0, settings.cal',
+        'run.corpus["validation"].batch(0, settings.cal',
+        ["tests/data/test_splits.py"],
+    ),
+    "a sweep compares with the parent at the first batch": (
+        "search/stage.py",
+        "return max((tables[name] for name in swept), "
+        "key=lambda t: t.tokens / t.predict(parent).total_s)",
+        "return next(tables[name] for name in swept)",
+        [
+            "tests/search/test_search.py::test_the_best_batch_size_wins_and_is_compared_with_the_parent_at_its_best"
+        ],
+    ),
+    "dominated points stay": (
+        "search/frontier.py",
+        "if not kept or point.objective < kept[-1].objective:",
+        "if True:",
+        [
+            "tests/search/test_search.py::test_a_point_that_another_one_beats_in_both_is_left_out",
+            "tests/search/test_search.py::test_the_frontier_never_gets_better_with_more_throughput",
+        ],
+    ),
+    "greedy in reverse": (
+        "search/baselines.py",
+        'np.argsort(means, kind="stable")',
+        'np.argsort(means, kind="stable")[::-1]',
+        ["tests/search/test_baselines.py"],
+    ),
+    "greedy without leftovers": (
+        "search/baselines.py",
+        "remainder = budget - program.resources[:, best]",
+        "remainder = 0 * budget",
+        ["tests/search/test_baselines.py"],
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change: a module, the new text, where and what, and the tests that should notice."""
+
+    module: str
+    text: str
+    what: str
+    tests: list[str]
+
+    @property
+    def key(self) -> str:
+        """The same as long as the mutant and its tests are."""
+        paths = [ROOT / test.split("::")[0] for test in self.tests]
+        tests = [artifacts.file_fingerprint(path) for path in paths]
+        return artifacts.fingerprint([self.module, self.text, tests])
+
+
+COMPARISONS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.MatMult: ast.Add,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+}
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node of the syntax tree."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        yield ast.Compare(
+            node.left, [COMPARISONS[type(node.ops[0])](), *node.ops[1:]], node.comparators
+        )
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.IfExp):
+        yield ast.IfExp(node.test, node.orelse, node.body)
+    elif isinstance(node, ast.If):
+        yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
+    elif isinstance(node, ast.Return) and node.value is not None:
+        yield ast.Return(ast.Constant(None))
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return ast.copy_location(self.new, node) if node is self.old else self.generic_visit(node)
+
+
+def _left_alone(tree: ast.AST) -> set[int]:
+    """Nodes of annotations, of raised errors and of texts, by their ids."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(tree):
+        parts += [getattr(node, name, None) for name in ("annotation", "returns")]
+        parts += [node] if isinstance(node, ast.Raise | ast.JoinedStr) else []
+    return {id(inner) for part in parts if part is not None for inner in ast.walk(part)}
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    """Every mutant of a module; annotations and messages are left alone."""
+    source = (PACKAGE / module).read_text(encoding="utf-8")
+    found = []
+    for index, first in enumerate(ast.walk(ast.parse(source))):
+        for number in range(len(list(changes(first)))):
+            tree = ast.parse(source)
+            node = list(ast.walk(tree))[index]
+            if id(node) in _left_alone(tree):
+                continue
+            new = list(changes(node))[number]
+            before = ast.unparse(node).splitlines()[0]
+            after = ast.unparse(ast.fix_missing_locations(new)).splitlines()[0]
+            changed = ast.unparse(ast.fix_missing_locations(_Replace(node, new).visit(tree)))
+            what = f"line {first.lineno}: {before} -> {after}"
+            found.append(Mutant(module, changed, what, TESTS[module]))
+    return found
+
+
+def named() -> list[Mutant]:
+    """The changes that a review found unnoticed. Raises where the code they change has gone."""
+    found = []
+    for what, (module, old, new, tests) in NAMED.items():
+        text = (PACKAGE / module).read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise SystemExit(f"mutant {what!r}: {module} has {text.count(old)} times {old!r}")
+        found.append(Mutant(module, text.replace(old, new), what, tests))
+    return found
+
+
+def fails(mutant: Mutant | None, tests: list[str]) -> str | None:
+    """The first of the tests that fails on a copy of the package, changed or not; None if none."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(PACKAGE, source / "puzzle", ignore=shutil.ignore_patterns("__pycache__"))
+        if mutant is not None:
+            (source / "puzzle" / mutant.module).write_text(mutant.text, encoding="utf-8")
+        environment = {
+            "PYTHONPATH": str(source),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        inherited = {k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"}
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *tests],
+                cwd=ROOT,
+                env=inherited | environment,
+                capture_output=True,
+                text=True,
+                timeout=MOST_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return TIME_IS_UP
+    if not ended.returncode:
+        return None
+    lines = [line.split(" ", 1) for line in ended.stdout.splitlines()]
+    failed = [line[1] for line in lines if line[0] in ("FAILED", "ERROR") and len(line) == 2]
+    return failed[0].split(" - ")[0] if failed else "the tests cannot be collected"
+
+
+@functools.cache
+def passes_unchanged(test: str) -> bool:
+    """Whether a test passes on the package as it is: only then it can tell a mutant."""
+    return fails(None, [test]) is None
+
+
+def run(mutant: Mutant) -> dict[str, JsonValue]:
+    """Run a mutant's tests: whether it was killed, and by which. Raises `SystemExit` for a test
+    that fails without any mutant.
+    """
+    began = time.monotonic()
+    by = fails(mutant, mutant.tests)
+    if by is not None and "::" in by and not passes_unchanged(by):
+        raise SystemExit(f"{by} fails on the package as it is; mend that first")
+    return {
+        "key": mutant.key,
+        "module": mutant.module,
+        "what": mutant.what,
+        "killed": by is not None,
+        "by": by or "",
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def tally(rows: list[dict[str, JsonValue]]) -> None:
+    """For the table of `make test-faults`."""
+    path = os.environ.get("PUZZLE_FAULTS_TALLY")
+    if path:
+        killed = sum(bool(row["killed"]) for row in rows)
+        line = {"kind": "mutant of our code", "tried": len(rows), "survived": killed}
+        with Path(path).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Print a line for every survivor, and how many were killed by module."""
+    options = common.parser(__doc__, quick="two mutants of one module")
+    options.add_argument("--sample", type=int, default=100, help="how many mutants")
+    options.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin none after these"
+    )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--named", action="store_true", help="those of the review instead")
+    options.add_argument("--module", help="only of this one, such as search/mip.py")
+    args = common.start(options)
+    modules = ["data/packing.py"] if args.quick else [args.module] if args.module else list(TESTS)
+    if args.named:
+        chosen = named()
+    else:
+        pool = [mutant for module in modules for mutant in mutants_of(module)]
+        draw = random.Random(args.seed)
+        chosen = draw.sample(pool, min(2 if args.quick else args.sample, len(pool)))
+        print(f"{len(chosen)} of {len(pool)} mutants")
+    RECORDS.parent.mkdir(parents=True, exist_ok=True)
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    known = {row["key"]: row for row in map(json.loads, lines)}
+    began, rows = time.monotonic(), []
+    for mutant in chosen:
+        row = known.get(mutant.key)
+        if row is None:
+            if time.monotonic() - began > args.seconds:
+                break
+            row = run(mutant)
+            artifacts.append_line(RECORDS, row)
+        rows.append(row)
+        if not row["killed"] or args.named:
+            state = f"killed by {row['by']}" if row["killed"] else "SURVIVED"
+            print(f"{state}: {row['module']}: {row['what']}", flush=True)
+    common.print_header("module", "mutants", "killed")
+    for module in sorted({str(row["module"]) for row in rows}):
+        of_module = [row for row in rows if row["module"] == module]
+        common.print_row(module, len(of_module), sum(bool(row["killed"]) for row in of_module))
+    killed = sum(bool(row["killed"]) for row in rows)
+    print(f"killed {killed} of {len(rows)}: {killed / max(len(rows), 1):.0%}")
+    tally(rows)
+    common.print_json(args, rows)
+
+
+if __name__ == "__main__":
+    main()
