@@ -51,6 +51,10 @@ def content(folder):
     return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in paths}
 
 
+def began(folder, *_):
+    raise AssertionError(f"work has begun in {folder}")
+
+
 def answer(arguments, monkeypatch, capsys):
     """(exit code, standard output, standard error) of a command, in this process."""
     monkeypatch.setattr("sys.argv", ["puzzle", *arguments])
@@ -81,6 +85,8 @@ def test_a_wrong_input_is_one_line(case, here, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     before = content(here)
+    if case.stays:  # what is not refused would be done, for hours perhaps
+        monkeypatch.setattr(pipeline.artifacts, "begin", began)
     code, out, err = answer(case.arguments, monkeypatch, capsys)
     *progress, line = err.splitlines()
     pattern = re.escape(f"puzzle: {case.message}").replace("…", ".+")
