@@ -245,7 +245,7 @@ def test_a_recipe_can_list_several_children(finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["child", "--name", "../x", "--throughput", "2x"], "children"),
+        (["child", "--name", "../x", "--throughput", "2x"], "child '../x': expected a name of"),
         (["child", "--name", "a", "--throughput", "fast"], "search.throughput: got 'fast'"),
         (["child", "--name", "a", "--place", "moon"], "no place 'moon'; expected one of here"),
         (["child", "--name", "a", "--set", "library.tokens=1"], "'library' is no setting of"),

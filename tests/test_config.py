@@ -62,7 +62,7 @@ def test_a_wrong_value_says_what_it_got():
 
 
 def test_a_source_is_exactly_one_thing():
-    with pytest.raises(UserError, match="exactly one of stdlib, path, dataset"):
+    with pytest.raises(UserError, match="exactly one of stdlib, parent, path, dataset"):
         config.parse({"corpus": {"sources": [{"path": "a", "dataset": "b"}]}})
 
 

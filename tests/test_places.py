@@ -222,6 +222,27 @@ def test_a_process_may_hold_a_folder_twice(tmp_path):
     assert not locks.lock_path(folder).exists()
 
 
+WRITE_OFTEN = """
+import sys
+from pathlib import Path
+from puzzle.progress import Progress
+from puzzle.run import Run
+run = Run.open(Path(sys.argv[1]), Progress(quiet=True))
+for _ in range(40):
+    run.write()
+"""
+
+
+def test_two_processes_may_write_one_runs_settings(tiny_run):
+    tiny_run.write()
+    command = [sys.executable, "-c", WRITE_OFTEN, str(tiny_run.folder)]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
+    assert Run.open(tiny_run.folder, Progress(quiet=True)).recipe == tiny_run.recipe
+    assert not list(tiny_run.folder.rglob(".*"))
+
+
 def test_two_children_made_at_once_end_well(run_copy):
     """Two terminals; the folders they share are done, and each has a child of its own."""
     processes = [

@@ -78,7 +78,7 @@ class Record(BaseModel):
 def _reason(error: Exception, kind: str) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "value"
+        key = ".".join(str(part) for part in first["loc"])[:200] or "value"
         return f"{key}: got {first['input']!r:.80}; {first['msg']}; expected a {kind}"
     return f"not JSON ({error}); expected a {kind}"
 

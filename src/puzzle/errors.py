@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 our bug, 2 `UserError`, 3 `Infeasible`.
 """
 
+LONGEST = 4000  # of a message, in characters
+
 
 def reason(error: BaseException) -> str:
     """What an exception of another library says, in one line of at most 200 characters."""
@@ -15,9 +17,17 @@ def reason(error: BaseException) -> str:
 
 
 class UserError(ValueError):
-    """The user's input is wrong. The message is one line: what, got, expected, how to mend."""
+    """The user's input is wrong. The message is one line: what, got, expected, how to mend.
+
+    Names in a stranger's file can be of any length: of a very long message the middle is left out.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        half = LONGEST // 2
+        is_long = len(message) > LONGEST
+        super().__init__(f"{message[:half]} ... {message[-half:]}" if is_long else message)
 
 
 class Infeasible(UserError):

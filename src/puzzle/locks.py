@@ -92,7 +92,7 @@ def hold_device(device: str, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> Iterator[None]:
-    this, told = Holder.this_process(), False
+    this, told, pause_s = Holder.this_process(), False, 0.02
     while not _take(path, this):
         holder = _read_holder(path)
         if holder == this:
@@ -102,10 +102,11 @@ def _held(path: Path, what: str, *, wait: bool, say: Callable[[str], None]) -> I
             raise UserError(
                 f"{what} by {holder}; wait for it with --wait, or stop it (lock: {path})"
             )
-        if holder is not None and not told:
+        if holder is not None and not told and pause_s >= LOOK_EVERY_S:
             say(f"  {what} by {holder}: waiting")
             told = True
-        time.sleep(LOOK_EVERY_S if holder is not None else 0.01)  # None: it was just given back
+        time.sleep(pause_s if holder is not None else 0.01)  # None: it was just given back
+        pause_s = min(2 * pause_s, LOOK_EVERY_S)
     ended = threading.Event()
     toucher = threading.Thread(target=_keep_touching, args=(path, this, ended), daemon=True)
     toucher.start()
@@ -150,14 +151,16 @@ def _remove(path: Path, dead: Holder) -> None:
 
 def _read_holder(path: Path) -> Holder | None:
     """Who holds a lock; None where nobody does. Raises `UserError` for a file that is no lock."""
-    try:
-        return Holder.read(path)
-    except UserError:
-        if not path.exists():  # it was given back meanwhile
-            return None
-        raise UserError(
-            f"lock {path}: names no holder; remove it if no other puzzle command is running"
-        ) from None
+    for _ in range(5):  # it may be given back, and taken by another, while it is read
+        try:
+            return Holder.read(path)
+        except UserError:
+            if not path.exists():
+                return None
+            time.sleep(0.01)
+    raise UserError(
+        f"lock {path}: names no holder; remove it if no other puzzle command is running"
+    )
 
 
 def _is_dead(holder: Holder, path: Path, now_s: float) -> bool:

@@ -29,7 +29,12 @@ from puzzle.uptrain import UPTRAIN
 STAGES = (LIBRARY, SCORE, COST, SEARCH, ASSEMBLE, UPTRAIN, EVALUATE, REPORT)
 
 
-BEFORE_RUN_YAML = ("parent", "logs")  # what a run's folder holds first
+BEFORE_RUN_YAML = (
+    "parent",
+    "logs",
+    "checksums.jsonl",
+    "datasets.json",
+)  # what a run's folder holds first
 
 
 def execute(run: Run) -> None:

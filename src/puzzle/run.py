@@ -12,13 +12,14 @@
 Expensive things are made once, when first asked for; what needs torch is imported then.
 """
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puzzle import artifacts, config, settings
+from puzzle import artifacts, config, locks, settings
 from puzzle.artifacts import Inputs, Record
 from puzzle.config import ChildConfig, CorpusConfig, PlaceConfig, Recipe
 from puzzle.errors import UserError
@@ -88,24 +89,31 @@ class Run:
         """Write the recipe, the parent's description, places and children into the directory."""
         from puzzle.model import parent
 
-        parent.write_description(self.parent, self.folder / "parent")
-        artifacts.write_text(self.folder / "run.yaml", settings.to_yaml(self.recipe))
-        for name, place in self.recipe.all_places().items():
-            self.write_place(name, place)
-        for name, child in self.recipe.all_children().items():
-            self.write_child(name, child)
+        with self._writing():
+            parent.write_description(self.parent, self.folder / "parent")
+            artifacts.write_text(self.folder / "run.yaml", settings.to_yaml(self.recipe))
+            for name, place in self.recipe.all_places().items():
+                self.write_place(name, place)
+            for name, child in self.recipe.all_children().items():
+                self.write_child(name, child)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """Held while settings are written, which takes moments: another process waits."""
+        return locks.hold(self.folder / "run.yaml", wait=True, say=self.progress.say)
 
     # ------------------------------------------------------------------------- places and children
 
     def write_place(self, name: str, place: PlaceConfig) -> None:
         """Write `places/<name>/place.yaml`."""
         path = self.folder / "places" / name / "place.yaml"
-        artifacts.write_text(path, settings.to_yaml(place))
+        with self._writing():
+            artifacts.write_text(path, settings.to_yaml(place))
 
     def write_child(self, name: str, child: ChildConfig) -> None:
         """Write `children/<name>/child.yaml`."""
         path = self.folder / "children" / name / "child.yaml"
-        artifacts.write_text(path, settings.to_yaml(child))
+        with self._writing():
+            artifacts.write_text(path, settings.to_yaml(child))
 
     def place_config(self, name: str) -> PlaceConfig:
         """The settings of a place of this run. Raises `UserError` for an unknown one."""

@@ -77,8 +77,13 @@ def _assignment_of(values: object, error: ValidationError, assignments: Sequence
     for assignment in reversed(assignments):
         key = assignment.partition("=")[0].strip()
         if f"{wrong}.".startswith(f"{key}.") or f"{key}.".startswith(f"{wrong}."):
-            return f"--set {assignment!r}"
-    return " ".join(f"--set {assignment!r}" for assignment in assignments)
+            return _named(assignment)
+    return " ".join(map(_named, assignments))
+
+
+def _named(assignment: str) -> str:
+    text = repr(assignment)
+    return f"--set {text}" if len(text) <= 200 else f"--set {text[:197]}..."
 
 
 def _key_of(values: object, error: ErrorDetails) -> str:
@@ -322,7 +327,7 @@ def override(values: Mapping[str, JsonValue], assignments: Sequence[str]) -> dic
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise UserError(
-                f"--set {assignment!r}: expected KEY=VALUE, for example --set search.throughput=2x"
+                f"{_named(assignment)}: expected KEY=VALUE, for example --set search.throughput=2x"
             )
         section = changed
         *parents, last = key.strip().split(".")
@@ -334,5 +339,5 @@ def override(values: Mapping[str, JsonValue], assignments: Sequence[str]) -> dic
         try:
             section[last] = parse_yaml(text)
         except ValueError as error:
-            raise UserError(f"--set {assignment!r}: {error}") from None
+            raise UserError(f"{_named(assignment)}: {error}") from None
     return changed

@@ -388,11 +388,11 @@ CASES = [
     ),
     setting(
         "corpus.sources=[{weight: 2}]",
-        "--set 'corpus.sources=[{weight: 2}]': corpus.sources.0: got none of them; a source is exactly one of stdlib, path, dataset",
+        "--set 'corpus.sources=[{weight: 2}]': corpus.sources.0: got none of them; a source is exactly one of stdlib, parent, path, dataset",
     ),
     setting(
         "corpus.sources=[{path: a, dataset: b}]",
-        "--set 'corpus.sources=[{path: a, dataset: b}]': corpus.sources.0: got path and dataset; a source is exactly one of stdlib, path, dataset",
+        "--set 'corpus.sources=[{path: a, dataset: b}]': corpus.sources.0: got path and dataset; a source is exactly one of stdlib, parent, path, dataset",
     ),
     setting(
         "corpus.sources=[{path: text, weight: 0}]",

@@ -131,7 +131,7 @@ CASES = [
     Case(
         "a manifest that is damaged",
         ["status", "run"],
-        "run/library/manifest.json: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); expected a Manifest",
+        "run/library/manifest.json: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); expected a Manifest; remove it to make library/ again",
         {"run/library/manifest.json": "{"},
     ),
     Case(

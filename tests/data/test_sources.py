@@ -63,7 +63,7 @@ def test_chats_without_a_template_are_a_user_error(tmp_path):
     [
         ("a.jsonl", "{", "line 1: not JSON"),
         ("a.jsonl", "[1]", "expected a JSON object"),
-        ("a.jsonl", '{"body": "x"}', r"got columns \['body'\]"),
+        ("a.jsonl", '{"body": "x"}', "got columns 'body'"),
         ("a.parquet", "x", "not a readable Parquet"),
     ],
 )

@@ -69,3 +69,16 @@ def test_an_unknown_task_says_what_is_expected(tiny, monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="expected held-out, a JSON Lines file"):
         load("arc_quiz", tiny)
+
+
+@pytest.mark.slow  # lm-eval's index of tasks takes ten seconds
+def test_a_task_is_checked_before_anything_is_spent(tmp_path):
+    pytest.importorskip("lm_eval")
+    tasks.check("arc_easy")
+    with pytest.raises(
+        UserError, match="got 'arc_eazy'; expected held-out, .* which has .*arc_easy"
+    ):
+        tasks.check("arc_eazy")
+    (tmp_path / "quiz.yaml").write_text("dataset_path: json\n")
+    with pytest.raises(UserError, match="quiz.yaml: names no task; expected a task's file"):
+        tasks.check(str(tmp_path / "quiz.yaml"))

@@ -57,7 +57,7 @@ def test_the_fingerprint_follows_the_weights(tmp_path, tiny):
     ("config", "message"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: "),
-        ({}, "'none' is not supported"),
+        ({}, "config.json: no model_type; expected that of a Hugging Face model"),
     ],
 )
 def test_a_parent_we_cannot_take_is_one_clear_line(tmp_path, config, message):

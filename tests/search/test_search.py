@@ -295,20 +295,20 @@ def test_exactly_the_given_child_is_made(copied_run):
     [
         (
             lambda blocks: blocks[:-1],
-            "search.architecture: got 3 layers, expected the parent's 4",
+            "search.architecture: got 3 blocks, expected 4: one for each layer of the parent",
         ),
         (
             lambda blocks: [*blocks, blocks[-1]],
-            "search.architecture: got 5 layers, expected the parent's 4",
+            "search.architecture: got 5 blocks, expected 4: one for each layer of the parent",
         ),
         (
             lambda blocks: [blocks[0], "gqa_2+gated_95", *blocks[2:]],
-            "search.architecture: layer 1: got 'gqa_2+gated_95', which has no score; expected one "
-            "of gqa_2+gated_96, ",
+            "search.architecture: layer 1: got 'gqa_2+gated_95', which is not in the search "
+            "space; expected one of its ",
         ),
         (
             lambda blocks: [*blocks[:-1], "narrow"],
-            "block 'narrow': expected <attention>+<ffn>",
+            "search.architecture: block 'narrow': expected <attention>+<ffn>",
         ),
     ],
 )

@@ -25,6 +25,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,15 +176,21 @@ def check(task: str) -> None:
     elif path.suffix in YAML_SUFFIXES:
         _name_in_file(path)
     else:
-        from lm_eval.tasks import TaskManager
-
-        names = TaskManager().all_tasks
+        names = _lm_eval_names()
         if task not in names:
             close = ", ".join(difflib.get_close_matches(task, names, n=3)) or "no name like it"
             raise UserError(
                 f"score.task: got {task!r}; expected {HELD_OUT}, a JSON Lines file, or a task of "
                 f"lm-eval, which has {close}"
             )
+
+
+@cache
+def _lm_eval_names() -> list[str]:
+    """The tasks of lm-eval, whose index takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return sorted(TaskManager().all_tasks)
 
 
 def _name_in_file(path: Path) -> str:

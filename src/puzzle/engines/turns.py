@@ -26,7 +26,7 @@ from puzzle.engines import (
     overhead_bytes,
 )
 from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
-from puzzle.model.weight_files import weight_files
+from puzzle.model.weight_files import stored_bytes
 
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
@@ -53,9 +53,7 @@ class Served:
     @property
     def memory_bytes(self) -> int:
         """What serving it takes of each device, about."""
-        has_weights = any(self.folder.glob("*.safetensors"))  # or the engine makes them
-        files = weight_files(self.folder) if has_weights else []
-        weights = sum(path.stat().st_size for path in files)
+        weights = stored_bytes(self.folder)
         shared = (weights + self.kv_cache_bytes) // self.scenario.tensor_parallel
         return shared + overhead_bytes()
 

@@ -108,6 +108,14 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def stored_bytes(folder: Path) -> int:
+    """What the weights of a checkpoint take on disk; 0 where it has none."""
+    try:
+        return sum(path.stat().st_size for path in weight_files(folder))
+    except UserError:
+        return 0
+
+
 def read_index(folder: Path) -> dict[str, str] | None:
     """The file of every tensor, by the checkpoint's index; None where it has none.
 

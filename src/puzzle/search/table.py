@@ -64,7 +64,7 @@ def _figure(variant: Record, key: str, place: str) -> float:
     """The number under a dotted key; `place` begins the message of the `UserError`."""
     value = _nested(variant, key)
     if value is None:
-        known = ", ".join(itertools.islice(_keys(variant), 20))
+        known = ", ".join(f"{known:.80}" for known in itertools.islice(_keys(variant), 20))
         hint = f"expected one of: {known}" if known else "it has no figures"
         raise UserError(f"{place}: has no {key!r}; {hint}")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
