@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from puzzle.evaluate import context
-from puzzle.evaluate.bootstrap import UnitSums
-from puzzle.evaluate.context import Buckets
+from puzzle.evaluate.bootstrap import Buckets, UnitSums
 from puzzle.evaluate.results import PositionCurve
 from puzzle.model import child
 from puzzle.uptrain import UPTRAIN

@@ -49,6 +49,30 @@ class UnitSums(Record):
         return bootstrap(columns, lambda sums: (sums[0] - sums[1]) / sums[2])
 
 
+class Buckets(Record):
+    """What one model has shown by position; every sequence is a unit, in each bucket."""
+
+    ends: list[int]  # a bucket holds the positions from the end of the one before it
+    sums: list[UnitSums]
+
+    def mean(self, metric: str) -> list[Interval]:
+        """Per token, of each bucket."""
+        return [sums.mean(metric) for sums in self.sums]
+
+    def growth(self, metric: str = "kl") -> Interval | None:
+        """The last bucket's mean over the first's; None where there is nothing to compare."""
+        first, last = self.sums[0], self.sums[-1]
+        if len(self.sums) < 2 or sum(first.metrics[metric]) <= 0:
+            return None
+        columns: list[list[float] | list[int]] = [
+            last.metrics[metric],
+            last.tokens,
+            first.metrics[metric],
+            first.tokens,
+        ]
+        return bootstrap(columns, lambda s: (s[0] / s[1]) / (s[2] / s[3]).clip(1e-12))
+
+
 def bootstrap(columns: Sequence[Sequence[float]], figure: Callable[[Vector], Vector]) -> Interval:
     """A figure of the sums of columns [U], with its interval over resampled units."""
     values = np.array(columns, dtype=float)

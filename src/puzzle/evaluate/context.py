@@ -11,10 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from puzzle.artifacts import Record
 from puzzle.data.sequences import Sequences
-from puzzle.engines.intervals import Interval
-from puzzle.evaluate.bootstrap import UnitSums, bootstrap
+from puzzle.evaluate.bootstrap import Buckets, UnitSums
 from puzzle.evaluate.quality import Text, group_sums
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
@@ -23,30 +21,6 @@ from puzzle.training.losses import METRICS
 FIRST_BUCKET = 64  # positions; each further bucket ends at twice the position
 MOST_CONTEXT = 32_768  # tokens, where the recipe does not say how many
 LEAST_SEQUENCES = 8  # as long as the context, where the recipe does not say how long
-
-
-class Buckets(Record):
-    """What one model has shown by position; every sequence is a unit, in each bucket."""
-
-    ends: list[int]  # a bucket holds the positions from the end of the one before it
-    sums: list[UnitSums]
-
-    def mean(self, metric: str) -> list[Interval]:
-        """Per token, of each bucket."""
-        return [sums.mean(metric) for sums in self.sums]
-
-    def growth(self, metric: str = "kl") -> Interval | None:
-        """The last bucket's mean over the first's; None where there is nothing to compare."""
-        first, last = self.sums[0], self.sums[-1]
-        if len(self.sums) < 2 or sum(first.metrics[metric]) <= 0:
-            return None
-        columns: list[list[float] | list[int]] = [
-            last.metrics[metric],
-            last.tokens,
-            first.metrics[metric],
-            first.tokens,
-        ]
-        return bootstrap(columns, lambda s: (s[0] / s[1]) / (s[2] / s[3]).clip(1e-12))
 
 
 def length(run: Run, asked: int | None) -> int:

@@ -16,8 +16,7 @@ from puzzle.cost.table import CostHeader
 from puzzle.engines.intervals import Interval
 from puzzle.engines.turns import Measurement
 from puzzle.evaluate import EVALUATE
-from puzzle.evaluate.bootstrap import UnitSums
-from puzzle.evaluate.context import Buckets
+from puzzle.evaluate.bootstrap import Buckets, UnitSums
 from puzzle.model.architecture import Architecture
 from puzzle.search.answers import Figures
 from puzzle.search.promise import Verdict
