@@ -3,7 +3,7 @@
 import pytest
 from conftest import NEEDS_VLLM, make_parent, tiny_recipe
 
-from puzzle import config
+from puzzle import artifacts, config
 from puzzle.data import written
 from puzzle.errors import UserError
 from puzzle.progress import Progress
@@ -39,10 +39,9 @@ def shards(run) -> dict[str, bytes]:
 def test_the_parent_writes_its_share_and_the_corpus_reads_it(recipe, tmp_path):
     run = run_of(recipe, tmp_path / "run")
     sides = run.corpus
+    paths = sorted((run.folder / "written").glob("*.jsonl"))
     documents = [
-        written.WrittenDocument.model_validate_json(line)
-        for data in shards(run).values()
-        for line in data.splitlines()
+        one for path in paths for one in artifacts.read_records(path, written.WrittenDocument)
     ]
     assert sum(one.tokens for one in documents) >= 2500  # half of it
     assert all(one.tokens <= 25 for one in documents)
@@ -77,8 +76,8 @@ def test_prompts_are_taken_in_turn(recipe, tmp_path):
     recipe["corpus"]["sources"][0] |= {"prompts": str(tmp_path / "prompts.txt")}
     run = run_of(recipe, tmp_path / "run")
     _ = run.corpus
-    lines = shards(run)["00000.jsonl"].splitlines()
-    texts = [written.WrittenDocument.model_validate_json(line).text for line in lines]
+    path = run.folder / "written" / "00000.jsonl"
+    texts = [one.text for one in artifacts.read_records(path, written.WrittenDocument)]
     assert all(text.startswith(("def add(", "for number")[i % 2]) for i, text in enumerate(texts))
     assert len(set(texts)) > 4
 
