@@ -288,7 +288,7 @@ def main() -> None:
             raise
         what = f"{error.filename}: " if error.filename is not None else ""
         _stop(f"{what}{error.strerror}; {OF_THE_MACHINE[error.errno]}")
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _stop(message: str, exit_code: int = UserError.exit_code) -> NoReturn:
