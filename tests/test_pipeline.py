@@ -284,6 +284,7 @@ def test_status_and_help_need_no_torch(finished_run):
     assert {row["stage"] for row in rows} == {stage.name for stage in pipeline.STAGES}
 
 
+@pytest.mark.slow
 def test_sigkill_at_spread_moments_and_the_same_command_again_give_bit_identical_weights(
     tiny_folder, text_folder, tmp_path, finished_run
 ):

@@ -44,7 +44,7 @@ def test_another_seed_gives_the_same_rows_in_another_order(finished_run):
 
 def test_fresh_text_comes_first_what_bld_has_read_comes_last(finished_run):
     job = finished_run.child_job("main")
-    ((tokens_BS, share),) = Batches(job, phases(job)).micro(0)
+    ((tokens_BS, share),) = Batches(job, phases(job), 8).micro(0)
     data, settings = finished_run.corpus["train"], finished_run.recipe.library
     assert share == 1.0
     steps = settings.tokens // (settings.batch_sequences * 32)

@@ -22,6 +22,7 @@ from puzzle.evaluate import results
 from puzzle.training import schedules
 from puzzle.training.losses import METRICS
 from puzzle.uptrain import UPTRAIN, gkd, trainer
+from puzzle.uptrain.memory import choose
 
 pytestmark = pytest.mark.training
 
@@ -84,13 +85,13 @@ def test_what_a_trainer_has_counted_survives_an_interruption(finished_run, tmp_p
     folder = tmp_path / "uptrained"
 
     def made():
-        return trainer.Trainer(
-            job, folder, gkd.Pair(load(job, ASSEMBLE), job.run.parent_model, job.child.uptrain)
-        )
+        pair = gkd.Pair(load(job, ASSEMBLE), job.run.parent_model, job.child.uptrain)
+        return trainer.Trainer(job, folder, pair, choose(job))
 
     before = made()
     before.best_kl, before.stale, before.skipped = 0.125, 3, 2
     before._save(4)
+    before.snapshots.wait()
     after = made()
     assert after._restore() == 4
     assert (after.best_kl, after.stale, after.skipped) == (0.125, 3, 2)

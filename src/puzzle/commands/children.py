@@ -214,9 +214,9 @@ def _with_solution(
                 "points of its frontier, from 0"
             )
         blocks = listed[number]
-    dropped = config.TARGETS if of is None else (*config.TARGETS, *config.CONSTRAINTS)
-    kept = {name: None for name in dropped if name not in asked}
-    exact = wish.search.model_copy(update={"architecture": blocks} | kept)
+    inherited = () if of is None else (name for name in config.CONSTRAINTS if name not in asked)
+    dropped = dict.fromkeys((*config.TARGETS, *inherited))
+    exact = wish.search.model_copy(update={"architecture": blocks} | dropped)
     return wish.model_copy(update={"search": exact})
 
 

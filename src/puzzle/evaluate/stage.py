@@ -11,7 +11,6 @@ Reads: `child/`, `uptrained/`, the test side of the corpus, the search's answer,
 `results.json`, `<model>.quality.json` (`results.py`), `lm_eval/`.
 """
 
-import gc
 from pathlib import Path
 
 from puzzle import artifacts
@@ -81,8 +80,6 @@ def _judge(job: Job, folder: Path, name: Model) -> None:
         run.progress.say(f"  lm-eval: {task.task}, {name}")
         results = harness.evaluate(run, model, task, settings.batch_sequences)
         artifacts.write_json(harness.result_path(folder, task, name), results)
-    del model
-    gc.collect()  # one model beside the parent at a time
 
 
 def _load(job: Job, name: Model) -> PuzzleForCausalLM:
