@@ -9,9 +9,9 @@ import re
 import shutil
 from pathlib import Path
 
+import directories
 import parents
 import pytest
-import runs
 import tables
 import texts
 from conftest import DEVICE_SHEET, make_parent, make_text, tiny_recipe
@@ -22,7 +22,7 @@ from puzzle import cli, config, pipeline
 from puzzle.progress import Progress
 from puzzle.run import Run
 
-TABLE = [*recipes.CASES, *parents.CASES, *texts.CASES, *tables.CASES, *runs.CASES]
+TABLE = [*recipes.CASES, *parents.CASES, *texts.CASES, *tables.CASES, *directories.CASES]
 
 
 @pytest.fixture(scope="module")
