@@ -7,7 +7,8 @@ import yaml
 from puzzle import config, settings
 from puzzle.errors import UserError
 
-RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(settings.__file__).parent / "recipes").glob("*.yaml"))
+assert RECIPES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
