@@ -60,11 +60,7 @@ class Record(BaseModel):
     @classmethod
     def parse(cls, text: str, place: str) -> Self:
         """A record from JSON text. `place` names it in the `UserError` of a text that is none."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: {_reason(error, cls.__name__)}") from None
-        return cls.validated(value, place)
+        return cls.validated(_json_value(text, place, cls.__name__), place)
 
     @classmethod
     def validated(cls, value: JsonValue, place: str) -> Self:
@@ -73,6 +69,14 @@ class Record(BaseModel):
             return cls.model_validate(value, strict=False)
         except ValueError as error:
             raise UserError(f"{place}: {_reason(error, cls.__name__)}") from None
+
+
+def _json_value(text: str, place: str, kind: str) -> JsonValue:
+    try:
+        value: JsonValue = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {_reason(error, kind)}") from None
+    return value
 
 
 def _reason(error: Exception, kind: str) -> str:
@@ -201,10 +205,7 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
 
 def _parse(line: str, place: str, kind: type[R]) -> R:
     """A record from a line. A line without a checksum, made by other means, is as good."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {_reason(error, kind.__name__)}") from None
+    value = _json_value(line, place, kind.__name__)
     if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != fingerprint(value):
         raise UserError(f"{place}: is damaged, its checksum differs; restore or remove the file")
     return kind.validated(value, place)

@@ -158,6 +158,6 @@ def test_a_task_that_is_not_there_is_named_before_anything_is_spent(task, messag
 
 def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'puzzle\[eval\]'"):
+    with pytest.raises(UserError, match="not installed; pip install lm-eval$"):
         harness.check([HarnessTask(task="arc_easy")])
     harness.check([])

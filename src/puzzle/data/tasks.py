@@ -174,7 +174,7 @@ def check(task: str) -> None:
     elif not find_spec("lm_eval"):
         raise _not_installed(task)
     elif path.suffix in YAML_SUFFIXES:
-        _name_in_file(path)
+        name_in_file(path)
     else:
         names = _lm_eval_names()
         if task not in names:
@@ -193,11 +193,14 @@ def _lm_eval_names() -> list[str]:
     return sorted(TaskManager().all_tasks)
 
 
-def _name_in_file(path: Path) -> str:
-    """The name of the lm-eval task that a YAML file defines. Raises `UserError` for none."""
-    name = settings_files.read_yaml(path, "score.task").get("task")
+def name_in_file(path: Path, setting: str = "score.task") -> str:
+    """The name of the lm-eval task that a YAML file defines. Raises `UserError` for none.
+
+    `setting`: the one that names the file.
+    """
+    name = settings_files.read_yaml(path, setting).get("task")
     if not isinstance(name, str):
-        raise UserError(f"score.task {path}: names no task; expected a task's file of lm-eval")
+        raise UserError(f"{setting} {path}: names no task; expected a task's file of lm-eval")
     return name
 
 
@@ -269,7 +272,7 @@ def _lm_eval_questions(task: str, settings: TaskSettings) -> Iterator[TextQuesti
         manager = TaskManager(include_path=str(Path(task).parent) if is_file else None)
         name = task
         if is_file:
-            name = _name_in_file(Path(task))
+            name = name_in_file(Path(task))
         lm_task = get_task_dict([name], manager)[name]
     except Exception as error:
         raise UserError(f"score.task: lm-eval cannot load {task!r}: {reason(error)}") from None

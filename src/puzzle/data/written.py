@@ -1,4 +1,4 @@
-"""Text that the parent itself writes: the corpus source `parent`, for data that nobody has.
+"""Text that the parent writes, where nobody has its training text: the corpus source `parent`.
 
 Documents are sampled from the parent, from given prompts in turn or from the beginning of a text,
 on vLLM where it runs here, otherwise in this process. Document number n has seed n, so it is the
@@ -23,6 +23,7 @@ from puzzle.data.packing import Frame
 from puzzle.data.rows import jsonl_rows
 from puzzle.engines import Sampling, Writer
 from puzzle.errors import UserError
+from puzzle.model.sampling import sample
 
 if TYPE_CHECKING:
     from puzzle.run import Run
@@ -150,22 +151,12 @@ class _InProcess:
     def __init__(self, run: "Run", sampling: Sampling) -> None:
         self.run, self.sampling = run, sampling
 
-    @torch.no_grad()
     def write(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         """New token ids for every prompt; see `Writer`."""
-        device, found = self.run.device, []
+        device, how, found = self.run.device, self.sampling, []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            ids_1S = torch.tensor([prompt], device=device.torch_device)
-            with torch.random.fork_rng(), device.autocast():
-                torch.manual_seed(seed)
-                all_1S: torch.Tensor = self.run.parent_model.generate(  # type: ignore[misc, assignment]
-                    ids_1S,
-                    attention_mask=torch.ones_like(ids_1S),
-                    max_new_tokens=self.sampling.tokens,
-                    do_sample=True,
-                    temperature=self.sampling.temperature,
-                    top_k=0,
-                    pad_token_id=0,
-                )
-            found.append(all_1S[0, len(prompt) :].tolist())
+            prompt_S = torch.tensor(prompt, device=device.torch_device)
+            with device.autocast():
+                model = self.run.parent_model
+                found.append(sample(model, prompt_S, how.tokens, how.temperature, seed))
         return found

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from puzzle import artifacts
 from puzzle.config import HarnessTask
-from puzzle.data.tasks import YAML_SUFFIXES
+from puzzle.data.tasks import YAML_SUFFIXES, name_in_file
 from puzzle.engines.intervals import Interval
 from puzzle.errors import UserError
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
@@ -32,7 +32,7 @@ def check(tasks: list[HarnessTask]) -> None:
     if find_spec("lm_eval") is None:
         raise UserError(
             f"evaluate.tasks: got {tasks[0].task}, but lm-eval is not installed; "
-            "pip install 'puzzle[eval]'"
+            "pip install lm-eval"
         )
     for task in tasks:
         _loaded(task)
@@ -40,7 +40,6 @@ def check(tasks: list[HarnessTask]) -> None:
 
 def _loaded(task: HarnessTask) -> tuple[str, Any]:
     """(the task's name, the harness's task manager that knows it)."""
-    import yaml
     from lm_eval.tasks import TaskManager
 
     path = Path(task.task).expanduser()
@@ -48,10 +47,7 @@ def _loaded(task: HarnessTask) -> tuple[str, Any]:
     if is_file and not path.is_file():
         raise UserError(f"evaluate.tasks: {path}: no such file; expected a task of lm-eval")
     manager = TaskManager(include_path=str(path.parent) if is_file else None)
-    name = task.task
-    if is_file:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        name = values.get("task", "") if isinstance(values, dict) else ""
+    name = name_in_file(path, "evaluate.tasks") if is_file else task.task
     if name not in manager.all_tasks:
         raise UserError(
             f"evaluate.tasks: lm-eval knows no task {name!r}; expected one of `lm_eval ls tasks`, "

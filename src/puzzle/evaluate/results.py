@@ -158,8 +158,11 @@ class Results(Record):
     @property
     def speedup(self) -> float:
         """Of throughput in the main scenario: measured, or else predicted."""
-        if self.speed is not None:
-            return self.speed.speedup.value
+        return self.predicted_speedup if self.speed is None else self.speed.speedup.value
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Of throughput in the main scenario."""
         parent = self.predicted_parent.throughput_tok_per_s
         return self.predicted_child.throughput_tok_per_s / parent
 
@@ -186,7 +189,7 @@ class Results(Record):
         curve, told = self.uptrained.by_position, []
         if curve.loses_context and curve.growth is not None:
             told.append(
-                f"The child loses more where more text stands before a token: its KL is "
+                f"The child loses more quality the longer the context: its KL is "
                 f"{curve.kl[0].value:.3f} nats per token in the first {curve.ends[0]} positions "
                 f"and {curve.kl[-1].value:.3f} in positions {curve.ends[-2]:,} to "
                 f"{curve.ends[-1]:,}, {curve.growth.with_unit('.1f', ' times')} as much."

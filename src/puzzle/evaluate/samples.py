@@ -4,6 +4,7 @@ import torch
 
 from puzzle.artifacts import Record
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.model.sampling import sample
 from puzzle.run import Run
 
 PROMPT_TOKENS = 64  # at most; half of a sequence where that is less
@@ -36,22 +37,11 @@ def originals(run: Run, count: int, tokens: int) -> list[Sample]:
     ]
 
 
-@torch.no_grad()
 def written(run: Run, model: PuzzleForCausalLM, count: int, tokens: int) -> list[str]:
     """How a model goes on, prompt by prompt; each starts from the same seed."""
     texts = []
     for prompt_S in prompts(run, count).to(run.device.torch_device):
-        with torch.random.fork_rng(), run.device.autocast():
-            torch.manual_seed(SEED)
-            ids_1S: torch.Tensor = model.generate(  # type: ignore[misc, assignment]
-                prompt_S[None],
-                attention_mask=torch.ones_like(prompt_S)[None],
-                max_new_tokens=tokens,
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=0,
-                pad_token_id=0,
-            )
-        new = ids_1S[0, len(prompt_S) :]
+        with run.device.autocast():
+            new = sample(model, prompt_S, tokens, TEMPERATURE, SEED)
         texts.append(str(run.parent.tokenizer.decode(new, skip_special_tokens=True)))
     return texts

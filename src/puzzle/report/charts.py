@@ -76,7 +76,6 @@ class Axis:
     low: float
     high: float
     log: bool = False
-    unit: str = ""
     percent: bool = False
 
     @classmethod
@@ -112,7 +111,7 @@ class Axis:
         """A tick's label."""
         if self.percent:
             return f"{value * 100:.4g} %"
-        return short(value) + self.unit
+        return short(value)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -152,7 +151,6 @@ def plot(
     series: Sequence[Series],
     *,
     size: Point = (WIDTH, HEIGHT),
-    notes: Sequence[tuple[float, str]] = (),
 ) -> str:
     """Series in one frame, with a legend where there are several.
 
@@ -162,14 +160,12 @@ def plot(
         y: the vertical axis.
         series: what is drawn, in this order.
         size: width and height without the legend.
-        notes: vertical lines at values of x, with a word.
     """
     named = [one for one in series if one.name] if len(series) > 1 else []
     rows = _legend_rows(named, size[0])
     width, height = size[0], size[1] + LEGEND_ROW * len(rows)
     frame = _Frame(x, y, width, size[1])
     parts = [frame.grid()]
-    parts += [frame.note(value, word) for value, word in notes]
     parts += [frame.draw(one) for one in series]
     for number, row in enumerate(rows):
         parts.append(_legend(row, size[1] + LEGEND_ROW * (number + 0.6)))
@@ -208,11 +204,6 @@ class _Frame:
         turned = f'transform="rotate(-90 13 {high:.0f})"'
         parts.append(text(13, high, self.y.label, "middle", "label", turned))
         return "".join(parts)
-
-    def note(self, value: float, word: str) -> str:
-        across, _ = self.at(value, self.y.low)
-        line = f'<path class="note" d="M{across} {TOP}V{self.height - BOTTOM}"/>'
-        return line + text(across + 4, TOP + 10, word, "start")
 
     def draw(self, series: Series) -> str:
         points = [self.at(mark.x, mark.y) for mark in series.marks]
@@ -367,7 +358,7 @@ STYLE = """
 .chart{font:12px system-ui,sans-serif;width:100%;height:auto;display:block}
 .chart text{fill:var(--soft)} .chart .label{fill:var(--ink)}
 .grid{stroke:var(--line)} .axis,.tick{stroke:var(--soft)}
-.note{stroke:var(--soft);stroke-dasharray:3 3} .chart path{fill:none}
+.chart path{fill:none}
 .curve{stroke:var(--c);stroke-width:2} .bar{stroke:var(--c);stroke-width:1.5}
 .chart path.band{fill:var(--c);opacity:.16} .series circle{fill:var(--c)}
 .heat rect{fill:var(--attention)} .heat .mark rect{stroke:var(--line);stroke-width:.5}

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from puzzle.cost import table as costs
 from puzzle.evaluate.results import Results
 from puzzle.library.records import read_curve, read_index
 from puzzle.model.architecture import Architecture, parse_block
@@ -10,6 +11,7 @@ from puzzle.report.charts import Axis, Mark, Series, heat_map, plot
 from puzzle.score import results as scores
 from puzzle.search import answers, tried
 from puzzle.search.answers import Figures
+from puzzle.search.stage import best_of_parent
 from puzzle.search.validate import Validation
 from puzzle.stage import Job
 from puzzle.uptrain import trainer
@@ -166,9 +168,6 @@ def by_position(results: Results) -> str:
 
 def predictions(job: Job, results: Results) -> str:
     """Predicted against measured speed-up of every child that was served for this one."""
-    from puzzle.cost import table as costs
-    from puzzle.search.stage import best_of_parent
-
     cost = job.place.cost
     tables = {name: costs.read(job, name) for name in cost.sweep}
     parent = Architecture.of_parent(job.run.parent.shape)
@@ -187,16 +186,11 @@ def predictions(job: Job, results: Results) -> str:
         band.append((measured.low, measured.high))
     series.append(Series("served before it was uptrained", marks, "attention", "dots", band=band))
     if results.speed is not None:
-        speedup, predicted = results.speed.speedup, _predicted_speedup(results)
+        speedup, predicted = results.speed.speedup, results.predicted_speedup
         final = Mark(predicted, speedup.value, _predicted(predicted, speedup.value))
         ends = [(speedup.low, speedup.high)]
         series.append(Series("the finished child", [final], "child", "dots", band=ends))
     return _against(series)
-
-
-def _predicted_speedup(results: Results) -> float:
-    child, parent = results.predicted_child, results.predicted_parent
-    return child.throughput_tok_per_s / parent.throughput_tok_per_s
 
 
 def _predicted(predicted: float, measured: float) -> str:

@@ -67,7 +67,7 @@ def _speed_rows(results: Results) -> list[Row]:
         figures.throughput_tok_per_s
         for figures in (results.predicted_parent, results.predicted_child)
     ]
-    speedup = f"{predicted[1] / predicted[0]:.2f}x{error}"
+    speedup = f"{results.predicted_speedup:.2f}x{error}"
     table.insert(
         len(table) // 2,
         Row("output tok/s, predicted", f"{predicted[0]:,.0f}", "", f"{predicted[1]:,.0f}"),
