@@ -16,7 +16,7 @@ import torch
 from puzzle.errors import UserError, reason
 
 # On CPUs plain matrix products beat the fused kernel up to here (benchmarks/attention.py).
-EAGER_UP_TO_TOKENS = 256
+EAGER_UP_TO_TOKENS = 128
 EFFICIENCY = 0.4  # the share of the rate of matrix products that whole training steps reach
 USABLE = 0.92  # of memory: contexts of drivers, gaps between allocations and others take the rest
 PLANNED_FLOPS_PER_S = 650e12  # of bf16 products, where a GPU that is not here is planned for

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from puzzle.model.modeling_puzzle import PuzzleForCausalLM
     from puzzle.model.parent import Parent
     from puzzle.model.space import SearchSpace
+    from puzzle.training.speed import Speed
 
 
 NARROWED = "space.json"
@@ -226,6 +227,13 @@ class Run:
         """The frozen parent in memory."""
         placement = self.placement
         return self.parent.load(placement.dtype, placement.device, placement.attention)
+
+    @cached_property
+    def speed(self) -> "Speed":
+        """How fast the parent's layers run here, timed when first asked for."""
+        from puzzle.training import speed
+
+        return speed.measure(self.parent, self.device, self.recipe.corpus.sequence_length)
 
     def make_room(self, other_bytes: float) -> None:
         """Keep the parent's layers on the host where the device cannot hold so much beside it."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from puzzle.engines import Engine
     from puzzle.model.space import SearchSpace
     from puzzle.run import Run
+    from puzzle.training.speed import Speed
 
 
 class Scope(Enum):
@@ -127,6 +128,29 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What takes a stage's time, in amounts that do not depend on the machine, and seconds that do.
+
+    With the speed of this parent's layers here (`training/speed.py`) they become seconds.
+    """
+
+    forward: float = 0.0  # parameters of layers times tokens that go through them
+    training: float = 0.0  # the same, forward and backward
+    judged: float = 0.0  # tokens whose metrics are computed over the vocabulary
+    loss: float = 0.0  # tokens whose losses are, forward and backward
+    beside_s: float = 0.0  # engines, searches
+
+    def times(self, factor: float) -> "Effort":
+        """So many times as much."""
+        return Effort(**{name: factor * amount for name, amount in vars(self).items()})
+
+    def seconds(self, speed: "Speed") -> float:
+        """At that speed."""
+        computing = self.forward * speed.forward_s + self.training * speed.training_s
+        return computing + self.judged * speed.judged_s + self.loss * speed.loss_s + self.beside_s
+
+
+@dataclass(frozen=True)
 class Need:
     """What a stage will take, estimated before anything is spent."""
 
@@ -135,7 +159,7 @@ class Need:
     memory_bytes: float = 0.0  # of one device at the peak
     host_bytes: float = 0.0  # of the host's memory beside that
     disk_bytes: float = 0.0
-    seconds: float = 0.0
+    effort: Effort = Effort()
     chosen: str = ""  # what was chosen so that it fits
     instead: str = ""  # where it does not fit: the smallest change with which it would
 

@@ -395,6 +395,14 @@ CASES = [
         "--set 'corpus.sources=[{path: a, dataset: b}]': corpus.sources.0: got path and dataset; a source is exactly one of stdlib, parent, path, dataset",
     ),
     setting(
+        "corpus.sources=[parent, {parent: true, temperature: 2}]",
+        "--set 'corpus.sources=[parent, {parent: true, temperature: 2}]': corpus: sources: got `parent` more than once; expected it once at most: put all prompts into one file",
+    ),
+    setting(
+        "evaluate.tasks=[a/one.yaml, {task: b/one.yaml, limit: 3}]",
+        "--set 'evaluate.tasks=[a/one.yaml, {task: b/one.yaml, limit: 3}]': evaluate: tasks: got two whose results would be named one; expected different names or different `shots`",
+    ),
+    setting(
         "corpus.sources=[{path: text, weight: 0}]",
         "--set 'corpus.sources=[{path: text, weight: 0}]': corpus.sources.0.weight: got 0; expected more than 0",
     ),

@@ -89,3 +89,17 @@ def test_what_a_model_has_shown_is_kept_when_evaluation_is_interrupted(job, monk
     assert asked == []
     shown = json.loads((folder / "parent.quality.json").read_text())
     assert set(shown) == {"text", "by_position", "right", "samples"}
+
+
+def test_long_texts_get_the_fused_kernel_and_the_parent_stays_as_it_was(job):
+    """Modules that other stages build for the parent's masks would see the future otherwise."""
+    run, parent = job.run, job.run.parent_model
+    assert parent.config._attn_implementation == "eager"
+    tokens_BS = run.corpus["test"].head(4)
+    with torch.no_grad():
+        before = parent(tokens_BS, use_cache=False).logits
+        with context.attending(run, parent, 4096):
+            assert parent.config._attn_implementation == "sdpa"
+            fused = parent(tokens_BS, use_cache=False).logits
+    assert parent.config._attn_implementation == "eager"
+    torch.testing.assert_close(fused, before, rtol=1e-4, atol=1e-4)

@@ -134,13 +134,13 @@ def test_evaluate_keeps_the_harnesss_files_and_shows_their_metrics(
     pipeline.execute_stage(EVALUATE, job)
     results = evaluation.read(job)
     shown = {task.name: task for task in results.tasks if task.source == "lm-eval"}
-    assert {"local_choices acc", "local_choices acc_norm"} <= shown.keys()
+    assert {"local_choices-1-shot acc", "local_choices-1-shot acc_norm"} <= shown.keys()
     files = sorted(path.name for path in (job.folder(EVALUATE) / "lm_eval").iterdir())
-    assert files == [f"choices.{model}.json" for model in ("child", "parent", "uptrained")]
-    theirs = json.loads((job.folder(EVALUATE) / "lm_eval" / "choices.uptrained.json").read_text())
+    assert files == [f"choices-1-shot.{model}.json" for model in ("child", "parent", "uptrained")]
+    theirs = json.loads((job.folder(EVALUATE) / "lm_eval" / "choices-1-shot.uptrained.json").read_text())
     assert theirs["n-shot"]["local_choices"] == 1
     expected = theirs["results"]["local_choices"]["acc,none"]
-    assert shown["local_choices acc"].uptrained.value == expected
+    assert shown["local_choices-1-shot acc"].uptrained.value == expected
 
 
 @NEEDS_HARNESS

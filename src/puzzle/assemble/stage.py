@@ -23,7 +23,7 @@ from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
 from puzzle.run import Run
 from puzzle.search import answers
-from puzzle.stage import Job, Need, Work
+from puzzle.stage import Effort, Job, Need, Work
 
 ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
 BATCHES_PER_START = 1.5  # of each side, about: the turns that one start of the engines shows
@@ -93,14 +93,15 @@ def serving_need(job: Job) -> Need:
     cache_bytes = cache * tokens * run.parent.dtype.itemsize
     served = (model_bytes + cache_bytes) / scenario.tensor_parallel + ENGINE_OVERHEAD_BYTES
     is_beside = not run.device.memory.lacks(2.0 * served, 0.0)
+    served_s = ENGINE_START_S
+    served_s += job.place.cost.starts * (ENGINE_RESTART_S + 2 * BATCHES_PER_START * batch_s)
     is_modelled = job.place.cost.engine == "roofline" or table.are_from_elsewhere(job)
     return Need(
         memory_bytes=0.0 if is_modelled else served * (2 if is_beside else 1),
         chosen="" if is_modelled else f"engines {'side by side' if is_beside else 'in turn'}",
         instead="raise cost.scenario.tensor_parallel or lower cost.scenario.batch_size",
         disk_bytes=model_bytes,
-        seconds=ENGINE_START_S
-        + job.place.cost.starts * (ENGINE_RESTART_S + 2 * BATCHES_PER_START * batch_s),
+        effort=Effort(beside_s=0.0 if is_modelled else served_s),
     )
 
 

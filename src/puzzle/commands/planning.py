@@ -27,6 +27,7 @@ class PlannedStage:
 
     stage: str
     need: Need
+    seconds: float
     refusal: str  # why it does not fit; empty where it does
     child: str | None = None
     place: str | None = None
@@ -35,7 +36,9 @@ class PlannedStage:
         """As JSON values, every figure with its unit in the key."""
         owner = {"child": self.child, "place": self.place}
         named = {key: name for key, name in owner.items() if name is not None}
-        return {"stage": self.stage, **named, **asdict(self.need), "refusal": self.refusal}
+        need = {key: value for key, value in asdict(self.need).items() if key != "effort"}
+        found = {"stage": self.stage, **named, **need, "seconds": self.seconds}
+        return found | {"refusal": self.refusal}
 
     @property
     def name(self) -> str:
@@ -66,7 +69,10 @@ def plan(run: Run) -> list[PlannedStage]:
 
     def stages(scope: Scope, job: Job, **owner: str | None) -> list[PlannedStage]:
         needs = [(stage.name, stage.work().need(job)) for stage in STAGES if stage.scope is scope]
-        return [PlannedStage(name, need, need.refusal(memory), **owner) for name, need in needs]
+        return [
+            PlannedStage(name, need, need.effort.seconds(run.speed), need.refusal(memory), **owner)
+            for name, need in needs
+        ]
 
     planned = stages(Scope.RUN, Job(run))
     for job in jobs:
@@ -87,7 +93,7 @@ def refuse(planned: list[PlannedStage]) -> None:
 
 def total_seconds(planned: list[PlannedStage]) -> float:
     """Of all stages, one after the other."""
-    return sum(one.need.seconds for one in planned)
+    return sum(one.seconds for one in planned)
 
 
 def print_plan(planned: list[PlannedStage]) -> None:
@@ -104,7 +110,7 @@ def print_plan(planned: list[PlannedStage]) -> None:
             f"{need.memory_bytes / 2**30:.2f} GiB",
             f"{need.host_bytes / 2**30:.2f} GiB" if need.host_bytes else "",
             f"{need.disk_bytes / 2**20:,.0f} MiB",
-            duration(need.seconds),
+            duration(one.seconds),
         )
     table.add_row("all", "", "", "", "", "", duration(total_seconds(planned)))
     Console(highlight=False).print(table)

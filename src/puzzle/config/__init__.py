@@ -6,6 +6,7 @@ resolved recipe is written to `RUN/run.yaml`.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
@@ -43,6 +44,7 @@ __all__ = [
     "is_name",
     "with_constraints",
 ]
+YAML_SUFFIXES = (".yaml", ".yml")
 Target = Literal["vllm", "vllm-plugin", "llama.cpp", "transformers"]  # what serves children
 
 
@@ -112,6 +114,15 @@ class CorpusConfig(Section):
     held_out_fraction: Fraction = 0.04
     held_out_tokens: Positive = 262_144  # of them, at most, shared in the same way
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_parent(self) -> "CorpusConfig":
+        if sum(source.parent for source in self.sources) > 1:
+            raise ValueError(
+                "sources: got `parent` more than once; expected it once at most: put all prompts "
+                "into one file"
+            )
+        return self
 
 
 class LayerOverride(Section):
@@ -338,6 +349,13 @@ class HarnessTask(Section):
     def _shorthand(cls, value: object) -> object:
         return {"task": value} if isinstance(value, str) else value
 
+    @property
+    def label(self) -> str:
+        """How its results are named: the task, and its shots where they are given."""
+        path = Path(self.task)
+        name = path.stem if path.suffix in YAML_SUFFIXES else self.task
+        return name if self.shots is None else f"{name}-{self.shots}-shot"
+
 
 class EvaluateConfig(Section):
     """How the finished child's quality is measured, on test text."""
@@ -352,6 +370,17 @@ class EvaluateConfig(Section):
     samples: int = Field(default=3, ge=0)  # texts that parent and child write
     sample_tokens: Positive = 64
     tasks: list[HarnessTask] = []  # of lm-evaluation-harness (the extra `eval`)
+
+    @model_validator(mode="after")
+    def _distinct_tasks(self) -> "EvaluateConfig":
+        labels = [task.label for task in self.tasks]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"tasks: got two whose results would be named {label}; expected different "
+                    "names or different `shots`"
+                )
+        return self
 
 
 class PlaceConfig(Section):

@@ -25,7 +25,7 @@ from puzzle.cost.table import COSTS, FITS, HEADER, CostHeader, ScenarioFit, Vari
 from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
-from puzzle.stage import Job, Need, Work
+from puzzle.stage import Effort, Job, Need, Work
 
 PROBE, REFERENCE = "probe", "reference"  # checkpoints to be served, removed at the end
 
@@ -183,7 +183,7 @@ def _need(job: Job) -> Need:
     return Need(
         memory_bytes=0.0 if is_modelled else shared + ENGINE_OVERHEAD_BYTES,
         disk_bytes=model_bytes,
-        seconds=scenarios * job.place.cost.seconds,
+        effort=Effort(beside_s=0.0 if is_modelled else scenarios * job.place.cost.seconds),
     )
 
 

@@ -36,14 +36,13 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle import artifacts
 from puzzle import settings as settings_files
-from puzzle.config import Recipe
+from puzzle.config import YAML_SUFFIXES, Recipe
 from puzzle.data.sequences import Sequences, Split
 from puzzle.errors import UserError, reason
 
 Thing = TypeVar("Thing")
 HELD_OUT = "held-out"
 CHOICES, CHOICE_TOKENS = 4, 16  # of a held-out question
-YAML_SUFFIXES = (".yaml", ".yml")
 QUESTION_FORM = '{"context": text, "choices": [text, text, ...], "answer": index}'
 
 

@@ -7,13 +7,15 @@ sequences as long as the parent's context, in buckets of positions that double i
 Shape legend: N sequences, S positions, K buckets.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
 from puzzle.data.sequences import Sequences
 from puzzle.evaluate.bootstrap import Buckets, UnitSums
 from puzzle.evaluate.quality import Text, group_sums
+from puzzle.model import child
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
 from puzzle.training.losses import METRICS
@@ -29,16 +31,38 @@ def length(run: Run, asked: int | None) -> int:
     Less where the test text does not fill `LEAST_SEQUENCES` of them; always a multiple of the
     corpus's sequences, which are joined.
     """
-    side = run.corpus["test"]
-    row = side.sequence_length
+    return _length(run, asked, len(run.corpus["test"]) * run.corpus["test"].sequence_length)
+
+
+def planned(run: Run, asked: int | None) -> int:
+    """The same where there is no test text yet: as if there were as much as the recipe allows."""
+    return _length(run, asked, run.recipe.corpus.held_out_tokens // 2)
+
+
+def _length(run: Run, asked: int | None, tokens: int) -> int:
+    row = run.recipe.corpus.sequence_length
     if asked is not None:
         return max(row, asked // row * row)
-    most = min(
-        int(run.parent.hf_config.max_position_embeddings),
-        MOST_CONTEXT,
-        len(side) * row // LEAST_SEQUENCES,
-    )
-    return max(row, most // row * row)
+    longest = int(run.parent.hf_config.max_position_embeddings)
+    return max(row, min(longest, MOST_CONTEXT, tokens // LEAST_SEQUENCES) // row * row)
+
+
+@contextlib.contextmanager
+def attending(run: Run, model: PuzzleForCausalLM, context: int) -> Iterator[None]:
+    """Parent and `model` with the attention that is best for so many tokens.
+
+    They were loaded for the corpus's sequences. Afterwards the parent is as it was: modules of
+    other stages take their masks from it.
+    """
+    parent = run.parent_model
+    before = parent.config._attn_implementation
+    for one in (parent, model):
+        wanted = run.device.attention_for(context)
+        one.set_attn_implementation(child.attention_for(one.config, wanted))
+    try:
+        yield
+    finally:
+        parent.set_attn_implementation(before)
 
 
 def ends(context: int) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from puzzle import artifacts
-from puzzle.config import HarnessTask
-from puzzle.data.tasks import YAML_SUFFIXES, name_in_file
+from puzzle.config import YAML_SUFFIXES, HarnessTask
+from puzzle.data.tasks import name_in_file
 from puzzle.engines.intervals import Interval
 from puzzle.errors import UserError
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
@@ -58,8 +58,7 @@ def _loaded(task: HarnessTask) -> tuple[str, Any]:
 
 def result_path(folder: Path, task: HarnessTask, model: str) -> Path:
     """Where the harness's results for a task and a model are."""
-    stem = Path(task.task).stem if Path(task.task).suffix in YAML_SUFFIXES else task.task
-    return folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}.{model}.json"
+    return folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task.label)}.{model}.json"
 
 
 def evaluate(
@@ -90,11 +89,12 @@ def evaluate(
     return found
 
 
-def metrics(path: Path) -> dict[str, Interval]:
-    """By `task metric`: the figures of one results file, with intervals from standard errors."""
+def metrics(folder: Path, task: HarnessTask, model: str) -> dict[str, Interval]:
+    """By `task metric`: the figures of a model, with intervals from standard errors."""
     found: dict[str, Interval] = {}
-    results: Any = artifacts.read_object(path)["results"]
-    for task, values in results.items():
+    results: Any = artifacts.read_object(result_path(folder, task, model))["results"]
+    shots = "" if task.shots is None else f"-{task.shots}-shot"
+    for name, values in results.items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -103,7 +103,7 @@ def metrics(path: Path) -> dict[str, Interval]:
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
             spread = NORMAL_95 * error if isinstance(error, int | float) else 0.0
-            found[f"{task} {metric}"] = Interval(
+            found[f"{name}{shots} {metric}"] = Interval(
                 value=value, low=value - spread, high=value + spread
             )
     return found

@@ -73,9 +73,10 @@ def group_sums(
     for rows_BS, groups_BS in zip(*batches, strict=True):
         tokens_BS = rows_BS.to(run.device.torch_device)
         with run.device.autocast():
-            parent_BSD, model_BSD = (
-                one.model(tokens_BS, use_cache=False).last_hidden_state for one in (parent, model)
-            )
+            parent_BSD = parent.model(tokens_BS, use_cache=False).last_hidden_state
+            model_BSD = parent_BSD
+            if model is not parent:
+                model_BSD = model.model(tokens_BS, use_cache=False).last_hidden_state
             metrics_CMT = token_metrics(
                 parent_BSD[:, :-1].flatten(0, 1),
                 parent.lm_head.weight,

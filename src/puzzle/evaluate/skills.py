@@ -48,6 +48,17 @@ def questions(run: Run, context_tokens: int, count: int) -> dict[str, list[Quest
     return {name: asked[:count] for name, asked in made.items() if asked}
 
 
+def tokens_per_question(row: int, context_tokens: int) -> int:
+    """Tokens that a model reads for one question of every task, about.
+
+    Args:
+        row: tokens of a sequence of the corpus.
+        context_tokens: of the longest questions.
+    """
+    lengths = sum(context.ends(context_tokens)[1:])
+    return row + CHOICES * (row // 2) + lengths + CHOICES * lengths  # cloze, continuation, ...
+
+
 def _rows(run: Run, length: int, count: int) -> list[list[int]]:
     side = run.corpus["test"]
     longer = side.view(join=max(1, -(-length // side.sequence_length)))

@@ -38,11 +38,12 @@ from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.search import answers
-from puzzle.stage import Job, Need, Work
+from puzzle.stage import Effort, Job, Need, Work
 from puzzle.uptrain import UPTRAIN
 from puzzle.uptrain.memory import most_parameters
 
 BATCH_BYTES = 2 << 30  # of a batch: activations and a chunk's logits, about
+WRITTEN_LAYER_S = 1e-3  # a layer for one token of one sequence, about (samples)
 
 
 def _facts(job: Job) -> Inputs:
@@ -75,7 +76,8 @@ def _judge(job: Job, folder: Path, name: Model) -> None:
         return
     model = _load(job, name)
     if not path.exists():
-        _shown(job, name, model).write(path)
+        with context.attending(run, model, context.length(run, job.child.evaluate.context)):
+            _shown(job, name, model).write(path)
     for task in left:
         run.progress.say(f"  lm-eval: {task.task}, {name}")
         results = harness.evaluate(run, model, task, settings.batch_sequences)
@@ -165,9 +167,7 @@ def _task_results(job: Job, folder: Path, shown: dict[Model, ModelQuality]) -> l
             )
         )
     for asked in settings.tasks:
-        by_model = {
-            name: harness.metrics(harness.result_path(folder, asked, name)) for name in MODELS
-        }
+        by_model = {name: harness.metrics(folder, asked, name) for name in MODELS}
         found += [
             TaskResult(
                 name=metric,
@@ -195,22 +195,29 @@ def _sample_results(job: Job, shown: dict[Model, ModelQuality]) -> list[SampleRe
 
 
 def _need(job: Job) -> Need:
-    run = job.run
-    serving = serving_need(job)
-    parameters = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
-    tokens = job.child.evaluate.sequences * run.recipe.corpus.sequence_length
-    flops = 3 * 2.0 * tokens * parameters
+    run, settings, shape = job.run, job.child.evaluate, job.run.parent.shape
+    serving, row = serving_need(job), run.recipe.corpus.sequence_length
+    parameters = Architecture.of_parent(shape).parameters(shape)
+    length = context.planned(run, settings.context)
+    text = 2 * settings.sequences * row  # and once more by position
+    tokens = text + settings.questions * skills.tokens_per_question(row, length)
+    read = len(MODELS) * tokens + (len(MODELS) - 1) * text  # the parent beside each child
+    written = len(MODELS) * settings.samples * settings.sample_tokens * shape.num_hidden_layers
     element, memory = run.placement.dtype.itemsize, run.device.memory
     models = [most_parameters(job) * element + BATCH_BYTES, parameters * element]
     if not memory.is_shared and memory.lacks(sum(models), 0.0):  # as in `Run.make_room`
-        models[1] = (run.parent.shape.constant_parameters + parameters // 16) * element
+        models[1] = (shape.constant_parameters + parameters // 16) * element
     return Need(
         tokens=tokens,
-        flops=flops,
+        flops=2.0 * read * parameters,
         memory_bytes=max(sum(models), serving.memory_bytes),
         instead=serving.instead,
         disk_bytes=1e6,
-        seconds=flops / run.device.training_flops_per_s + serving.seconds,
+        effort=Effort(
+            forward=float(read) * (parameters - shape.constant_parameters),
+            judged=len(MODELS) * tokens,
+            beside_s=serving.effort.beside_s + written * WRITTEN_LAYER_S,
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from puzzle.model import variants
 from puzzle.model.architecture import Architecture, Attention, Block, Subblock
 from puzzle.run import Run
-from puzzle.stage import Job, Need
+from puzzle.stage import Effort, Job, Need
 
 OPTIMIZER_BYTES = 12  # per trained parameter, between its steps: weight, two moments
 CHUNK_STEPS = 32
@@ -110,14 +110,13 @@ def chunk_steps(run: Run, *, streamed: bool) -> int:
     return min(max(CHUNK_STEPS, fitting), -(-settings.tokens // batch))
 
 
-def flops_per_token(run: Run) -> float:
-    """Forward 2, forward and backward 6, backward through frozen weights 4, per parameter."""
-    shape = run.parent.shape
-    total = 2.0 * Architecture.of_parent(shape).parameters(shape)
+def trained_per_token(run: Run) -> float:
+    """Parameters that go forward and backward for a token; where they are frozen, two thirds."""
+    shape, total = run.parent.shape, 0.0
     for index, variant in trained_variants(run):
-        total += 6 * shape.parameters(variant)
+        total += shape.parameters(variant)
         if isinstance(variant, Attention):
-            total += 4 * shape.parameters(shape.parent_blocks[index].ffn)
+            total += 2 / 3 * shape.parameters(shape.parent_blocks[index].ffn)
     return total
 
 
@@ -127,18 +126,20 @@ def need(job: Job) -> Need:
     settings, streamed = run.recipe.library, is_streamed(run)
     at_a_time = together(run) if streamed else None
     device, host = taken(run, at_a_time)
-    flops = settings.tokens * flops_per_token(run)
+    shape, tokens = run.parent.shape, settings.tokens
+    forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
+    training = trained_per_token(run)
     steps = chunk_steps(run, streamed=streamed)
     chosen = f"{'streamed' if streamed else 'resident'}, chunk_steps {steps}"
     if at_a_time is not None:
         chosen += f", up to {at_a_time / 1e6:,.0f}M parameters of a layer's variants together"
     return Need(
         tokens=settings.tokens,
-        flops=flops,
+        flops=tokens * (2.0 * forward + 6.0 * training),
         memory_bytes=device,
         host_bytes=host,
         disk_bytes=OPTIMIZER_BYTES * sum(trained_parameters(run)),
-        seconds=flops / run.device.training_flops_per_s,
+        effort=Effort(forward=tokens * forward, training=tokens * training),
         chosen=chosen,
         instead=_smallest_change(run, device, host),
     )

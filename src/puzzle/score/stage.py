@@ -26,7 +26,7 @@ from puzzle.score.exact import HELD_SHARE, Shard, parent_states, score_layer
 from puzzle.score.fisher import Estimator
 from puzzle.score.modules import LibraryBlocks, is_resident
 from puzzle.score.results import SCORES, BlockScore, Method, summarise
-from puzzle.stage import Job, Need, Work
+from puzzle.stage import Effort, Job, Need, Work
 from puzzle.training.losses import CHUNK_ELEMENTS
 
 
@@ -132,6 +132,10 @@ class _Scoring:
         return kept
 
 
+# Of `Speed.judged_s`, for a block: the parent's side is computed once for all blocks that wait.
+JUDGED = 0.5
+
+
 def _need(job: Job) -> Need:
     """FLOPs of exact scoring: every block's run through the layers after it, and the head."""
     run = job.run
@@ -141,16 +145,15 @@ def _need(job: Job) -> Need:
     per_layer = (parameters - shape.constant_parameters) / shape.num_hidden_layers
     counts = [len(layer.blocks) for layer in layers]
     suffix = sum(n * (len(counts) - i) for i, n in enumerate(counts)) * per_layer
-    head = sum(counts) * shape.vocab_size * shape.hidden_size
-    flops = 2.0 * tokens * (suffix + head)
+    head = shape.vocab_size * shape.hidden_size
     device, host = _memory_bytes(run, parameters)
     return Need(
         tokens=tokens,
-        flops=flops,
+        flops=2.0 * tokens * (suffix + sum(counts) * head),
         memory_bytes=device,
         host_bytes=host,
         disk_bytes=1e6,
-        seconds=flops / run.device.training_flops_per_s,
+        effort=Effort(forward=tokens * suffix, judged=JUDGED * tokens * sum(counts)),
         chosen=f"parent in memory, library {'resident' if is_resident(run) else 'layer by layer'}",
         instead=_smallest_change(run, parameters),
     )

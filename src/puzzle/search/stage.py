@@ -51,12 +51,13 @@ from puzzle.search.space_program import (
     for_target,
     homogeneous,
 )
-from puzzle.stage import Job, Need, Work
+from puzzle.stage import Effort, Job, Need, Work
 
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
 # left undecided.
 LEAST_MARGIN = 0.01
-REFINEMENT_SHARE = 0.25  # of the work of the scores that one refinement takes, about (docs/log.md)
+PROGRAM_S = 5.0  # the programs of a search and its frontier, about
+REFINEMENT_SHARE = 0.5  # of the work of the scores that one refinement takes, about (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ def _given(
 def _need(job: Job) -> Need:
     """A refinement scores the blocks that a search could choose, in a smaller model."""
     if not _is_refined(job):
-        return Need(memory_bytes=2e8, disk_bytes=1e6, seconds=5.0)
+        return Need(memory_bytes=2e8, disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
     scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * job.child.search.refinements
     return Need(
         flops=share * scoring.flops,
@@ -404,7 +405,7 @@ def _need(job: Job) -> Need:
         host_bytes=scoring.host_bytes,
         instead=scoring.instead,
         disk_bytes=1e6,
-        seconds=5.0 + share * scoring.seconds,
+        effort=replace(scoring.effort.times(share), beside_s=PROGRAM_S),
     )
 
 

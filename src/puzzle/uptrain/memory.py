@@ -19,7 +19,7 @@ from puzzle.config import UptrainConfig
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.search.constraints import parse_quantity
-from puzzle.stage import Job, Need
+from puzzle.stage import Effort, Job, Need
 from puzzle.training.losses import LOSS_ELEMENTS
 from puzzle.uptrain.launch import processes
 
@@ -92,6 +92,17 @@ def most_parameters(job: Job) -> int:
     texts = wish.values() if isinstance(wish, dict) else [wish]
     limits = [parse_quantity("parameters", text) for text in texts]
     return int(min(parent, *(n * (parent if relative else 1) for n, relative in limits)))
+
+
+def _trained_in_layers(job: Job) -> float:
+    """Parameters of the child's layers, for its time: a faster child is smaller, about as much."""
+    constant, wish = job.run.parent.shape.constant_parameters, job.child.search.throughput
+    most = float(most_parameters(job) - constant)
+    if wish is None or (job.folder(ASSEMBLE) / "architecture.json").exists():
+        return most
+    texts = wish.values() if isinstance(wish, dict) else [wish]
+    asked = [parse_quantity("throughput", text) for text in texts]
+    return most / max([1.0, *(ratio for ratio, relative in asked if relative)])
 
 
 @dataclass(frozen=True)
@@ -265,11 +276,16 @@ def need(job: Job) -> Need:
     case, choice = Case.of(job), choose(job)
     taken, parameters = case.taken(choice), case.parameters
     tokens = sum(stage.tokens for stage in settings.stages) or settings.tokens
-    forward = 2.0 * Architecture.of_parent(shape).parameters(shape)
+    forward = Architecture.of_parent(shape).parameters(shape)
     per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
-    flops = tokens * (forward + per_token * parameters)
-    if run.device.type == "cuda":
-        flops /= case.processes  # side by side; processes on a CPU share its cores
+    flops = tokens * (2.0 * forward + per_token * parameters)
+    effort = Effort(
+        forward=forward - shape.constant_parameters,
+        training=_trained_in_layers(job) * per_token / 6,
+        loss=1.0,
+    ).times(tokens)
+    if run.device.type == "cuda":  # side by side; processes on a CPU share its cores
+        flops, effort = flops / case.processes, effort.times(1 / case.processes)
     checkpoints = (12.0 + 4.0 * (settings.keep == "best")) * parameters
     if settings.lora_rank:
         checkpoints *= 0.02
@@ -279,7 +295,7 @@ def need(job: Job) -> Need:
         memory_bytes=taken.device,
         host_bytes=taken.host,
         disk_bytes=parameters * run.parent.dtype.itemsize + checkpoints,
-        seconds=flops / run.device.training_flops_per_s,
+        effort=effort,
         chosen=f"for a child of {parameters / 1e9:.3g}B parameters: {choice}",
         instead="" if case.fits(choice) else smallest_change(case),
     )
