@@ -58,8 +58,10 @@ def on_ordinary_text(run: Run, folder: Path | None, text: Text) -> UnitSums:
     return unit_sums(run, model, text, run.recipe.evaluate.batch_sequences)
 
 
-def percent(interval: Interval) -> str:
-    """With its interval."""
+def percent(interval: Interval | None) -> str:
+    """With its interval; nothing where the parent is never right."""
+    if interval is None:
+        return ""
     return f"{interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
 
 
@@ -78,6 +80,7 @@ def main() -> None:
         recipe, ordinary = RECIPE, {"stdlib": True}
         if args.quick:
             recipe, ordinary = common.tiny_recipe(Path(temporary)), {"path": argparse.__file__}
+            recipe["corpus"] |= {"train_tokens": 1024, "held_out_tokens": 2048}  # are written soon
         runs = {
             text: make(out / text.replace(" ", "-"), recipe, names, ordinary)
             for text, names in TEXTS.items()
@@ -91,11 +94,10 @@ def main() -> None:
             sums = on_ordinary_text(judge, api.child_folder(run), text)
             first = first or sums
             kept, difference = sums.retention(parent), sums.difference(first, "kl")
-            assert kept is not None
             common.print_row(name, number(sums.mean("kl")), percent(kept), number(difference))
             figures[name] = {
                 "kl": sums.mean("kl").model_dump(),
-                "top1_kept": kept.model_dump(),
+                "top1_kept": kept and kept.model_dump(),
                 "kl_minus_ordinary": difference.model_dump(),
             }
     common.print_json(args, figures)

@@ -5,11 +5,16 @@
 
 Nothing in the README's result section is typed by hand. Not a benchmark: it measures nothing, but
 writes README.md (what stands between `<!-- result:begin -->` and `<!-- result:end -->`) and
-docs/images/architecture.svg, and prints the section.
+docs/images/architecture.svg, and prints the section. Where there is a Chromium (`chromium`, or what
+`PUZZLE_CHROMIUM` names) and the package playwright, docs/images/report.png becomes the first screen
+of the run's page.
 """
 
 import argparse
+import os
 import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from puzzle.artifacts import write_text
@@ -52,6 +57,23 @@ def update(job: Job, root: Path) -> str:
     return section
 
 
+def screenshot(job: Job, root: Path) -> str:
+    """Take a picture of the page's first screen; returns what was done."""
+    chromium = os.environ.get("PUZZLE_CHROMIUM") or shutil.which("chromium")
+    if chromium is None or find_spec("playwright") is None:
+        return "no screenshot: chromium and playwright are not both here"
+    from playwright.sync_api import sync_playwright
+
+    path = root / "docs" / "images" / "report.png"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 560})
+        page.goto((job.folder(REPORT) / "index.html").resolve().as_uri())
+        page.screenshot(path=path)
+        browser.close()
+    return f"screenshot: {path}"
+
+
 def main() -> None:
     """Update this repository's README from the run on the command line."""
     parser = argparse.ArgumentParser(
@@ -59,7 +81,9 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="the directory of a finished run")
     run = Run.open(parser.parse_args().run, Progress(quiet=True))
-    print(update(run.child_job("main"), Path(__file__).parent.parent))
+    job, root = run.child_job("main"), Path(__file__).parent.parent
+    print(update(job, root))
+    print(screenshot(job, root))
 
 
 if __name__ == "__main__":

@@ -135,9 +135,12 @@ def test_evaluate_keeps_the_harnesss_files_and_shows_their_metrics(
     results = evaluation.read(job)
     shown = {task.name: task for task in results.tasks if task.source == "lm-eval"}
     assert {"local_choices-1-shot acc", "local_choices-1-shot acc_norm"} <= shown.keys()
-    files = sorted(path.name for path in (job.folder(EVALUATE) / "lm_eval").iterdir())
+    kept = job.folder(EVALUATE) / "lm_eval"
+    files = sorted(path.name for path in kept.iterdir())
     assert files == [f"choices-1-shot.{model}.json" for model in ("child", "parent", "uptrained")]
-    theirs = json.loads((job.folder(EVALUATE) / "lm_eval" / "choices-1-shot.uptrained.json").read_text())
+    theirs = json.loads(
+        (job.folder(EVALUATE) / "lm_eval" / "choices-1-shot.uptrained.json").read_text()
+    )
     assert theirs["n-shot"]["local_choices"] == 1
     expected = theirs["results"]["local_choices"]["acc,none"]
     assert shown["local_choices-1-shot acc"].uptrained.value == expected

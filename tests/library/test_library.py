@@ -133,6 +133,22 @@ def test_gradients_equal_those_of_plain_autograd_on_the_replaced_block(tiny_run)
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-6)
 
 
+def test_massive_first_tokens_do_not_hide_the_others(tiny_run):
+    """The loss, and the learning rate that follows from it, stay about what they are without."""
+    trainers = [t for t in initialised_trainers(tiny_run) if t.layer == 2]
+    plain = parent_batch(tiny_run, 2, tiny_run.corpus["train"].batch(0, 4))
+    x_BSD = plain.x_BSD.clone()
+    x_BSD[:, 0, 5] = 1000 * x_BSD.square().mean().sqrt()
+    layer = tiny_run.parent_model.model.layers[2]
+    massive = bld.ParentBatch.from_layer(layer, x_BSD, plain.context)
+    for trainer in trainers:
+        with torch.no_grad():
+            usual, beside_it = float(trainer.error(plain)), float(trainer.error(massive))
+            replaced = replaced_output(trainer, massive)
+        assert usual / 3 < beside_it < 3 * usual
+        assert normalized_mse(replaced, massive.o_BSD).item() < usual / 100
+
+
 def test_training_together_equals_training_each_variant_alone(tiny_run, finished_run):
     """Oracle: the obvious loop, one variant at a time with its own optimiser and plain modules."""
     run, settings = tiny_run, tiny_run.recipe.library

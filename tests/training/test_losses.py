@@ -168,3 +168,30 @@ def test_the_cosine_distance_ignores_length_and_is_two_for_opposites():
     parent = torch.randn(4, 5, 6)
     assert losses.cosine_distance(3 * parent, parent).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.cosine_distance(-parent, parent).item() == pytest.approx(2.0, abs=1e-6)
+
+
+def test_a_massive_channel_weighs_what_the_most_can():
+    """A thousand times the rest: 100 medians of energy are left, and as much of the errors."""
+    torch.manual_seed(0)
+    parent_TD, error_TD = torch.randn(512, 64), 0.1 * torch.randn(512, 64)
+    assert losses.channel_roots(parent_TD).tolist() == [1.0] * 64
+    usual = error_TD.square().sum() / parent_TD.square().sum()
+    parent_TD[:, 7] *= 1000
+    error_TD[:, 7] *= 1000
+    roots_D = losses.channel_roots(parent_TD)
+    energy_D = parent_TD.square().sum(0)
+    assert roots_D[7] ** 2 == pytest.approx((100 * energy_D.median() / energy_D[7]).item())
+    child_TD = (parent_TD + error_TD).requires_grad_()
+    loss = losses.squared_error(child_TD, parent_TD, roots_D)
+    loss.backward()
+    weighted = (error_TD * roots_D).square().sum()
+    assert loss.item() == pytest.approx(weighted.item(), rel=1e-3)
+    torch.testing.assert_close(child_TD.grad, 2 * roots_D**2 * error_TD, rtol=1e-3, atol=1e-3)
+    relative = loss.item() / (parent_TD * roots_D).square().sum().item()
+    assert relative == pytest.approx(usual.item(), rel=0.5)
+
+
+def test_channels_without_energy_have_weight_one():
+    parent_TD = torch.zeros(8, 16)
+    parent_TD[:, 3] = 5.0
+    assert losses.channel_roots(parent_TD).tolist() == [1.0] * 16

@@ -33,7 +33,7 @@ from puzzle.library.records import LossPoint
 from puzzle.model.architecture import FFN, Attention, Block, Slot, Subblock, file_stem
 from puzzle.model.modeling_puzzle import LayerContext, LinearMLP, PuzzleDecoderLayer
 from puzzle.training import checkpoint, schedules
-from puzzle.training.losses import squared_error
+from puzzle.training.losses import channel_roots, squared_error
 
 # Adam moves every weight by about its learning rate, however small the error that is left, so a
 # variant that starts nearly perfect would get worse. Its noise floor grows with the square of the
@@ -117,16 +117,16 @@ class VariantTrainer:
     # ---------------------------------------------------------------------------------- learning
 
     def error(self, batch: "ParentBatch") -> torch.Tensor:
-        """|o' - o|^2 / |o|^2, a float32 scalar."""
+        """|o' - o|^2 / |o|^2, a float32 scalar, with the channels' weights (`channel_roots`)."""
         assert self.module is not None
         if isinstance(self.variant, FFN):
             if batch.foldable:
                 added_TD = folded_ffn_output(self.module, batch.normed_TD)
-                return squared_error(added_TD, batch.ffn_target_TD) / batch.power
-            return squared_error(self.module.feed_forward(batch.h_BSD), batch.o_BSD) / batch.power
+                return batch.relative(added_TD, batch.ffn_target_TD)
+            return batch.relative(self.module.feed_forward(batch.h_BSD), batch.o_BSD)
         attended_BSD = self.module.attention(batch.x_BSD, **batch.context)
         second = batch.parent if isinstance(self.variant, Attention) else self.module
-        return squared_error(second.feed_forward(attended_BSD), batch.o_BSD) / batch.power
+        return batch.relative(second.feed_forward(attended_BSD), batch.o_BSD)
 
     def train_step(self, batch: "ParentBatch", settings: LibraryConfig) -> torch.Tensor:
         """One optimiser step; returns the loss.
@@ -183,10 +183,21 @@ class ParentBatch:
         return cls(parent, x_BSD, h_BSD, parent.feed_forward(h_BSD), context)
 
     @cached_property
+    def roots_D(self) -> torch.Tensor:
+        """Square roots of the channels' weights."""
+        return channel_roots(self.o_BSD)
+
+    @cached_property
     def power(self) -> torch.Tensor:
-        """|o|^2, a float32 scalar."""
-        norm: torch.Tensor = torch.linalg.vector_norm(self.o_BSD, dtype=torch.float32)
+        """|o|^2 with the channels' weights, a float32 scalar."""
+        norm: torch.Tensor = torch.linalg.vector_norm(
+            self.o_BSD * self.roots_D, dtype=torch.float32
+        )
         return norm.square()
+
+    def relative(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The squared error of an output, or of a part of it, relative to `power`."""
+        return squared_error(out, target, self.roots_D) / self.power
 
     @property
     def foldable(self) -> bool:
@@ -216,7 +227,7 @@ class ParentBatch:
     def no_op_error(self, slot: Slot) -> float:
         """The loss of leaving a subblock out, for comparison."""
         out = self.h_BSD if slot == "ffn" else self.parent.feed_forward(self.x_BSD)
-        return float(squared_error(out, self.o_BSD) / self.power)
+        return float(self.relative(out, self.o_BSD))
 
 
 def folded_ffn_output(module: PuzzleDecoderLayer, normed_TD: torch.Tensor) -> torch.Tensor:

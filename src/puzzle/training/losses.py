@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+MOST_ENERGY = 100.0  # of a channel, in medians of all channels
+
 
 def normalized_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
     """MSE(parent, child) / MSE(parent, 0), a float32 scalar; 0 is perfect.
@@ -30,22 +32,46 @@ class _SquaredError(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
-        difference = child - parent.to(child.dtype)
-        ctx.save_for_backward(difference)
+    def forward(
+        ctx: Any, child: torch.Tensor, parent: torch.Tensor, roots_D: torch.Tensor
+    ) -> torch.Tensor:
+        roots_D = roots_D.to(child.dtype)
+        difference = (child - parent.to(child.dtype)).mul_(roots_D)
+        ctx.save_for_backward(difference, roots_D)
         norm: torch.Tensor = torch.linalg.vector_norm(difference, dtype=torch.float32)
         return norm.square()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * (2 * grad).to(difference.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        difference, roots_D = ctx.saved_tensors
+        return difference * (roots_D * (2 * grad).to(difference.dtype)), None, None
 
 
-def squared_error(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
-    """Sum of squared differences, a float32 scalar; no gradient for the parent."""
-    error: torch.Tensor = _SquaredError.apply(child, parent)  # type: ignore[no-untyped-call]
+def squared_error(child: torch.Tensor, parent: torch.Tensor, roots_D: torch.Tensor) -> torch.Tensor:
+    """Sum of squared differences [..., D], a float32 scalar; no gradient for the parent.
+
+    Args:
+        child: what is compared.
+        parent: with what.
+        roots_D: square roots of the channels' weights, as `channel_roots` has them.
+    """
+    error: torch.Tensor = _SquaredError.apply(  # type: ignore[no-untyped-call]
+        child, parent, roots_D
+    )
     return error
+
+
+def channel_roots(parent: torch.Tensor) -> torch.Tensor:
+    """Square roots of the weights of a parent's channels [..., D], float32 [D].
+
+    1 but for massive activations: a channel with more than `MOST_ENERGY` times the median energy
+    counts as if it had that much. A few such channels, often at a text's first token only, hold
+    nearly all of the squared norm of many LLMs (Sun et al., Massive Activations in Large Language
+    Models, arXiv:2402.17762), and an error that is relative to it says nothing of the others.
+    """
+    energy_D = parent.float().square().flatten(0, -2).sum(0)
+    most = MOST_ENERGY * energy_D.median()
+    return torch.where((energy_D > most) & (most > 0), most / energy_D, 1.0).sqrt()
 
 
 def cosine_distance(child_BSD: torch.Tensor, parent_BSD: torch.Tensor) -> torch.Tensor:
