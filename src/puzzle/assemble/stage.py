@@ -9,6 +9,7 @@ Reads: the parent, the library, the search's answer. Writes: `child/` (a Hugging
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -105,4 +106,10 @@ def serving_need(job: Job) -> Need:
     )
 
 
-WORK = Work(facts=_facts, execute=_execute, need=serving_need)
+def _need(job: Job) -> Need:
+    """A child that gives away speed, or misses, is followed by another about every second time."""
+    serving = serving_need(job)
+    return replace(serving, effort=serving.effort.times(1.5))
+
+
+WORK = Work(facts=_facts, execute=_execute, need=_need)

@@ -293,6 +293,8 @@ class UptrainConfig(Section):
     micro_batch_sequences: Positive | None = None
     activation_checkpointing: bool | Literal["auto"] = "auto"
     optimizer: Literal["auto", "device", "host"] = "auto"
+    # Layers by torch.compile; auto: on CPUs, where it pays (uptrain/compiled.py).
+    compile: bool | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     # Default: 1e-3, less for parents wider than 256 (training/schedules.py).
     learning_rate: float | None = Field(default=None, gt=0)

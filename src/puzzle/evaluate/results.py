@@ -192,7 +192,8 @@ class Results(Record):
                 f"The child loses more quality the longer the context: its KL is "
                 f"{curve.kl[0].value:.3f} nats per token in the first {curve.ends[0]} positions "
                 f"and {curve.kl[-1].value:.3f} in positions {curve.ends[-2]:,} to "
-                f"{curve.ends[-1]:,}, {curve.growth.with_unit('.1f', ' times')} as much."
+                f"{curve.ends[-1]:,}, {curve.growth.with_unit('.1f', ' times')} as much. "
+                "Uptraining on longer sequences (uptrain.stages) may mend it."
             )
         if self.from_parent:
             told.append(

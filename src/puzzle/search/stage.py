@@ -57,7 +57,7 @@ from puzzle.stage import Effort, Job, Need, Work
 # left undecided.
 LEAST_MARGIN = 0.01
 PROGRAM_S = 5.0  # the programs of a search and its frontier, about
-REFINEMENT_SHARE = 0.5  # of the work of the scores that one refinement takes, about (docs/log.md)
+REFINEMENT_SHARE = 0.75  # of the work of the scores that one refinement takes, about (docs/log.md)
 
 
 @dataclass(frozen=True)

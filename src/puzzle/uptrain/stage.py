@@ -7,6 +7,7 @@ work, loading and saving.
 Reads: `child/`, the parent, the corpus. Writes: `uptrained/` (the same format) and `curve.jsonl`.
 """
 
+import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.weights import Weights
 from puzzle.stage import Job, Work
 from puzzle.training import checkpoint, offload, sharding, snapshots
-from puzzle.uptrain import launch, memory, trained_weights
+from puzzle.uptrain import compiled, launch, memory, trained_weights
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.memory import Choice
 from puzzle.uptrain.phases import phases
@@ -52,6 +53,7 @@ def check(job: Job, number: int | None = None) -> None:
             raise UserError(
                 f"uptrain.{key}: needs {package}; install it with `pip install {package}`"
             )
+    compiled.check(job)
     if settings.freeze:
         trained_weights.check_patterns(run.parent, settings.freeze)
     _check_lengths(job)
@@ -121,7 +123,11 @@ def distil(job: Job, folder: Path) -> None:
         masters = child.load(source, torch.float32, torch.device("cpu"))
         trained_weights.select(masters, settings, architecture, run.parent.shape.parent_blocks)
     trainer = Trainer(job, folder, load(job, source, architecture, choice), choice, masters)
-    trainer.train()
+    with contextlib.ExitStack() as stack:
+        if compiled.is_wanted(job, memory.need(job).flops, sharding.size()):
+            run.progress.say("  layers are compiled while they first run, which takes a while")
+            stack.enter_context(compiled.layers(trainer.pair))
+        trainer.train()
     if settings.keep == "best":
         sharding.barrier()  # process 0 has written the index
         trainer.snapshots.restore(BEST, {"child": trainer.stored}, {})
