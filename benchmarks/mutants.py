@@ -257,16 +257,20 @@ class _Replace(ast.NodeTransformer):
 
 
 def _left_alone(tree: ast.AST) -> set[int]:
-    """Nodes of annotations, of raised errors and of texts, by their ids."""
+    """Nodes of annotations, decorators, asserts, raised errors and texts, by their ids.
+
+    Asserts tell a type checker what is known, and `frozen=True` keeps people from mistakes.
+    """
     parts: list[ast.AST] = []
     for node in ast.walk(tree):
         parts += [getattr(node, name, None) for name in ("annotation", "returns")]
-        parts += [node] if isinstance(node, ast.Raise | ast.JoinedStr) else []
+        parts += getattr(node, "decorator_list", [])
+        parts += [node] if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) else []
     return {id(inner) for part in parts if part is not None for inner in ast.walk(part)}
 
 
 def mutants_of(module: str) -> list[Mutant]:
-    """Every mutant of a module; annotations and messages are left alone."""
+    """Every mutant of a module, without those of what `_left_alone` names."""
     source = (PACKAGE / module).read_text(encoding="utf-8")
     found = []
     for index, first in enumerate(ast.walk(ast.parse(source))):
@@ -280,6 +284,8 @@ def mutants_of(module: str) -> list[Mutant]:
             after = ast.unparse(ast.fix_missing_locations(new)).splitlines()[0]
             changed = ast.unparse(ast.fix_missing_locations(_Replace(node, new).visit(tree)))
             what = f"line {first.lineno}: {before} -> {after}"
+            if changed == ast.unparse(ast.parse(source)):  # `return None` for `return None`
+                continue
             found.append(Mutant(module, changed, what, TESTS[module]))
     return found
 

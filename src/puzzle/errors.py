@@ -19,12 +19,14 @@ def reason(error: BaseException) -> str:
 class UserError(ValueError):
     """The user's input is wrong. The message is one line: what, got, expected, how to mend.
 
-    Names in a stranger's file can be of any length: of a very long message the middle is left out.
+    Names in a stranger's file can be of any length and hold anything: of a very long message the
+    middle is left out, and characters that do not print are shown as Python writes them.
     """
 
     exit_code = 2
 
     def __init__(self, message: str) -> None:
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         half = LONGEST // 2
         is_long = len(message) > LONGEST
         super().__init__(f"{message[:half]} ... {message[-half:]}" if is_long else message)

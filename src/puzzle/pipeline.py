@@ -210,6 +210,11 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"run directory {folder}: {above}cannot be written to; {hint}")
     if folder.is_dir() and not (folder / "run.yaml").exists():
         for path in sorted(folder.iterdir()):
+            if path.name in ("children", "places") and path.is_dir():
+                raise UserError(
+                    f"{folder / 'run.yaml'}: missing, though there are {path.name}; put it back, "
+                    f"or {hint}"
+                )
             if path.name not in BEFORE_RUN_YAML and not path.name.startswith("."):
                 raise UserError(
                     f"run directory {folder}: holds {path.name}, which no run of puzzle wrote; "

@@ -212,3 +212,8 @@ def test_a_build_interrupted_between_the_sides_ends_with_the_same_files(
         (folder / name).unlink()
     build(tmp_path, tokenizer, [str(text_folder)])
     assert files() == before
+
+
+def test_a_token_counts_where_its_first_character_lies_in_a_span():
+    offsets = [(0, 3), (3, 5), (5, 8), (8, 9)]
+    assert packing._counted(offsets, [(3, 5), (8, 9)]) == [False, True, False, True]

@@ -360,3 +360,25 @@ def test_a_local_file_of_questions_is_a_task(finished_run, tmp_path):
     losses, parent = results.losses(run), run.parent.shape.widest_block.name
     assert all(losses[layer, parent] == 0 for layer in range(4))
     assert 0 <= results.read(run)[0, parent].means["task"] <= 1
+
+
+def test_blocks_whose_estimates_may_be_wrong_about_their_order_are_all_candidates():
+    sizes = np.array([[1.0, 1.0], [0.5, 0.5], [0.5, 0.5]])
+    near = 1 + candidates.ERROR_OF_FISHER
+    assert candidates._candidates(sizes, [0.0, 1.0, near]) == [0, 1, 2]
+    assert candidates._candidates(sizes, [0.0, 1.0, near**3]) == [0, 1]
+
+
+def test_half_of_a_square_is_left_by_a_half_plane():
+    square = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
+    left = candidates._clip(square, np.array([1.0, 0.0]), 0.5)
+    assert sorted(left) == [(0.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.5, 1.0)]
+    assert candidates._clip(square, np.array([1.0, 1.0]), -0.1) == []
+
+
+def test_only_attention_has_a_share_in_the_cache(finished_run):
+    shape, blocks = finished_run.parent.shape, finished_run.space.layers[0].blocks
+    none, half = (candidates._sizes(blocks, shape, share) for share in (0.0, 0.5))
+    assert (none[:, 1] == half[:, 1]).all()
+    parent = blocks.index(shape.parent_blocks[0])
+    assert none[parent].tolist() == half[parent].tolist() == [1.0, 1.0]

@@ -41,3 +41,10 @@ def test_quantities_are_read_with_their_units(name, text, expected):
 def test_an_unclear_quantity_is_a_user_error(name, text):
     with pytest.raises(UserError, match=rf"search.{name}: got .*expected a number with a unit"):
         parse_quantity(name, text)
+
+
+def test_a_unit_in_other_letters_is_answered_with_the_right_one():
+    with pytest.raises(UserError, match=r"did you mean 40GiB\?$"):
+        parse_quantity("memory", "40gib")
+    with pytest.raises(UserError, match=r"\(2x, 50%\)$"):
+        parse_quantity("memory", "40parsecs")

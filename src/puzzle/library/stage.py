@@ -76,8 +76,8 @@ def _execute(job: Job, folder: Path) -> None:
     missing = [trainer for trainer in trainers if trainer.key not in made]
     together = memory.together(run) if memory.is_streamed(run) else None
     training = LibraryTraining(run, folder, _parent_layers(run), missing, together)
+    training.initialise()
     if missing:
-        training.initialise()
         training.train()
     kept = {trainer.key: made[trainer.key] for trainer in trainers if trainer.key in made}
     made = kept | _write_weights(training)
