@@ -31,14 +31,14 @@ TEXTS: dict[str, list[str]] = {
 RECIPE: common.Settings = {
     "parent": "pocket",
     "deploy": ["transformers"],
-    "corpus": {"train_tokens": 1_000_000},
-    "library": {"ffn_percent": [75, 50, 25, 10], "tokens": 400_000, "learning_rate": 4e-3},
+    "corpus": {"train_tokens": 400_000},
+    "library": {"ffn_percent": [75, 50, 25, 10], "tokens": 150_000, "learning_rate": 4e-3},
     "cost": {
         "engine": "roofline",
         "scenario": {"batch_size": 64, "input_length": 64, "output_length": 64},
     },
     "search": {"throughput": "1.5x", "refinements": 0},
-    "uptrain": {"tokens": 1_000_000},
+    "uptrain": {"tokens": 400_000},
     "evaluate": {"sequences": 256, "questions": 0, "samples": 0},
 }
 

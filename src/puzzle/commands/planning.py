@@ -1,9 +1,9 @@
 """`puzzle plan`: what each stage will need, before anything is spent. Sums and prints.
 
 Every stage estimates its own need from config and shapes alone, without loading weights, and says
-what it chooses so that it fits the memory. Time is FLOPs over the rate of a matrix product measured
-now on this machine, or assumed for a GPU that is not here, at the efficiency that the pocket run
-reached (docs/log.md); treat it as an order of magnitude on other machines.
+what it chooses so that it fits the memory. Time is its effort at the speed of the parent's layers,
+timed now on this machine (training/speed.py), or at a rate assumed for a GPU that is not here, for
+which it is an order of magnitude. benchmarks/plan.py compares it with what stages took.
 """
 
 from dataclasses import asdict, dataclass
