@@ -107,7 +107,7 @@ def test_variants_of_a_layer_are_trained_together_where_they_fit(tmp_path):
         if i == 0
     ]
     assert library_memory.together(run) == sum(of_layer)
-    small = library_memory.together(run_8b(tmp_path, "20GiB"))
+    small = library_memory.together(run_8b(tmp_path, "16GiB"))
     assert max(of_layer) <= small < sum(of_layer)
 
 
