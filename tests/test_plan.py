@@ -120,6 +120,16 @@ def test_the_plan_needs_no_weights_and_no_gpu(tmp_path, monkeypatch):
     assert not (Job(run).run.folder / ASSEMBLE.folder).exists()
 
 
+def test_a_plan_says_where_and_how_each_stage_is_done_or_why_not(tmp_path, capsys):
+    run = run_8b(tmp_path, "24GiB")
+    planning.print_plan(planning.plan(run), run.device)
+    shown = capsys.readouterr().out
+    assert "on a GPU of 24 GiB in a machine of 256 GiB" in shown.replace("\n", " ")
+    done, refused = shown.split("how it is done:\n")[1].split("what does not fit:\n")
+    assert "  library: layer by layer from disk (streamed)" in done and "uptrain" not in done
+    assert "  uptrain: 5" in refused and "library" not in refused
+
+
 @pytest.mark.parametrize("text", ["80", "2x", "lots"])
 def test_a_memory_without_a_unit_is_refused(text):
     with pytest.raises(UserError, match="--device-memory: got .*80GiB"):

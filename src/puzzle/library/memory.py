@@ -146,9 +146,12 @@ def need(job: Job) -> Need:
     forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
     training = trained_per_token(run)
     steps = chunk_steps(run, streamed=streamed)
-    chosen = f"{'streamed' if streamed else 'resident'}, chunk_steps {steps}"
+    chosen = f"parent and variants in memory (resident), {steps} batches a layer (chunk_steps)"
     if at_a_time is not None:
-        chosen += f", up to {at_a_time / 1e6:,.0f}M parameters of a layer's variants together"
+        chosen = (
+            f"layer by layer from disk (streamed), {steps} batches a layer (chunk_steps), variants "
+            f"of up to {at_a_time / 1e6:,.0f}M parameters together"
+        )
     return Need(
         tokens=settings.tokens,
         flops=tokens * (2.0 * forward + 6.0 * training),

@@ -154,7 +154,7 @@ def _need(job: Job) -> Need:
         host_bytes=host,
         disk_bytes=1e6,
         effort=Effort(forward=tokens * suffix, judged=JUDGED * tokens * sum(counts)),
-        chosen=f"parent in memory, library {'resident' if is_resident(run) else 'layer by layer'}",
+        chosen=f"the parent in memory, the library {'too' if is_resident(run) else 'by layer'}",
         instead=_smallest_change(run, parameters),
     )
 
