@@ -391,7 +391,7 @@ def evaluate_part(scale: Scale, root: Path) -> Settings:
     settings = job.child.evaluate
     with taking(run.device) as taken:
         text = Text.of(run, "test", settings.sequences)
-        model = made_child(run, torch.float32, run.device.torch_device)
+        model = made_child(run, run.placement.dtype, run.device.torch_device)
         for _ in range(2):
             timed.seconds = 0.0
             with timing(run.device, timed):

@@ -107,7 +107,7 @@ def test_variants_of_a_layer_are_trained_together_where_they_fit(tmp_path):
         if i == 0
     ]
     assert library_memory.together(run) == sum(of_layer)
-    small = library_memory.together(run_8b(tmp_path, "20GiB"))
+    small = library_memory.together(run_8b(tmp_path, "16GiB"))
     assert max(of_layer) <= small < sum(of_layer)
 
 
@@ -118,6 +118,16 @@ def test_the_plan_needs_no_weights_and_no_gpu(tmp_path, monkeypatch):
     planning.plan(run)
     assert not list(tmp_path.iterdir())
     assert not (Job(run).run.folder / ASSEMBLE.folder).exists()
+
+
+def test_a_plan_says_where_and_how_each_stage_is_done_or_why_not(tmp_path, capsys):
+    run = run_8b(tmp_path, "24GiB")
+    planning.print_plan(planning.plan(run), run.device)
+    shown = capsys.readouterr().out
+    assert "on a GPU of 24 GiB in a machine of 256 GiB" in shown.replace("\n", " ")
+    done, refused = shown.split("how it is done:\n")[1].split("what does not fit:\n")
+    assert "  library: layer by layer from disk (streamed)" in done and "uptrain" not in done
+    assert "  uptrain: 5" in refused and "library" not in refused
 
 
 @pytest.mark.parametrize("text", ["80", "2x", "lots"])

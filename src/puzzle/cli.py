@@ -124,7 +124,7 @@ def plan(
         pipeline.preflight(this)
     planned = planning.plan(this)
     if not quiet:
-        planning.print_plan(planned)
+        planning.print_plan(planned, this.device)
     stages: list[JsonValue] = [one.as_json() for one in planned]
     emit({"stages": stages, "seconds": planning.total_seconds(planned)}, as_json)
     planning.refuse(planned)

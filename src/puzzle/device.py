@@ -190,6 +190,11 @@ def _bfloat16(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor from which a GPU copies while it computes; elsewhere the tensor itself."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def unusable_gpu() -> str | None:
     """Why torch cannot use the NVIDIA GPU that this machine has; None where it has none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not (gpu := _nvidia_gpu()):

@@ -53,7 +53,7 @@ def test_a_cloze_word_was_used_before(asked, finished_run):
 
 
 def test_a_model_is_right_where_greedy_decoding_says_the_answer(finished_run):
-    """The answers are taken from the model itself; then they are changed."""
+    """The answers are taken from the model itself; then they are changed. Row by row, or all."""
     run, model = finished_run, finished_run.parent_model
     questions = []
     for row in run.corpus["test"].head(4):
@@ -61,11 +61,12 @@ def test_a_model_is_right_where_greedy_decoding_says_the_answer(finished_run):
         ids = model.generate(context[None], max_new_tokens=2, do_sample=False, eos_token_id=-1)
         questions.append(Question(context.tolist(), [ids[0, 10:].tolist()], 0))
     batches = tasks.to_batches(questions, 3, 32)
-    assert skills.right_answers(run, model, batches) == [True] * 4
+    assert skills.right_answers(run, model, batches, tokens_at_once=1) == [True] * 4
+    assert skills.right_answers(run, model, batches, tokens_at_once=99) == [True] * 4
     wrong = [
         Question(q.context, [[q.choices[0][0], (q.choices[0][1] + 1) % 300]], 0) for q in questions
     ]
-    assert skills.right_answers(run, model, tasks.to_batches(wrong, 3, 32)) == [False] * 4
+    assert skills.right_answers(run, model, tasks.to_batches(wrong, 3, 32), 99) == [False] * 4
 
 
 def test_a_parent_at_chance_is_called_so():

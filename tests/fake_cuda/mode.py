@@ -248,6 +248,50 @@ def _attention(
     return efficient(query, key, value, bias, needs_sum, dropout_p, is_causal, scale=scale)[0]
 
 
+class _RmsNorm(torch.autograd.Function):
+    """As CUDA's one kernel, which keeps its input; a CPU-only build takes it apart."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * (1 if weight is None else weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return grad * x, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _Silu(torch.autograd.Function):
+    """One kernel forward and one backward, where a CPU-only build has none for the latter."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.ops.aten.silu(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    normalized_shape: object,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    if not isinstance(x, FakeTensor):
+        return _RMS_NORM(x, normalized_shape, weight, eps)
+    if torch.is_autocast_enabled("cuda"):  # one of the functions that it runs in float32
+        x, weight = x.float(), None if weight is None else weight.float()
+    return _RmsNorm.apply(x, weight)
+
+
+def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    return _Silu.apply(x) if isinstance(x, FakeTensor) else _SILU(x, inplace)
+
+
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
     """`Module._apply`, which would swap the contents of parameters in place: puts new ones."""
     for owner in module.modules():
@@ -262,6 +306,7 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
 
 _TENSOR = torch.tensor
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_RMS_NORM, _SILU = torch.nn.functional.rms_norm, torch.nn.functional.silu
 _TOLIST = torch.Tensor.tolist
 _GENERATOR = torch.Generator
 
@@ -341,9 +386,12 @@ def fake_cuda() -> Iterator[FakeCuda]:
         )
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        stack.enter_context(
-            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention)
-        )
+        kernels = {
+            "scaled_dot_product_attention": _attention,
+            "rms_norm": _rms_norm,
+            "silu": _silu,
+        }
+        stack.enter_context(mock.patch.multiple(torch.nn.functional, **kernels))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
         stack.enter_context(
             mock.patch.object(

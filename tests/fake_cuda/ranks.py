@@ -51,10 +51,12 @@ def worker(rank: int, folder: Path, out: Path, keeps: bool) -> None:
 
     def train(trainer: Trainer) -> None:
         original(trainer)
-        sizes = [p.shape for p in trainer.pair.parameters() if p.dim() == 2]
-        total = sum(size.numel() for size in sizes) * 2  # in the dtype of products
+        element = torch.bfloat16.itemsize  # of products
+        matrices = [p.numel() * element for p in trainer.pair.parameters() if p.dim() == 2]
+        head = trainer.pair.child.lm_head.weight.numel() * element
+        shown = {"alive": alive, "matrices": sum(matrices), "head_gradient": head}
         if rank == 0:
-            out.write_text(json.dumps({"alive": alive, "matrices": total}))
+            out.write_text(json.dumps(shown))
 
     def call(pair: Pair, *args, **kwargs):
         shapes = {p.shape for p in pair.parameters() if p.dim() == 2}

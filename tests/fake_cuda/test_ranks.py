@@ -1,4 +1,4 @@
-"""Two processes of an uptraining hold nothing but their shards between a forward and the next.
+"""Two processes of an uptraining hold nothing but their shards between forward and backward.
 
 On CPUs with gloo, where memory is real; what NCCL does besides needs GPUs.
 """
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.training
 SMALL_SHARE = 0.05  # of the bytes of all matrices, for what is made of a few of them
 
 
-def forwards(finished_run, folder, keeps: bool) -> tuple[list[int], int]:
-    """(bytes of whole matrices alive after each forward, bytes of all of them)."""
+def forwards(finished_run, folder, keeps: bool) -> dict:
+    """What `worker` writes."""
     later = shutil.ignore_patterns("uptrained", "evaluate", "report")
     shutil.copytree(finished_run.folder, folder, ignore=later)
     recipe = finished_run.recipe.model_dump(mode="json") | {"precision": "bfloat16"}
@@ -30,28 +30,25 @@ def forwards(finished_run, folder, keeps: bool) -> tuple[list[int], int]:
     (run.child_job("main").folder(UPTRAIN) / artifacts.UNFINISHED).mkdir(parents=True)
     out = folder / "alive.json"
     multiprocessing.spawn(worker, (folder, out, keeps), nprocs=2)
-    shown = json.loads(out.read_text())
-    return shown["alive"], shown["matrices"]
+    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
 def shares(finished_run, tmp_path_factory) -> dict[bool, float]:
-    """Of all matrices, what is alive at the most; `True`: with copies planted that stay."""
+    """Of all matrices, what is alive at the most; `True`: with copies planted that stay.
+
+    But for the gradient of the child's head, which is made together with the loss.
+    """
     found = {}
     for keeps in (False, True):
-        alive, matrices = forwards(finished_run, tmp_path_factory.mktemp("run") / "run", keeps)
-        assert len(alive) >= 2
-        found[keeps] = max(alive) / matrices
+        shown = forwards(finished_run, tmp_path_factory.mktemp("run") / "run", keeps)
+        assert len(shown["alive"]) >= 2
+        found[keeps] = (max(shown["alive"]) - shown["head_gradient"]) / shown["matrices"]
     return found
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="0.24 of all matrices stay alive with FSDP2's mixed precision (0.84 under autocast); "
-    "which ones, and why, has not been looked into",
-)
 def test_nothing_but_shards_is_alive_after_a_forward(shares):
-    assert shares[False] < SMALL_SHARE
+    assert abs(shares[False]) < SMALL_SHARE
 
 
 def test_copies_that_stay_are_seen(shares):

@@ -135,16 +135,17 @@ def test_every_family_never_mixes_devices(full, row):
 @pytest.mark.slow
 @pytest.mark.parametrize("row", families.ROWS)
 def test_all_families_wait_for_the_device_in_the_same_places(full, row):
-    """But for the rope that looks at the longest position (transformers' own)."""
+    """But for the rope that looks at the longest position (transformers' own), and for answers
+    that are written: a tokenizer may leave no cloze question in such short texts.
+    """
+    apart = {"data/tasks.py said"}
+    if row == "phi4":
+        apart.add("model/modeling_puzzle.py embed")
 
     def places(run: dict) -> dict[str, set[str]]:
-        return {name: set(by_function(seen.get("syncs", {}))) for name, seen in run.items()}
+        return {name: set(by_function(seen.get("syncs", {}))) - apart for name, seen in run.items()}
 
-    expected = places(full[SHORT[0]]["stages"])
-    waits = places(full[row]["stages"])
-    if row == "phi4":
-        waits = {name: seen - {"model/modeling_puzzle.py embed"} for name, seen in waits.items()}
-    assert waits == expected
+    assert places(full[row]["stages"]) == places(full[SHORT[0]]["stages"])
 
 
 @pytest.mark.slow
@@ -165,7 +166,6 @@ def test_a_streamed_library_never_mixes_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="streamed BLD brings activations from ordinary memory", strict=True)
 def test_a_streamed_library_copies_to_the_device_from_pinned_memory_only():
     wish = {"row": SHORT[0], "narrow": True, "streamed": True, "until": "library"}
     once, twice = ask("fake_cuda.stages", [wish, wish | {"units": 2}])

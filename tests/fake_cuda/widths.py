@@ -9,11 +9,14 @@ from fake_cuda import shim
 
 shim.load()
 
+import contextlib
+import functools
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
@@ -22,17 +25,21 @@ from fake_cuda import bugs
 from fake_cuda.mode import fake_cuda
 
 
-def measure(part: str, layers: int, bug: str = "") -> dict:
-    """The part's figures, and the operators that touched most bytes, by place."""
+def measure(part: str, layers: int, bug: str = "", uptrain: dict | None = None) -> dict:
+    """The part's figures, and the operators that touched most bytes, by place.
+
+    `bug`: planted, of `bugs.BUGS`. `uptrain`: settings beside the part's own.
+    """
     began = time.perf_counter()
     gpu.PER_LAYER = 2
-    with tempfile.TemporaryDirectory() as root, fake_cuda() as device:
-        scale = gpu.Scale.of("cuda", quick=False, layers=layers)
+    recipe = functools.partialmethod(gpu.Scale.recipe, uptrain=uptrain or {})
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
+        device = stack.enter_context(fake_cuda())
+        stack.enter_context(mock.patch.object(gpu.Scale, "recipe", recipe))
         if bug:
-            with bugs.BUGS[bug]():
-                figures = gpu.PARTS[part](scale, Path(root))
-        else:
-            figures = gpu.PARTS[part](scale, Path(root))
+            stack.enter_context(bugs.BUGS[bug]())
+        scale = gpu.Scale.of("cuda", quick=False, layers=layers)
+        figures = gpu.PARTS[part](scale, Path(root))
     figures["largest"] = device.largest
     return figures | {"took_s": time.perf_counter() - began}
 

@@ -342,9 +342,8 @@ def test_task_accuracy_is_that_of_a_really_swapped_model(finished_run, tmp_path,
         assert scores[layer, name].means["task"] == pytest.approx(right / len(questions))
     parent = scores[0, run.parent.shape.widest_block.name].means["task"]
     monkeypatch.setattr(run, "questions", lambda split, real=run.questions: real("score"))
-    right = right_answers(
-        run, run.parent_model, run.questions("test")
-    )  # the same questions, as `evaluate` counts them
+    # the same questions, as `evaluate` counts them
+    right = right_answers(run, run.parent_model, run.questions("test"), tokens_at_once=256)
     assert sum(right) / len(right) == pytest.approx(parent)
 
 

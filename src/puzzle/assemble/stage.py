@@ -99,7 +99,7 @@ def serving_need(job: Job) -> Need:
     is_modelled = job.place.cost.engine == "roofline" or table.are_from_elsewhere(job)
     return Need(
         memory_bytes=0.0 if is_modelled else served * (2 if is_beside else 1),
-        chosen="" if is_modelled else f"engines {'side by side' if is_beside else 'in turn'}",
+        chosen="" if is_modelled else f"both served {'side by side' if is_beside else 'in turn'}",
         instead="raise cost.scenario.tensor_parallel or lower cost.scenario.batch_size",
         disk_bytes=model_bytes,
         effort=Effort(beside_s=0.0 if is_modelled else served_s),

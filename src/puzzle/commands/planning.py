@@ -96,9 +96,9 @@ def total_seconds(planned: list[PlannedStage]) -> float:
     return sum(one.seconds for one in planned)
 
 
-def print_plan(planned: list[PlannedStage]) -> None:
-    """The table, on standard output."""
-    table = Table(title="what each stage will need (estimates)", title_justify="left")
+def print_plan(planned: list[PlannedStage], device: Device) -> None:
+    """The table, on standard output, then what is chosen and what does not fit."""
+    table = Table(title=f"what each stage will need{_where(device)}", title_justify="left")
     for name in ("stage", "tokens", "FLOPs", "device memory", "host memory", "disk", "time"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for one in planned:
@@ -107,13 +107,36 @@ def print_plan(planned: list[PlannedStage]) -> None:
             one.name,
             f"{need.tokens:,}" if need.tokens else "",
             f"{need.flops:.1e}" if need.flops else "",
-            f"{need.memory_bytes / 2**30:.2f} GiB",
-            f"{need.host_bytes / 2**30:.2f} GiB" if need.host_bytes else "",
-            f"{need.disk_bytes / 2**20:,.0f} MiB",
+            _size(need.memory_bytes),
+            _size(need.host_bytes),
+            _size(need.disk_bytes),
             duration(one.seconds),
         )
     table.add_row("all", "", "", "", "", "", duration(total_seconds(planned)))
     Console(highlight=False).print(table)
-    for one in planned:
-        if one.refusal or one.need.chosen:
-            print(f"{one.name}: {one.refusal and 'does not fit: '}{one.refusal or one.need.chosen}")
+    told = {
+        "how it is done": {one.name: one.need.chosen for one in planned if not one.refusal},
+        "what does not fit": {one.name: one.refusal for one in planned},
+    }
+    for title, texts in told.items():
+        if lines := [f"  {name}: {text}" for name, text in texts.items() if text]:
+            print("\n".join([f"{title}:", *lines]))
+
+
+def _where(device: Device) -> str:
+    """Of a GPU that is not here: its memory, and what the times assume."""
+    if device.planned is None:
+        return " (estimates)"
+    gpu_gib, host_gib = (n / 2**30 for n in (device.memory.device_bytes, device.memory.host_bytes))
+    rate = device.training_flops_per_s / 1e12
+    return (
+        f" on a GPU of {gpu_gib:.4g} GiB in a machine of {host_gib:.4g} GiB "
+        f"(estimates; times at {rate:.0f} TFLOP/s)"
+    )
+
+
+def _size(number: float) -> str:
+    """Bytes as a reader wants them; empty for none."""
+    if not number:
+        return ""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"

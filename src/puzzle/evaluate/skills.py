@@ -11,7 +11,7 @@ attention fails first. A parent may be at chance itself; then a child's answers 
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -108,36 +108,47 @@ def _needles(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Itera
         yield Question([*around[:at], *told, *around[at:], *asked], choices, answer)
 
 
-@torch.no_grad()
 def right_answers(
     run: Run,
     model: PuzzleForCausalLM,
     batches: list[QuestionBatch],
-    advance: Callable[[], None] = lambda: None,
+    tokens_at_once: int,
 ) -> list[bool]:
-    """Of each question whether a model answers it rightly."""
+    """Of each question whether a model answers it rightly.
+
+    At most `tokens_at_once` go through the model together, but at least one row of a batch.
+    """
     right: list[bool] = []
     for asked in batches:
-        tokens_RS = asked.tokens_RS.to(run.device.torch_device)
-        with run.device.autocast():
-            hidden_RSD = model.model(tokens_RS, use_cache=False).last_hidden_state
-            hidden_TD = hidden_RSD[:, :-1].flatten(0, 1)
-            metrics_CMT = token_metrics(
-                hidden_TD,
-                model.lm_head.weight,
-                hidden_TD[None],
-                model.lm_head.weight,
-                tokens_RS[:, 1:].flatten(),
-                soft_cap=model.config.final_logit_softcapping,
-            )
-        loss_RT, first_RT = (
-            metrics_CMT[0, METRICS.index(name)].view(len(tokens_RS), -1)
-            for name in ("lm_loss", "top1")
-        )
+        rows = max(1, tokens_at_once // asked.tokens_RS.shape[1])
+        parts = [_judged(run, model, tokens_RS) for tokens_RS in asked.tokens_RS.split(rows)]
+        loss_RT, first_RT = (torch.cat(kind) for kind in zip(*parts, strict=True))
         is_choice = max(asked.choice_counts) > 1
         right += asked.right(loss_RT) if is_choice else asked.said(first_RT)
-        advance()
     return right
+
+
+@torch.no_grad()
+def _judged(
+    run: Run, model: PuzzleForCausalLM, tokens_RS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(LM loss, top1) of every token but the first, [R, S - 1] each."""
+    tokens_RS = tokens_RS.to(run.device.torch_device)
+    with run.device.autocast():
+        hidden_RSD = model.model(tokens_RS, use_cache=False).last_hidden_state
+        hidden_TD = hidden_RSD[:, :-1].flatten(0, 1)
+        metrics_CMT = token_metrics(
+            hidden_TD,
+            model.lm_head.weight,
+            hidden_TD[None],
+            model.lm_head.weight,
+            tokens_RS[:, 1:].flatten(),
+            soft_cap=model.config.final_logit_softcapping,
+        )
+    loss_RT, first_RT = (
+        metrics_CMT[0, METRICS.index(name)].view(len(tokens_RS), -1) for name in ("lm_loss", "top1")
+    )
+    return loss_RT, first_RT
 
 
 def accuracy(right: list[bool]) -> Interval:

@@ -39,10 +39,10 @@ from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.search import answers
 from puzzle.stage import Effort, Job, Need, Work
+from puzzle.training.losses import CHUNK_ELEMENTS
 from puzzle.uptrain import UPTRAIN
 from puzzle.uptrain.memory import most_parameters
 
-BATCH_BYTES = 2 << 30  # of a batch: activations and a chunk's logits, about
 WRITTEN_LAYER_S = 1e-3  # a layer for one token of one sequence, about (samples)
 
 
@@ -88,7 +88,7 @@ def _load(job: Job, name: Model) -> PuzzleForCausalLM:
     run = job.run
     if name == "parent":
         return run.parent_model
-    run.make_room(most_parameters(job) * run.placement.dtype.itemsize + BATCH_BYTES)
+    run.make_room(most_parameters(job) * run.placement.dtype.itemsize + _batch_bytes(job))
     at = job.folder(ASSEMBLE if name == "child" else UPTRAIN)
     return child.load(at, run.placement.dtype, run.device.torch_device, run.placement.attention)
 
@@ -112,7 +112,7 @@ def _shown(job: Job, name: Model, model: PuzzleForCausalLM) -> ModelQuality:
     right = {}
     with run.progress.task(f"{name}, {len(asked)} tasks", questions, "questions") as task_bar:
         for task, batches in asked.items():
-            right[task] = skills.right_answers(run, model, batches)
+            right[task] = skills.right_answers(run, model, batches, _batch_tokens(job, length))
             task_bar.advance(len(right[task]), task)
     written = samples.written(run, model, settings.samples, settings.sample_tokens)
     return ModelQuality(text=text, by_position=by_position, right=right, samples=written)
@@ -194,6 +194,23 @@ def _sample_results(job: Job, shown: dict[Model, ModelQuality]) -> list[SampleRe
     ]
 
 
+def _batch_tokens(job: Job, length: int) -> int:
+    """The most that pass a model at once: a batch of text, or one sequence of the context."""
+    return max(job.child.evaluate.batch_sequences * job.run.recipe.corpus.sequence_length, length)
+
+
+def _batch_bytes(job: Job) -> float:
+    """Of a batch that goes through a layer; then of four copies of a chunk of logits, and both
+    sides of the cosine in float32.
+    """
+    run, shape = job.run, job.run.parent.shape
+    tokens = _batch_tokens(job, context.planned(run, job.child.evaluate.context))
+    passing = shape.passing_elements * run.placement.dtype.itemsize
+    judged = 5 * 4 * shape.hidden_size
+    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
+    return max(tokens * passing, tokens * judged + logits)
+
+
 def _need(job: Job) -> Need:
     run, settings, shape = job.run, job.child.evaluate, job.run.parent.shape
     serving, row = serving_need(job), run.recipe.corpus.sequence_length
@@ -204,9 +221,9 @@ def _need(job: Job) -> Need:
     read = len(MODELS) * tokens + (len(MODELS) - 1) * text  # the parent beside each child
     written = len(MODELS) * settings.samples * settings.sample_tokens * shape.num_hidden_layers
     element, memory = run.placement.dtype.itemsize, run.device.memory
-    models = [most_parameters(job) * element + BATCH_BYTES, parameters * element]
+    models = [most_parameters(job) * element + _batch_bytes(job), parameters * element]
     if not memory.is_shared and memory.lacks(sum(models), 0.0):  # as in `Run.make_room`
-        models[1] = (shape.constant_parameters + parameters // 16) * element
+        models[1] = (shape.constant_parameters + 2 * shape.parameters(shape.widest_block)) * element
     return Need(
         tokens=tokens,
         flops=2.0 * read * parameters,

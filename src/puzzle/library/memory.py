@@ -1,7 +1,7 @@
 """What the library takes: trained parameters, memory resident and streamed, FLOPs, disk, time."""
 
 from puzzle.model import variants
-from puzzle.model.architecture import Architecture, Attention, Block, Subblock
+from puzzle.model.architecture import FFN, Architecture, Attention, Block, Subblock
 from puzzle.run import Run
 from puzzle.stage import Effort, Job, Need
 
@@ -40,9 +40,9 @@ def taken(run: Run, together: int | None) -> tuple[float, float]:
     Resident (`together` None): the parent, and `OPTIMIZER_BYTES` per trained parameter of all
     variants, and the chunk's activations. Streamed: one layer of the parent (and its pages on disk
     while it is read), and the same per parameter of the variants that are trained `together`; the
-    embedding's pages only while a chunk is embedded, and the chunk on the host. Both: what one
-    variant keeps for one batch: its inputs and outputs, three intermediates forward and two
-    backward, its gradients, and its folded weights.
+    embedding's pages only while a chunk is embedded, and the chunk on the host. Both: a batch
+    forward and backward through the parent's layer, or through a variant that has a gradient and
+    folded weights beside that; at the beginning, when there are no moments yet, least squares.
     """
     recipe, shape = run.recipe, run.parent.shape
     settings, sequence = recipe.library, recipe.corpus.sequence_length
@@ -55,17 +55,33 @@ def taken(run: Run, together: int | None) -> tuple[float, float]:
     probabilities = 0.0
     if run.placement.attention == "eager":
         probabilities = 10.0 * settings.batch_sequences * shape.num_attention_heads * sequence**2
-    activations = batch * (10 * D * 4 + 5 * shape.intermediate_size * product)
-    step = activations + probabilities + 16 * max(trained, default=0)
-    gram = 0
-    if settings.initialization == "least_squares":
-        gram = (shape.intermediate_size**2 + 4 * D**2) * 8
+    passing = batch * shape.passing_elements * product
+    step = probabilities + passing + max(passing, 16 * max(trained, default=0))
+    first = _least_squares(run) if settings.initialization == "least_squares" else 0.0
     if together is None:
         parent = Architecture.of_parent(shape).parameters(shape) * element
-        return parent + OPTIMIZER_BYTES * sum(trained) + chunk + step + gram, 0.0
+        weights = sum(trained)
+        return parent + chunk + max(OPTIMIZER_BYTES * weights + step, 4 * weights + first), 0.0
     layer = shape.parameters(shape.widest_block) * (element + stored)
     parent = max(layer, shape.vocab_size * D * stored)
-    return parent + OPTIMIZER_BYTES * together + step + gram, float(chunk)
+    weights = max(trained, default=0)
+    most = max(OPTIMIZER_BYTES * together + step, 4 * weights + first)
+    return parent + most, float(chunk)
+
+
+def _least_squares(run: Run) -> float:
+    """Bytes of the first weights of a layer's variants (`initialization.solve`).
+
+    Of two folds the products of the FFN's activations and of both subblocks' inputs and outputs,
+    and the layer in float32; for the widest variant its share of them, in float64 too, and what is
+    solved.
+    """
+    shape = run.parent.shape
+    D, width = shape.hidden_size, shape.intermediate_size
+    trained = [variant for _, variant in trained_variants(run)]
+    kept = max([D, *(v.intermediate_size for v in trained if isinstance(v, FFN))])
+    of_parent = 8 * width**2 + 32 * D**2 + 12 * D * width
+    return float(of_parent + 8 * kept * width + 48 * kept**2)
 
 
 def _largest(run: Run) -> int:
@@ -130,9 +146,12 @@ def need(job: Job) -> Need:
     forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
     training = trained_per_token(run)
     steps = chunk_steps(run, streamed=streamed)
-    chosen = f"{'streamed' if streamed else 'resident'}, chunk_steps {steps}"
+    chosen = f"parent and variants in memory (resident), {steps} batches a layer (chunk_steps)"
     if at_a_time is not None:
-        chosen += f", up to {at_a_time / 1e6:,.0f}M parameters of a layer's variants together"
+        chosen = (
+            f"layer by layer from disk (streamed), {steps} batches a layer (chunk_steps), variants "
+            f"of up to {at_a_time / 1e6:,.0f}M parameters together"
+        )
     return Need(
         tokens=settings.tokens,
         flops=tokens * (2.0 * forward + 6.0 * training),

@@ -288,7 +288,7 @@ class LibraryTraining:
         embedded = []
         with torch.no_grad(), self.run.device.autocast():
             for part in (batches, self._validation_tokens()):
-                states = [self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part]
+                states = (self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part)
                 embedded.append([self._kept(x_BSD) for x_BSD in states])
             _, context = self.parent.embed(batches[0][:1].to(device))
         return Activations(embedded[0], embedded[1], context)

@@ -208,6 +208,11 @@ class ModelShape:
         tables = 1 if self.tie_word_embeddings else 2
         return tables * self.vocab_size * self.hidden_size + self.hidden_size
 
+    @property
+    def passing_elements(self) -> int:
+        """Of a token that goes through a layer: residual, norms, and the FFN's intermediates."""
+        return 6 * self.hidden_size + 3 * self.intermediate_size
+
     def kv_elements_per_token(self, variant: Subblock | Block) -> int:
         """Keys and values that one token leaves in the cache of this subblock or block."""
         attention = variant.attention if isinstance(variant, Block) else variant

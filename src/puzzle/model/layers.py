@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from puzzle.device import pinned
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer, PuzzleForCausalLM
@@ -45,7 +46,7 @@ class StreamedLayers(ParentLayers):
         """As above; of the embedding only the rows of these tokens are read."""
         with self.parent.weights() as weights:
             rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]
-        rows_BSD = rows_BSD.to(device=self.device, dtype=self.dtype)
+        rows_BSD = pinned(rows_BSD.to(self.dtype), self.device).to(self.device, non_blocking=True)
         return self.model.model.embed(inputs_embeds=self.model.model.embed_tokens.scaled(rows_BSD))
 
     @contextlib.contextmanager

@@ -76,6 +76,9 @@ class PuzzleRMSNorm(nn.Module):
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Llama's in one kernel, where memory traffic counts; rounds once, after the weight."""
+        if torch.is_autocast_enabled("cuda"):  # which would take and give float32
+            with torch.autocast("cuda", enabled=False):
+                return self.fused(hidden_states)
         weight = self.weight.to(hidden_states.dtype)
         return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 

@@ -49,12 +49,8 @@ class Estimator:
         hidden = self.states[-1].to(self.device, non_blocking=True).float().requires_grad_()
         with torch.enable_grad():
             normed = self.parent.model.norm(hidden)
-        B, S, D = hidden.shape
         count = self.run.recipe.score.fisher_samples
-        normed_TD = normed.detach()[:, :-1].flatten(0, 1)
-        gradients = torch.zeros(count, B, S, D, device=hidden.device)
-        head_gradients = self._head_gradients(normed_TD, count, generator)
-        gradients[:, :, :-1] = head_gradients.view(count, B, S - 1, D)
+        gradients = self._head_gradients(normed.detach(), count, generator)
         for sample in range(count):
             (gradients[sample],) = torch.autograd.grad(
                 normed, hidden, gradients[sample], retain_graph=True
@@ -63,15 +59,19 @@ class Estimator:
 
     @torch.no_grad()
     def _head_gradients(
-        self, normed_TD: torch.Tensor, count: int, generator: torch.Generator
+        self, normed_BSD: torch.Tensor, count: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """d log p(y) / d normed hidden state, [K, T, D], in closed form: W[y] - p W."""
+        """d log p(y) / d normed hidden state, [K, B, S, D], in closed form: W[y] - p W.
+
+        The last position predicts nothing: its gradient is 0.
+        """
         cap, head = self.parent.config.final_logit_softcapping, self.parent.lm_head.weight.float()
-        gradients = torch.empty(count, *normed_TD.shape, device=normed_TD.device)
-        chunk = tokens_per_chunk(head)
-        for first in range(0, len(normed_TD), chunk):
-            rows = slice(first, first + chunk)
-            logits_TV = normed_TD[rows].float() @ head.T
+        B, S, D = normed_BSD.shape
+        gradients = torch.zeros(count, B, S, D, device=normed_BSD.device)
+        # where the predicted tokens are among all B * S positions
+        places_T = torch.arange(B * S, device=normed_BSD.device).view(B, S)[:, :-1].flatten()
+        for rows_T in places_T.split(tokens_per_chunk(head)):
+            logits_TV = normed_BSD.flatten(0, 1)[rows_T].float() @ head.T
             slope_TV = None
             if cap is not None:  # logits are cap * tanh(z / cap), of slope 1 - tanh^2
                 logits_TV = logits_TV.div_(cap).tanh_()
@@ -83,7 +83,7 @@ class Estimator:
                 drawn_TD = head[y_T1[:, 0]]
                 if slope_TV is not None:
                     drawn_TD = drawn_TD * slope_TV.gather(1, y_T1)
-                gradients[sample, rows] = drawn_TD - expected_TD
+                gradients[sample].flatten(0, 1)[rows_T] = drawn_TD - expected_TD
         return gradients
 
     def estimate(self, layer: int, blocks: LayerBlocks) -> dict[str, Sums]:

@@ -154,7 +154,7 @@ def _need(job: Job) -> Need:
         host_bytes=host,
         disk_bytes=1e6,
         effort=Effort(forward=tokens * suffix, judged=JUDGED * tokens * sum(counts)),
-        chosen=f"parent in memory, library {'resident' if is_resident(run) else 'layer by layer'}",
+        chosen=f"the parent in memory, the library {'too' if is_resident(run) else 'by layer'}",
         instead=_smallest_change(run, parameters),
     )
 
@@ -162,26 +162,31 @@ def _need(job: Job) -> Need:
 def _memory_bytes(run: Run, parameters: int) -> tuple[float, float]:
     """Of the device and of the host.
 
-    On the device the parent, a pass of `tokens_per_pass` (residual, norms and the FFN's three
-    intermediates), a shard's input and final states, the states that wait, four copies of a chunk
-    of logits, and the library; on the host the activations of a shard at every layer.
+    On the device the parent, the library, and the larger of two. Exact: the states that wait for
+    the head, a shard's input and final states, and a pass of `tokens_per_pass` or four copies of a
+    chunk of logits. Fisher: a gradient of every sample, and the logits with the head in float32 or
+    a layer forward and backward. On the host the activations of a shard at every layer.
     """
     settings, shape = run.recipe.score, run.parent.shape
     element = run.placement.dtype.itemsize
     sequences = min(settings.sequences, settings.shard_sequences)
     tokens = sequences * run.recipe.corpus.sequence_length
-    in_pass = max(tokens, settings.tokens_per_pass)
-    passing: float = in_pass * (6 * shape.hidden_size + 3 * shape.intermediate_size) * element
     library = float(element) * sum(trained_parameters(run))
     if not is_resident(run):
         library /= shape.num_hidden_layers
-    state = tokens * shape.hidden_size
-    waiting = max(len(layer.blocks) for layer in run.space.layers) * state * element
-    waiting = min(waiting, int(HELD_SHARE * run.device.memory_bytes))
+    state, of_token = tokens * shape.hidden_size, shape.passing_elements * element
     logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
-    device = parameters * element + passing + library + logits + waiting + 4.0 * 3 * state
+    exact = fisher = 0.0
+    if settings.method != "fisher":
+        waiting = max(len(layer.blocks) for layer in run.space.layers) * state * element
+        waiting = min(waiting, int(HELD_SHARE * run.device.memory_bytes))
+        passing = max(tokens, settings.tokens_per_pass) * of_token
+        exact = waiting + 4.0 * 3 * state + max(passing, logits)
     if settings.method != "exact":
-        device += 4.0 * settings.fisher_samples * state
+        head = 4.0 * shape.vocab_size * shape.hidden_size
+        both_ways = 2.0 * tokens * of_token
+        fisher = 4.0 * settings.fisher_samples * state + max(logits + head, both_ways)
+    device = parameters * element + library + max(exact, fisher)
     return device, float((shape.num_hidden_layers + 1) * tokens * shape.hidden_size * element)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from puzzle.device import pinned
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 
 
@@ -65,7 +66,7 @@ def fetch_layers(model: PuzzleForCausalLM, device: torch.device) -> PuzzleForCau
     model.tie_weights()
     model.model.make_rotary(device)
     for layer in model.model.layers:
-        host = {name: _pinned(weight, device) for name, weight in layer.state_dict().items()}
+        host = {name: pinned(weight, device) for name, weight in layer.state_dict().items()}
 
         def fetch(layer: nn.Module, _: object, host: dict[str, torch.Tensor] = host) -> None:
             there = {name: weight.to(device, non_blocking=True) for name, weight in host.items()}
@@ -78,7 +79,3 @@ def fetch_layers(model: PuzzleForCausalLM, device: torch.device) -> PuzzleForCau
         layer.register_forward_pre_hook(fetch)
         layer.register_forward_hook(drop)
     return model
-
-
-def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.pin_memory() if device.type == "cuda" else tensor

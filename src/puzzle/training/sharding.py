@@ -5,7 +5,8 @@ GPUs. A model is read from its files layer by layer and sharded at once, so no p
 more than one layer in full, or the embedding.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,8 +53,8 @@ class Shards:
     """How models are sharded: over which processes, and the dtype in which they compute.
 
     Every layer is a group of its own, and so are embedding and head (one group where they are
-    tied). A group's float32 shards are gathered in the dtype of products, and its gradients are
-    added up in float32.
+    tied). A group's float32 shards are gathered in the dtype of products where they are used, and
+    dropped after that; its gradients are added up in float32.
     """
 
     over: DeviceMesh
@@ -96,27 +97,33 @@ class Shards:
         model.tie_weights()
         tables: list[nn.Module] = [model.model.embed_tokens, model.lm_head]
         for group in [tables] if tied else [[table] for table in tables]:
-            self._shard(group, reshard=False)
+            self._shard(group)
+        for table in tables:
+            assert isinstance(table, FSDPModule)
+            table.set_unshard_in_backward(False)  # what their gradients take is no weight
         return model
 
     def add_rest(self, module: nn.Module) -> None:
         """Shard what no group holds. From now on `module` may only be used through its forward."""
         self._shard(module)
 
-    def _shard(self, module: nn.Module | list[nn.Module], reshard: bool | None = None) -> None:
+    def _shard(self, module: nn.Module | list[nn.Module]) -> None:
         policy = MixedPrecisionPolicy(
             self.products,
             reduce_dtype=torch.float32 if self.products else None,
             cast_forward_inputs=False,  # angles may be float32
         )
-        fully_shard(module, mesh=self.over, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(module, mesh=self.over, mp_policy=policy)
 
 
-def head(model: PuzzleForCausalLM) -> torch.Tensor:
-    """The head's weight [V, D], gathered where it is sharded."""
+@contextlib.contextmanager
+def head(model: PuzzleForCausalLM) -> Iterator[torch.Tensor]:
+    """The head's weight [V, D]; where it is sharded, gathered inside the `with` block."""
     if isinstance(model.lm_head, FSDPModule):
         model.lm_head.unshard()
-    return model.lm_head.weight
+    yield model.lm_head.weight
+    if isinstance(model.lm_head, FSDPModule):
+        model.lm_head.reshard()
 
 
 def freeze(model: nn.Module) -> None:

@@ -67,14 +67,15 @@ class Pair(nn.Module):
         loss = settings.cosine_weight * cosine if settings.cosine_weight else cosine
         kl = lm = loss.new_full((), torch.nan)
         if self.logits.kl_weight or self.logits.lm_weight:
-            total, kl, lm = distillation_losses(
-                self.child.model.norm(child_BSD)[:, :-1].flatten(0, 1),
-                sharding.head(self.child),
-                self.parent.model.norm(parent_BSD)[:, :-1].flatten(0, 1),
-                sharding.head(self.parent),
-                tokens_BS[:, 1:].flatten(),
-                self.logits,
-            )
+            with sharding.head(self.child) as child_head, sharding.head(self.parent) as parent_head:
+                total, kl, lm = distillation_losses(
+                    self.child.model.norm(child_BSD)[:, :-1].flatten(0, 1),
+                    child_head,
+                    self.parent.model.norm(parent_BSD)[:, :-1].flatten(0, 1),
+                    parent_head,
+                    tokens_BS[:, 1:].flatten(),
+                    self.logits,
+                )
             loss = loss + total
         return loss, torch.stack([cosine.detach(), kl, lm])
 
@@ -84,21 +85,18 @@ class Pair(nn.Module):
         _, child_BSD, parent_BSD = self._walk(tokens_BS, cosine=False)
         parent_TD = self.parent.model.norm(parent_BSD)[:, :-1].flatten(0, 1)
         child_TD = self.child.model.norm(child_BSD)[:, :-1].flatten(0, 1)
-        parent_head, targets_T = sharding.head(self.parent), tokens_BS[:, 1:].flatten()
-        sums = []
-        for model_TD, head in (
-            (child_TD, sharding.head(self.child)),
-            (parent_TD, parent_head),
-        ):
-            metrics_CMT = token_metrics(
-                parent_TD,
-                parent_head,
-                model_TD[None],
-                head,
-                targets_T,
-                soft_cap=self.logits.soft_cap,
-            )
-            sums.append(metrics_CMT[0].double().sum(-1))
+        targets_T, sums = tokens_BS[:, 1:].flatten(), []
+        with sharding.head(self.child) as child_head, sharding.head(self.parent) as parent_head:
+            for model_TD, head in ((child_TD, child_head), (parent_TD, parent_head)):
+                metrics_CMT = token_metrics(
+                    parent_TD,
+                    parent_head,
+                    model_TD[None],
+                    head,
+                    targets_T,
+                    soft_cap=self.logits.soft_cap,
+                )
+                sums.append(metrics_CMT[0].double().sum(-1))
         return sums[0], sums[1]
 
     def _walk(

@@ -26,6 +26,9 @@ from puzzle.uptrain.launch import processes
 PROJECTIONS = 7  # of a layer: q, k, v, o, gate, up, down
 CHOICE = "choice.json"
 SUGGESTED_RANK = 16
+# What the allocator takes for a micro-batch. glibc holds on to freed buffers between those that
+# live: with the embedded parent 1.8 to 2.0 times as much, 3.4 where layers are computed again.
+ALLOCATED = {"cpu": 1.9, "cuda": 1.0}
 Place = Literal["device", "host"]
 
 
@@ -160,15 +163,16 @@ class Case:
     def taken(self, choice: Choice) -> Bytes:
         """Peak memory of models, optimiser and one micro-batch.
 
-        A parameter that learns takes, on the device, 16 bytes (weight, gradient, two moments) and a
-        copy in the dtype of products; with the optimiser on the host the weight in that dtype and a
-        float32 gradient there, and 12 bytes on the host. Sharded models divide by the processes,
+        A parameter that learns takes, on the device, 12 bytes (weight, two moments), those of
+        layers a copy in the dtype of products; with the optimiser on the host the weight in that
+        dtype, and 12 bytes on the host. Its float32 gradient is there after the backward pass, and
+        beside a micro-batch that is not the step's first. Sharded models divide by the processes,
         and a layer, or the head, of each is there in full.
         """
         run, settings = self.job.run, self.job.child.uptrain
         shape = run.parent.shape
         parent = Architecture.of_parent(shape).parameters(shape)
-        frozen, product = run.placement.dtype.itemsize, 2 if run.device.bfloat16 else 4
+        frozen, product = run.placement.dtype.itemsize, self._product
         learning, host = float(self.parameters), 0.0
         models: float = frozen * parent / self.processes
         if choice.parent == "host":
@@ -179,18 +183,35 @@ class Case:
             learning = settings.lora_rank * widths * PROJECTIONS * shape.num_hidden_layers
             models += frozen * self.parameters
         if choice.optimizer == "host":
-            models += (product + 4.0) * learning
+            models += product * learning
             host += 12.0 * learning
         else:
-            models += 16.0 * learning / self.processes
+            models += 12.0 * learning / self.processes
         if self.processes > 1:
             head = shape.vocab_size * shape.hidden_size
             largest = max(shape.parameters(shape.widest_block), head)
             models += largest * 2 * (frozen + product + 4)
-        elif choice.optimizer == "device" and product < 4:
-            models += product * learning
+        elif self._casts(choice):
+            models += product * max(0.0, learning - shape.constant_parameters)
         host += 12.0 * learning  # of a snapshot
-        return Bytes(device=models + self._activations(choice) + self._logits(choice), host=host)
+        gradients = 4.0 * learning / self.processes
+        passing = self._micro_batch(choice) * ALLOCATED[run.device.type]
+        rows = settings.batch_sequences // self.processes
+        is_whole = self._tokens(choice) >= rows * run.recipe.corpus.sequence_length
+        step = max(gradients, passing) if is_whole else gradients + passing
+        return Bytes(device=models + step, host=host)
+
+    @property
+    def _product(self) -> int:
+        """Bytes of an element of products."""
+        return 2 if self.job.run.device.bfloat16 else 4
+
+    def _casts(self, choice: Choice) -> bool:
+        """Whether layers have float32 weights in full, which autocast rounds for products."""
+        has_float32 = choice.optimizer == "device" and self.processes == 1
+        if self.job.child.uptrain.lora_rank:
+            has_float32 = self.job.run.placement.dtype.itemsize == 4
+        return has_float32 and self._product < 4
 
     def _tokens(self, choice: Choice) -> int:
         """Of a micro-batch; at least one of the longest sequences."""
@@ -202,32 +223,46 @@ class Case:
         length = self.job.run.recipe.corpus.sequence_length
         return max([stage.sequence_length for stage in self.job.child.uptrain.stages] or [length])
 
-    def _activations(self, choice: Choice) -> float:
-        """What a micro-batch keeps for its backward pass.
+    def _micro_batch(self, choice: Choice) -> float:
+        """What a micro-batch keeps for its backward pass, and the most that is there beside it.
 
-        By layer and token: norms and the residual in float32, projections, attention probabilities
-        where they are made, what the cosine keeps; or only the inputs of what is computed again.
-        And once more what one layer needs, for its gradients.
+        By layer and token: the inputs of both subblocks, with rounded copies for each of the five
+        projections that they go into; queries, keys and values, what attention gives, its
+        probabilities where they are made; four intermediates of the FFN; the cosine's two sides in
+        float32. Or only the inputs of what is computed again, and all of one layer. Beside it: the
+        loss over the vocabulary, or a layer's gradients.
         """
         device, shape = self.job.run.device, self.job.run.parent.shape
-        size, D = 2 if device.bfloat16 else 4, shape.hidden_size
+        product, D = self._product, shape.hidden_size
+        stream = 4 if self._casts(choice) else product  # of an element between layers
         eager = device.attention_for(self._longest) == "eager"
         probabilities = 10 * shape.num_attention_heads * self._longest if eager else 0
-        of_layer = (24 + 6 * size) * D + 4 * size * shape.intermediate_size + probabilities
-        cosine = bool(self.job.child.uptrain.cosine_weight)
-        kept = (4 + 4 * cosine) * D
-        if not choice.activation_checkpointing:
-            kept = of_layer + (4 + 12 * cosine) * D
-        return self._tokens(choice) * (of_layer + shape.num_hidden_layers * kept)
+        inputs = 2 * stream * D + (5 if self._casts(choice) else 2) * product * D
+        attention = product * (2 * D + shape.kv_elements_per_token(shape.widest_block))
+        ffn = 4 * product * shape.intermediate_size
+        cosine = bool(self.job.child.uptrain.cosine_weight) * (8 + 4 * (stream < 4)) * D
+        layer = inputs + attention + probabilities + ffn + cosine
+        tokens, layers = self._tokens(choice), shape.num_hidden_layers
+        backward = tokens * shape.passing_elements * product
+        if choice.activation_checkpointing:
+            kept = tokens * layers * (stream + product) * D
+            return kept + max(self._loss(choice), tokens * layer + backward)
+        return tokens * layers * layer + max(self._loss(choice), backward)
 
-    def _logits(self, choice: Choice) -> float:
-        """Four buffers of a chunk of logits, a head in the dtype of products, its gradient."""
-        shape, device = self.job.run.parent.shape, self.job.run.device
+    def _loss(self, choice: Choice) -> float:
+        """Of the loss over the vocabulary.
+
+        Hidden states of both sides and a gradient; four buffers of a chunk of logits; the head in
+        the dtype of products, its gradient and what a chunk adds to that.
+        """
+        shape, device, tokens = self.job.run.parent.shape, self.job.run.device, self._tokens(choice)
         head = shape.vocab_size * shape.hidden_size
-        buffers = 4 * 4 * min(self._tokens(choice) * shape.vocab_size, LOSS_ELEMENTS[device.type])
+        buffers = 4 * 4 * min(tokens * shape.vocab_size, LOSS_ELEMENTS[device.type])
+        states = tokens * shape.hidden_size * (4 + 4 * self._product)
         if self.job.child.uptrain.lora_rank:
-            return float(buffers)
-        return buffers + head * (4.0 + 2 * device.bfloat16 * (choice.optimizer == "device"))
+            return float(buffers + states)
+        cast = 2 * (device.bfloat16 + self._casts(choice))
+        return buffers + states + head * (4.0 + cast)
 
 
 def refuses_host(settings: UptrainConfig, processes: int) -> bool:
@@ -296,6 +331,6 @@ def need(job: Job) -> Need:
         host_bytes=taken.host,
         disk_bytes=parameters * run.parent.dtype.itemsize + checkpoints,
         effort=effort,
-        chosen=f"for a child of {parameters / 1e9:.3g}B parameters: {choice}",
+        chosen=f"for a child of up to {parameters / 1e6:,.0f}M parameters: {choice}",
         instead="" if case.fits(choice) else smallest_change(case),
     )
