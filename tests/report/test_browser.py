@@ -130,7 +130,7 @@ def test_a_point_of_the_frontier_gives_its_command(browser, address):
     command = panel.locator("code").inner_text()
     assert command.startswith("puzzle child ") and f"--solution {number} --of main" in command
     panel.get_by_role("button", name="Copy the command").click()
-    assert panel.get_by_role("button", name="Copied").is_visible()
+    panel.get_by_role("button", name="Copied").wait_for(timeout=5000)  # the clipboard takes time
     assert opened.evaluate("navigator.clipboard.readText()") == command
 
 
