@@ -81,16 +81,13 @@ def main() -> None:
         if args.quick:
             recipe, ordinary = common.tiny_recipe(Path(temporary)), {"path": argparse.__file__}
             recipe["corpus"] |= {"train_tokens": 1024, "held_out_tokens": 2048}  # are written soon
-        runs = {
-            text: make(out / text.replace(" ", "-"), recipe, names, ordinary)
-            for text, names in TEXTS.items()
-        }
-        judge = runs["ordinary"]
-        text = Text.of(judge, "test", judge.recipe.evaluate.sequences)
-        parent = on_ordinary_text(judge, None, text)
         common.print_header("text", "KL, nats per token", "top-1 kept", "KL minus ordinary's")
         figures, first = {}, None
-        for name, run in runs.items():
+        for name, sources in TEXTS.items():
+            run = make(out / name.replace(" ", "-"), recipe, sources, ordinary)
+            if first is None:
+                judge, text = run, Text.of(run, "test", run.recipe.evaluate.sequences)
+                parent = on_ordinary_text(judge, None, text)
             sums = on_ordinary_text(judge, api.child_folder(run), text)
             first = first or sums
             kept, difference = sums.retention(parent), sums.difference(first, "kl")

@@ -99,3 +99,8 @@ def test_the_same_seed_writes_the_same_text_and_leaves_torchs_seed_alone(finishe
     originals = samples.originals(run, 2, 6)
     row = run.corpus["test"].head(2)[0].tolist()
     assert run.parent.tokenizer.decode(row[: 16 + 6]).startswith(originals[0].prompt)
+
+
+def test_no_samples_are_no_error(finished_run):
+    assert samples.originals(finished_run, 0, 6) == []
+    assert samples.written(finished_run, finished_run.parent_model, 0, 6) == []
