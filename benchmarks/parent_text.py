@@ -12,12 +12,14 @@ Costs are modelled, so the three differ in text alone. With `--out`, what is don
 
 import argparse
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import common
 
 from puzzle import api, pipeline
+from puzzle.data import written
 from puzzle.engines.intervals import Interval
 from puzzle.evaluate.bootstrap import UnitSums
 from puzzle.evaluate.quality import Text, unit_sums
@@ -41,12 +43,17 @@ RECIPE: common.Settings = {
     "uptrain": {"tokens": 400_000},
     "evaluate": {"sequences": 256, "questions": 0, "samples": 0},
 }
+VLLM: common.Settings = {"engine": "vllm"}
 
 
 def make(folder: Path, recipe: common.Settings, names: list[str], ordinary: Any) -> Run:
     """The finished run on one text."""
     sources = [ordinary if name == "ordinary" else {"parent": True} for name in names]
     run = common.open_run(folder, recipe, corpus={"sources": sources})
+    if "parent" in names and find_spec("vllm") and recipe["parent"] == "pocket":
+        # costs are modelled, but vLLM writes hundreds of times as fast as this process
+        by_vllm = common.open_run(folder, recipe, corpus={"sources": sources}, cost=VLLM)
+        written.with_files(by_vllm, run.recipe.corpus)
     pipeline.execute(run)
     return run
 
