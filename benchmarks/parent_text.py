@@ -11,6 +11,7 @@ Costs are modelled, so the three differ in text alone. With `--out`, what is don
 """
 
 import argparse
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,7 @@ RECIPE: common.Settings = {
     "uptrain": {"tokens": 400_000},
     "evaluate": {"sequences": 256, "questions": 0, "samples": 0},
 }
-VLLM: common.Settings = {"engine": "vllm"}
+VLLM: common.Settings = {"deploy": ["vllm"], "cost": {"engine": "vllm"}}
 
 
 def make(folder: Path, recipe: common.Settings, names: list[str], ordinary: Any) -> Run:
@@ -52,8 +53,11 @@ def make(folder: Path, recipe: common.Settings, names: list[str], ordinary: Any)
     run = common.open_run(folder, recipe, corpus={"sources": sources})
     if "parent" in names and find_spec("vllm") and recipe["parent"] == "pocket":
         # costs are modelled, but vLLM writes hundreds of times as fast as this process
-        by_vllm = common.open_run(folder, recipe, corpus={"sources": sources}, cost=VLLM)
+        beside = folder.with_name(f"{folder.name}.writer")
+        by_vllm = common.open_run(beside, recipe | VLLM, corpus={"sources": sources})
         written.with_files(by_vllm, run.recipe.corpus)
+        run.write()
+        shutil.copytree(beside / written.FOLDER, folder / written.FOLDER, dirs_exist_ok=True)
     pipeline.execute(run)
     return run
 
