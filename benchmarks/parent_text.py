@@ -21,7 +21,6 @@ import common
 
 from puzzle import api, pipeline
 from puzzle.data import written
-from puzzle.engines.intervals import Interval
 from puzzle.evaluate.bootstrap import UnitSums
 from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.run import Run
@@ -52,7 +51,7 @@ def make(folder: Path, recipe: common.Settings, names: list[str], ordinary: Any)
     sources = [ordinary if name == "ordinary" else {"parent": True} for name in names]
     run = common.open_run(folder, recipe, corpus={"sources": sources})
     if "parent" in names and find_spec("vllm") and recipe["parent"] == "pocket":
-        # costs are modelled, but vLLM writes hundreds of times as fast as this process
+        # costs are modelled, but vLLM writes many times as fast as this process (docs/log.md)
         beside = folder.with_name(f"{folder.name}.writer")
         by_vllm = common.open_run(beside, recipe | VLLM, corpus={"sources": sources})
         written.with_files(by_vllm, run.recipe.corpus)
@@ -67,18 +66,6 @@ def on_ordinary_text(run: Run, folder: Path | None, text: Text) -> UnitSums:
     place = run.device.torch_device
     model = run.parent_model if folder is None else api.load_child(folder, device=place).float()
     return unit_sums(run, model, text, run.recipe.evaluate.batch_sequences)
-
-
-def percent(interval: Interval | None) -> str:
-    """With its interval; nothing where the parent is never right."""
-    if interval is None:
-        return ""
-    return f"{interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
-
-
-def number(interval: Interval) -> str:
-    """With its interval."""
-    return f"{interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
 
 
 def main() -> None:
@@ -102,7 +89,8 @@ def main() -> None:
             sums = on_ordinary_text(judge, api.child_folder(run), text)
             first = first or sums
             kept, difference = sums.retention(parent), sums.difference(first, "kl")
-            common.print_row(name, number(sums.mean("kl")), percent(kept), number(difference))
+            kl, more = (one.with_unit(".4f", "") for one in (sums.mean("kl"), difference))
+            common.print_row(name, kl, kept.with_unit(".1%", "") if kept else "", more)
             figures[name] = {
                 "kl": sums.mean("kl").model_dump(),
                 "top1_kept": kept and kept.model_dump(),

@@ -355,7 +355,10 @@ class HarnessTask(Section):
     def label(self) -> str:
         """How its results are named: the task, and its shots where they are given."""
         path = Path(self.task)
-        name = path.stem if path.suffix in YAML_SUFFIXES else self.task
+        return self.with_shots(path.stem if path.suffix in YAML_SUFFIXES else self.task)
+
+    def with_shots(self, name: str) -> str:
+        """`mmlu-5-shot` where shots are given, `mmlu` where they are the task's own."""
         return name if self.shots is None else f"{name}-{self.shots}-shot"
 
 

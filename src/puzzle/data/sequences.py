@@ -102,6 +102,8 @@ class Sequences:
                 shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
                 offset = int(row - self._first_rows[shard])
                 rows.append(shards[shard][offset : offset + 1])
+        if not rows:
+            return torch.empty(0, self.sequence_length, dtype=torch.long)
         return torch.cat(rows).long().view(-1, self.sequence_length)
 
     def batch(self, step: int, size: int) -> torch.Tensor:

@@ -93,7 +93,6 @@ def metrics(folder: Path, task: HarnessTask, model: str) -> dict[str, Interval]:
     """By `task metric`: the figures of a model, with intervals from standard errors."""
     found: dict[str, Interval] = {}
     results: Any = artifacts.read_object(result_path(folder, task, model))["results"]
-    shots = "" if task.shots is None else f"-{task.shots}-shot"
     for name, values in results.items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
@@ -103,7 +102,7 @@ def metrics(folder: Path, task: HarnessTask, model: str) -> dict[str, Interval]:
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
             spread = NORMAL_95 * error if isinstance(error, int | float) else 0.0
-            found[f"{name}{shots} {metric}"] = Interval(
+            found[f"{task.with_shots(name)} {metric}"] = Interval(
                 value=value, low=value - spread, high=value + spread
             )
     return found

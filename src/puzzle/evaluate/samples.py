@@ -20,24 +20,20 @@ class Sample(Record):
 
 def prompts(run: Run, count: int) -> torch.Tensor:
     """int64 [count, tokens]: the beginnings of test sequences."""
-    return _texts(run, count)[:, : min(PROMPT_TOKENS, run.corpus["test"].sequence_length // 2)]
-
-
-def _texts(run: Run, count: int) -> torch.Tensor:
-    """int64 [count, S]: test sequences; none of none."""
     side = run.corpus["test"]
-    return side.head(max(count, 1))[:count]
+    return side.head(count)[:, : min(PROMPT_TOKENS, side.sequence_length // 2)]
 
 
 def originals(run: Run, count: int, tokens: int) -> list[Sample]:
     """How the texts themselves go on."""
-    length, tokenizer = prompts(run, count).shape[1], run.parent.tokenizer
+    side, length = run.corpus["test"], prompts(run, count).shape[1]
+    tokenizer = run.parent.tokenizer
     return [
         Sample(
             prompt=str(tokenizer.decode(row[:length])),
             text=str(tokenizer.decode(row[length:][:tokens])),
         )
-        for row in _texts(run, count)
+        for row in side.head(count)
     ]
 
 
