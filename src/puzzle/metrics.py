@@ -3,6 +3,7 @@
 Nothing reads them back: curves that results depend on are records of their stage.
 """
 
+import contextlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ class Metrics:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writers = contextlib.ExitStack()
 
     def log(self, stage: str, step: int, values: Values, *, wandb: bool = False) -> None:
         """Log the values of one step. `wandb`: to Weights & Biases, too."""
@@ -42,23 +44,34 @@ class Metrics:
                 step=step,
             )
 
+    def close(self) -> None:
+        """Send what TensorBoard and Weights & Biases still hold back.
+
+        They do so by themselves when an interpreter goes down; `sharding.leave` skips that.
+        """
+        self._writers.close()
+
     @cached_property
     def _tensorboard(self) -> "SummaryWriter | None":
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self._writers.callback(writer.close)
+        return writer
 
     @cached_property
     def _wandb(self) -> "WandbRun":
         import wandb  # `uptrain` has checked that it is installed
 
         run_folder = self.folder.resolve().parent
-        return wandb.init(
+        run = wandb.init(
             project="puzzle",
             name=run_folder.name,
             id=artifacts.fingerprint(str(run_folder)),
             resume="allow",
             dir=str(run_folder),
         )
+        self._writers.callback(run.finish)
+        return run

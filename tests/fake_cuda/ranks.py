@@ -1,5 +1,6 @@
 """What two processes of an uptraining hold of their models after a forward: gloo, on CPUs."""
 
+import faulthandler
 import json
 import weakref
 from pathlib import Path
@@ -44,6 +45,7 @@ def worker(rank: int, folder: Path, out: Path, keeps: bool) -> None:
 
     `keeps`: a planted bug, copies of the weights that stay.
     """
+    faulthandler.enable()
     torch.set_num_threads(1)
     rendezvous = f"file://{out}.rendezvous"
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
@@ -80,3 +82,4 @@ def worker(rank: int, folder: Path, out: Path, keeps: bool) -> None:
         sharding.barrier()
     finally:
         distributed.destroy_process_group()
+    sharding.leave(0)

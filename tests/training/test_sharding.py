@@ -1,5 +1,6 @@
 """Two processes of a sharded pair against one: losses, gradients, groups and dtypes."""
 
+import faulthandler
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def learn(pair: Pair, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, tor
 
 def worker(rank: int, folder: Path, out: Path) -> None:
     """Both in float32 and with products in bfloat16; process 0 writes what came out."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     address = f"file://{out}.rendezvous"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
@@ -73,6 +75,7 @@ def worker(rank: int, folder: Path, out: Path) -> None:
             torch.save(results, out)
     finally:
         distributed.destroy_process_group()
+    sharding.leave(0)
 
 
 def of_shards(shards: sharding.Shards, folder: Path) -> dict:

@@ -157,12 +157,17 @@ def test_the_best_weights_are_kept_or_the_last(finished_run, tmp_path):
 
 
 def test_the_curve_reaches_weights_and_biases(finished_run, tmp_path, monkeypatch):
-    logged, fake = [], types.ModuleType("wandb")
+    logged, finished, fake = [], [], types.ModuleType("wandb")
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.init = lambda **_: types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values))
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    curve = trainer.read_curve(uptrained(finished_run, tmp_path / "run", wandb=True))
+    job = uptrained(finished_run, tmp_path / "run", wandb=True)
+    curve = trainer.read_curve(job)
     assert [step for step, _ in logged] == [point.step for point in curve]
     assert logged[-1][1]["validation/kl"] == curve[-1].validation["kl"]
+    assert not finished
+    job.run.metrics.close()
+    assert finished == [True]

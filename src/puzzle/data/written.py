@@ -1,8 +1,8 @@
 """Text that the parent writes, where nobody has its training text: the corpus source `parent`.
 
 Documents are sampled from the parent, from given prompts in turn or from the beginning of a text,
-on vLLM where it runs here, otherwise in this process. Document number n has seed n, so it is the
-same whoever writes it and whenever. An interruption costs at most one shard of `SHARD_DOCUMENTS`.
+on vLLM where costs are measured on it, otherwise in this process. Document number n has seed n.
+What is finished stays after an interruption; one costs at most a shard of `SHARD_DOCUMENTS`.
 
 Writes: `RUN/written/NNNNN.jsonl`, which the corpus reads as it reads any JSON Lines.
 """
@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from puzzle import artifacts
 from puzzle.artifacts import Record
@@ -146,17 +144,13 @@ def _writer(run: "Run", sampling: Sampling) -> Iterator[Writer]:
 
 
 class _InProcess:
-    """The parent in this process, one document at a time."""
+    """The parent in this process."""
 
     def __init__(self, run: "Run", sampling: Sampling) -> None:
         self.run, self.sampling = run, sampling
 
     def write(self, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
         """New token ids for every prompt; see `Writer`."""
-        device, how, found = self.run.device, self.sampling, []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            prompt_S = torch.tensor(prompt, device=device.torch_device)
-            with device.autocast():
-                model = self.run.parent_model
-                found.append(sample(model, prompt_S, how.tokens, how.temperature, seed))
-        return found
+        how = self.sampling
+        with self.run.device.autocast():
+            return sample(self.run.parent_model, prompts, how.tokens, how.temperature, seeds)

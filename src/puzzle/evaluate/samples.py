@@ -39,9 +39,10 @@ def originals(run: Run, count: int, tokens: int) -> list[Sample]:
 
 def written(run: Run, model: PuzzleForCausalLM, count: int, tokens: int) -> list[str]:
     """How a model goes on, prompt by prompt; each starts from the same seed."""
-    texts = []
-    for prompt_S in prompts(run, count).to(run.device.torch_device):
-        with run.device.autocast():
-            new = sample(model, prompt_S, tokens, TEMPERATURE, SEED)
-        texts.append(str(run.parent.tokenizer.decode(new, skip_special_tokens=True)))
-    return texts
+    asked = prompts(run, count).tolist()
+    if not asked:
+        return []
+    with run.device.autocast():
+        written = sample(model, asked, tokens, TEMPERATURE, [SEED] * len(asked))
+    tokenizer = run.parent.tokenizer
+    return [str(tokenizer.decode(new, skip_special_tokens=True)) for new in written]

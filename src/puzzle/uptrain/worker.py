@@ -5,6 +5,7 @@ Exit codes as in cli.py.
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import sys
 import traceback
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--child", default="main")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()
+    faulthandler.enable()  # a signal that ends this process leaves a stack in its log
     launched = launch.LAUNCHED in os.environ
     if launched and os.environ.get("RANK") == "0":
         sys.stderr = sys.stdout  # torchrun's own log goes to a file; people see process 0
@@ -35,13 +37,16 @@ def main() -> None:
     try:
         with launch.group():
             progress = Progress(arguments.quiet or sharding.rank() > 0)
-            work(Run.open(arguments.run, progress), arguments.child, launched)
+            run = Run.open(arguments.run, progress)
+            with contextlib.closing(run.metrics):
+                work(run, arguments.child, launched)
     except UserError as error:
-        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
+        print(f"puzzle: {' '.join(str(error).split())}", file=sys.stderr)
+        sharding.leave(error.exit_code)
     except Exception:
         traceback.print_exc(file=sys.__stderr__)
-        os._exit(1)  # at once: the others wait in a collective operation
+        sharding.leave(1)  # at once: the others wait in a collective operation
+    sharding.leave(0)
 
 
 def work(run: Run, child: str, launched: bool) -> None:
