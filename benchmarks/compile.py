@@ -43,7 +43,7 @@ def make_pair(layers: int) -> tuple[Pair, Device]:
     attention = device.attention_for(LENGTH)
     models = []
     for architecture in (blocks, Architecture(parent.shape.parent_blocks[:layers])):
-        config = parent.child_config(architecture, layers=range(layers))
+        config = parent.child_config(architecture, parent.shape.windows[:layers])
         config._attn_implementation = attention
         models.append(PuzzleForCausalLM(config).to(device.torch_device))
     child, frozen = models

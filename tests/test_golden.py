@@ -24,6 +24,7 @@ from puzzle.assemble import ASSEMBLE
 from puzzle.cost import stage as cost
 from puzzle.cost import table
 from puzzle.engines import machine
+from puzzle.engines.intervals import Percentiles
 from puzzle.library import LIBRARY
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -48,7 +49,7 @@ def write_costs(job: Job, path: Path) -> None:
     """Seconds and bytes follow the parameters; attention costs half as much again."""
     shape = job.run.parent.shape
     records = []
-    for variant in table.distinct_variants(job):
+    for variant, _ in table.distinct_parts(job):
         parameters, is_attention = shape.parameters(variant), variant.slot == "attention"
         seconds = parameters * (1.5e-9 if is_attention else 1e-9)
         figures = {
@@ -76,6 +77,17 @@ def write_costs(job: Job, path: Path) -> None:
     )
     cost.header(job).write(path.with_name(table.HEADER))
     artifacts.write_records(path, records)
+    fit = table.ScenarioFit(
+        scenario="main",
+        prefill_scale=1.0,
+        decode_scale=1.0,
+        prefill_samples=1,
+        decode_samples=1,
+        noise=0.0,
+        first_token=Percentiles(),
+        inter_token=Percentiles(),
+    )
+    artifacts.write_records(path.with_name(table.FITS), [fit])
 
 
 def digest(value: object) -> str:

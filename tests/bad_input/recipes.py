@@ -263,6 +263,14 @@ CASES = [
         "search.throughput: got 'fast'; expected a number with a unit (tok/s, ktok/s) or relative to the parent (2x, 50%)",
     ),
     setting(
+        "search.inter_token_latency=30ms p42",
+        "search.inter_token_latency: got '30ms p42'; expected a percentile of p50, p90, p95, p99",
+    ),
+    setting(
+        "search.throughput=2x p95",
+        "search.throughput: got '2x p95'; it has no percentiles, which user_throughput, time_to_first_token, inter_token_latency have",
+    ),
+    setting(
         "search.throughput=2X",
         "search.throughput: got '2X'; expected a number with a unit (tok/s, ktok/s) or relative to the parent (2x, 50%); did you mean 2x?",
     ),

@@ -16,6 +16,7 @@ HEADER = {
     "measured": False,
     "scenarios": {"main": {}},
     "shape": {},
+    "windows": [],
 }
 
 

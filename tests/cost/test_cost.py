@@ -53,25 +53,25 @@ def test_the_predicted_parent_is_the_measured_parent(costed):
 
 
 def test_the_probe_holds_every_costly_variant_alone_and_equally_often(costed):
-    shape, variants = costed.run.parent.shape, table.distinct_variants(costed)
-    probe = Probe.of(variants, shape, 4)
+    shape, needed = costed.run.parent.shape, table.distinct_parts(costed)
+    probe = Probe.of(needed, shape, (), 4)
     assert probe.architecture.blocks[0] == shape.widest_block
-    assert set(probe.places) == {v for v in variants if v.kind != "no_op"}
+    assert set(probe.places) == {part for part in needed if part.variant.kind != "no_op"}
     assert len({len(places) for places in probe.places.values()}) == 1
-    for variant, places in probe.places.items():
+    for (variant, _), places in probe.places.items():
         for block in (probe.architecture.blocks[place] for place in places):
             other = block.ffn if isinstance(variant, Attention) else block.attention
             assert variant in (block.attention, block.ffn) and other.kind == "no_op"
 
 
 def test_layers_of_the_probe_make_up_the_architecture(costed):
-    probe = Probe.of(table.distinct_variants(costed), costed.run.parent.shape, 4)
-    rng = random.Random(1)
+    probe = Probe.of(table.distinct_parts(costed), costed.run.parent.shape, (), 4)
+    rng, unused = random.Random(1), {}
     for _ in range(20):
-        architecture = probe.random_architecture(rng)
-        layers = probe.layers_of(architecture, rng)
+        model = probe.random_model(rng, unused)
+        layers = probe.layers_of(model, rng)
         served = Architecture(tuple(probe.architecture.blocks[index] for index in layers))
-        assert layers[0] == 0 and probe.counts(served) == probe.counts(architecture)
+        assert layers[0] == 0 and probe.counts(probe.parts(served)) == probe.counts(model)
 
 
 def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
@@ -311,8 +311,7 @@ def test_costs_are_scaled_by_the_parent_as_it_is_served(tiny_run):
 
 @pytest.mark.parametrize(("captured", "share"), [(False, 4), (True, 2)])
 def test_time_that_is_up_needs_fewer_samples_where_each_captures_a_graph(costed, captured, share):
-    variants = table.distinct_variants(costed)
-    probe = Probe.of(variants, costed.run.parent.shape, 4)
+    probe = Probe.of(table.distinct_parts(costed), costed.run.parent.shape, (), 4)
     folder = costed.run.folder / "probed"
     write_checkpoint(costed.run.parent, folder, probe.architecture)
     scenario = costed.place.cost.scenario
@@ -320,5 +319,6 @@ def test_time_that_is_up_needs_fewer_samples_where_each_captures_a_graph(costed,
         measured = ScenarioMeasurement("main", probe, session, scenario, 4, is_captured=captured)
         with costed.run.progress.task("", 1, "s") as task:
             measured.run(1e-9, 1e-9, task)
+    assert all(map(any, zip(*measured.prefills.counts, strict=True)))  # every variant was served
     assert len(measured.prefills.seconds) >= share * (len(probe.places) + 1)
     assert (len(measured.prefills.seconds) < 4 * (len(probe.places) + 1)) == captured

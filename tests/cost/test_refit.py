@@ -9,6 +9,7 @@ from served import give_or_take
 from puzzle import pipeline
 from puzzle.cost import COST, neighbours, table
 from puzzle.cost.refit import CURVATURE, CostModel, Observation
+from puzzle.engines.intervals import Percentiles
 from puzzle.model.architecture import Architecture
 
 PARENT = ["gqa_2+gated_96"] * 4  # of the tiny run
@@ -59,6 +60,14 @@ def test_with_nothing_served_the_table_stays_and_the_parent_is_certain(costs):
     assert start.table == costs and not start.is_exact
     assert start.uncertainty(Architecture.from_names(PARENT)) == pytest.approx(CURVATURE)
     assert start.uncertainty(Architecture.from_names(HALF)) > 1.5 * CURVATURE
+
+
+def test_percentiles_are_the_parents_or_the_largest_that_was_seen(costs):
+    known = dataclasses.replace(costs, inter_token=Percentiles(p95=1.2, p99=1.3))
+    assert model(known).table.inter_token == known.inter_token
+    worse = seen(known, HALF, 1.0).model_copy(update={"inter_token": Percentiles(p95=1.4)})
+    assert model(known, worse).table.inter_token == Percentiles(p95=1.4, p99=1.3)
+    assert model(known, worse).table.first_token == known.first_token
 
 
 def test_a_modelled_table_is_exact_until_something_is_served(job):

@@ -11,7 +11,14 @@ from puzzle import engines
 from puzzle.config import CostConfig, ScenarioConfig
 from puzzle.engines import Engine, EngineFacts, Page, intervals, turns
 from puzzle.engines.intervals import Phase
-from puzzle.engines.turns import SETTLING_STEPS, Served, measure_pair, serve_in_turn, turn_lengths
+from puzzle.engines.turns import (
+    SETTLING_STEPS,
+    TURN_STEPS,
+    Served,
+    measure_pair,
+    serve_in_turn,
+    turn_lengths,
+)
 
 SCENARIO = ScenarioConfig(batch_size=4, input_length=16, output_length=64)
 
@@ -21,7 +28,7 @@ class ScriptedSession:
 
     def __init__(self, side, log, seconds, on_start=lambda: None):
         self.side, self.log, self.seconds, self.on_start = side, log, seconds, on_start
-        self.pages = [Page(1, 100)]
+        self.pages, self.first_tokens = [Page(1, 100)], [0.25, 0.5, 0.75, 1.0]
         on_start()
 
     def __enter__(self):
@@ -72,6 +79,29 @@ def test_turns_make_up_a_batch(output):
     lengths = turn_lengths(output)
     assert sum(lengths) == output - 1
     assert all(length > SETTLING_STEPS for length in lengths) or len(lengths) <= 1
+
+
+def test_percentiles_of_what_a_batch_shows(tmp_path):
+    """The child's steps grow with the context; a quarter of the sequences is ready at a time."""
+
+    def seconds(side, position, index):
+        return 1.0 + side * position / 100
+
+    child = (shown := measured(scripted(seconds), tmp_path, output=256)).child
+    steps = np.array([seconds(1, position, 0) for position in range(1, 256)])
+    for percentile in (50, 90, 95, 99):
+        found = child.inter_token_latency(percentile).value
+        # within a turn, which is timed as a whole
+        assert found == pytest.approx(np.percentile(steps, percentile), abs=TURN_STEPS / 100)
+        assert shown.parent.inter_token_latency(percentile).value == pytest.approx(1.0)
+    assert child.inter_token_latency().value == pytest.approx(steps.mean(), rel=0.02)
+    assert shown.inter_token_latency_ratio(99).value == pytest.approx(
+        np.percentile(steps, 99), 0.03
+    )
+    first = child.time_to_first_token_s.value
+    shares = [child.time_to_first_token(p).value / first for p in (None, 50, 90, 99)]
+    assert shares == pytest.approx([1.0, 0.75, 1.0, 1.0])
+    assert child.user_throughput_tok_per_s(99).value < child.user_throughput_tok_per_s().value
 
 
 def test_sides_take_turns_and_a_batch_is_served_in_order(tmp_path):

@@ -16,7 +16,7 @@ from conftest import NEEDS_VLLM, make_parent
 from vllm_stub import CALL_S, DECODE_S, PREFILL_S, Clock, StubLLM
 
 from puzzle.config import ScenarioConfig
-from puzzle.engines import Page, cache_bytes, vllm_engine, vllm_worker
+from puzzle.engines import cache_bytes, vllm_engine, vllm_worker
 from puzzle.engines.turns import SETTLING_STEPS, TURN_STEPS, settled
 from puzzle.engines.vllm_messages import REPLY, Ready, StepsReply, StepsRequest
 from puzzle.model import parent
@@ -208,7 +208,7 @@ def test_the_cache_is_as_large_as_what_all_devices_hold(gpu, checkpoint, ranks, 
     gpu.setattr("transformers.AutoConfig.from_pretrained", lambda folder: config)
     gpu.setattr(StubLLM, "kv_heads", [heads, heads])
     ready, _ = talk(gpu, checkpoint, scenario, [])
-    pages = [Page(*page) for page in ready.pages]
+    pages = ready.pages
     own = max(1, heads // ranks)
     of_a_token = 2 * 2 * StubLLM.head_dim * own * ranks  # bf16 keys and values, all devices
     assert [page.bytes / page.tokens for page in pages] == [of_a_token] * 2

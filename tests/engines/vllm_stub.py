@@ -44,9 +44,12 @@ class StubEngine:
     prefilled: bool = False
     finished: list[Request] = field(default_factory=list)
 
+    groups: list = field(default_factory=list)  # of the KV cache
+
     @property
     def engine_core(self):
-        scheduler = types.SimpleNamespace(requests=self.requests)
+        cache = types.SimpleNamespace(kv_cache_groups=self.groups)
+        scheduler = types.SimpleNamespace(requests=self.requests, kv_cache_config=cache)
         return types.SimpleNamespace(engine_core=types.SimpleNamespace(scheduler=scheduler))
 
     vllm_config = types.SimpleNamespace()
@@ -91,19 +94,25 @@ class StubEngine:
 class Attention:
     """A layer's attention on one of `ranks` devices: vLLM's own rule for its KV heads."""
 
-    def __init__(self, kv_heads: int, head_dim: int, ranks: int) -> None:
-        self.own = max(1, kv_heads // ranks)
-        self.page_bytes = 2 * 2 * self.own * head_dim * 16
-
-    def get_kv_cache_spec(self, config):
-        return types.SimpleNamespace(block_size=16, page_size_bytes=self.page_bytes)
+    def __init__(self, name: str, kv_heads: int, head_dim: int, ranks: int) -> None:
+        self.layer_name = name
+        page_bytes = 2 * 2 * max(1, kv_heads // ranks) * head_dim * 16
+        self.spec = types.SimpleNamespace(block_size=16, page_size_bytes=page_bytes)
 
 
-def layer(kv_heads: int, head_dim: int, ranks: int):
+def layer(name: str, kv_heads: int, head_dim: int, ranks: int):
     if not kv_heads:
         return types.SimpleNamespace(self_attn=None)
-    attention = types.SimpleNamespace(attn=Attention(kv_heads, head_dim, ranks))
+    attention = types.SimpleNamespace(attn=Attention(name, kv_heads, head_dim, ranks))
     return types.SimpleNamespace(self_attn=attention)
+
+
+def cache_group(layers: list):
+    """Full attention with any KV heads is one group, in which every layer has its own pages."""
+    attentions = [layer.self_attn.attn for layer in layers if layer.self_attn is not None]
+    specs = {attention.layer_name: attention.spec for attention in attentions}
+    uniform = types.SimpleNamespace(kv_cache_specs=specs)
+    return types.SimpleNamespace(layer_names=list(specs), kv_cache_spec=uniform)
 
 
 class StubLLM:
@@ -120,7 +129,11 @@ class StubLLM:
         self.captured: list[list[int]] = []  # layers, whenever graphs were captured
         self.llm_engine = StubEngine(StubLLM.clock, StubLLM.late)
         ranks = arguments["tensor_parallel_size"]
-        layers = [layer(heads, self.head_dim, ranks) for heads in self.kv_heads]
+        layers = [
+            layer(f"model.layers.{index}.self_attn.attn", heads, self.head_dim, ranks)
+            for index, heads in enumerate(self.kv_heads)
+        ]
+        self.llm_engine.groups = [cache_group(layers)]
         self.model = types.SimpleNamespace(model=types.SimpleNamespace(layers=layers))
         self.worker = types.SimpleNamespace(model_runner=Runner(self))
 

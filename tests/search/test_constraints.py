@@ -20,8 +20,29 @@ from puzzle.search.constraints import parse_quantity
     ],
 )
 def test_quantities_are_read_with_their_units(name, text, expected):
-    number, relative = parse_quantity(name, text)
-    assert (number, relative) == (pytest.approx(expected[0]), expected[1])
+    number, relative, percentile = parse_quantity(name, text)
+    assert (number, relative, percentile) == (pytest.approx(expected[0]), expected[1], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("inter_token_latency", "30ms p95", (0.03, False, 95)),
+        ("time_to_first_token", " 2 s  p50 ", (2.0, False, 50)),
+        ("user_throughput", "1.5x p99", (1.5, True, 99)),
+        ("inter_token_latency", "80% p90", (0.8, True, 90)),
+    ],
+)
+def test_latencies_may_be_asked_at_a_percentile(name, text, expected):
+    assert parse_quantity(name, text) == (pytest.approx(expected[0]), *expected[1:])
+
+
+def test_a_percentile_of_what_has_none_is_a_user_error():
+    with pytest.raises(UserError, match="expected a percentile of p50, p90, p95, p99"):
+        parse_quantity("inter_token_latency", "30ms p42")
+    takes = "user_throughput, time_to_first_token, inter_token_latency"
+    with pytest.raises(UserError, match=f"it has no percentiles, which {takes} have"):
+        parse_quantity("memory", "40GiB p95")
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 import pytest
 from served import SERVED, answer, give_or_take
 
+from puzzle.engines.intervals import Percentiles
 from puzzle.search import promise
 from puzzle.search.constraints import Constraint
 
 
-def judged(name, asked, relative, served=SERVED):
+def judged(name, asked, relative, served=SERVED, **more):
     constraint = Constraint(
-        name=name, text="2x", value=asked, relative=asked if relative else None, limit=asked
+        name=name, text="2x", value=asked, relative=asked if relative else None, limit=asked, **more
     )
     (result,) = promise.judge(answer([constraint]), {"main": served})
     return result
@@ -40,6 +41,29 @@ def test_a_speed_is_met_missed_or_undecided_by_its_whole_interval(
         assert result.predicted == pytest.approx(predicted)
     edge = judged(name, measured * (1 - direction * 0.0201), relative)
     assert edge.verdict == "met"  # the interval may touch the wish
+
+
+@pytest.mark.parametrize(
+    ("name", "relative", "wanted", "predicted"),
+    [
+        ("inter_token_latency", False, 1.2 * 0.8 / 15, 1.1 * 0.05),
+        ("user_throughput", False, 18.75 / 1.2, 20.0 / 1.1),
+        ("inter_token_latency", True, 0.5 * 1.2 / 1.1, 0.5),
+        ("time_to_first_token", False, 0.6 * 0.3, 0.25 * 1.1),
+    ],
+)
+def test_a_percentile_is_judged_by_what_was_measured_at_it(name, relative, wanted, predicted):
+    """Predicted with the parent's percentile, 1.1; the child's steps have 1.2."""
+    shape = {"first_token": Percentiles(p95=0.6), "inter_token": Percentiles(p95=1.2)}
+    of_parent = {"first_token": Percentiles(p95=0.6), "inter_token": Percentiles(p95=1.1)}
+    child, parent = (
+        SERVED.child.model_copy(update=shape),
+        SERVED.parent.model_copy(update=of_parent),
+    )
+    served = SERVED.model_copy(update={"child": child, "parent": parent})
+    result = judged(name, wanted, relative, served, percentile=95, stretch=1.1)
+    assert result.figure.value == pytest.approx(wanted)
+    assert result.predicted == pytest.approx(predicted) and result.verdict == "undecided"
 
 
 @pytest.mark.parametrize(

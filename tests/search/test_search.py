@@ -14,6 +14,7 @@ from puzzle.assemble import ASSEMBLE, measured
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
 from puzzle.cost.refit import CostModel, Observation, in_own_table
+from puzzle.engines.intervals import Percentiles
 from puzzle.errors import Infeasible, UserError
 from puzzle.model import child
 from puzzle.model.architecture import Architecture, parse_block
@@ -457,6 +458,26 @@ def test_user_throughput_and_inter_token_latency_are_of_the_decode_steps(finishe
     assert same.best.objective == pytest.approx(answer.best.objective)
 
 
+def test_a_percentile_asks_for_more_by_what_the_parents_steps_show(finished_run, monkeypatch):
+    """Whose slowest steps take 1.25 times the mean one."""
+    real = table.read
+    stretched = Percentiles(p99=1.25)
+    monkeypatch.setattr(
+        table, "read", lambda job, name="main": replace(real(job, name), inter_token=stretched)
+    )
+    mean = real(finished_run.child_job("main")).predict(
+        Architecture.of_parent(finished_run.parent.shape)
+    )
+    millis = 1000 * mean.decode_s / (finished_run.recipe.cost.scenario.output_length - 1) / 1.1
+    at_mean = ask(finished_run, inter_token_latency=f"{millis:.9f}ms")
+    at_p99 = ask(finished_run, inter_token_latency=f"{1.25 * millis:.9f}ms p99")
+    assert at_p99.best.blocks == at_mean.best.blocks
+    stricter = ask(finished_run, inter_token_latency=f"{millis:.9f}ms p99")
+    assert stricter.best.objective > at_mean.best.objective
+    relative = ask(finished_run, user_throughput="1.1x p99")
+    assert relative.best.objective == pytest.approx(at_mean.best.objective)
+
+
 def test_one_token_has_no_latency_between_tokens(finished_run):
     cost = finished_run.recipe.cost
     scenario = cost.scenario.model_copy(update={"output_length": 1})
@@ -480,9 +501,10 @@ def by_brute_force(job, kl, figure):
     """The best figure of all architectures whose losses add up to at most `kl`."""
     choices, costs = stage.read_choices(job), table.read(job)
     losses, used = np.zeros(1), np.zeros(1)
-    for layer, first in zip(choices.layers, choices.starts, strict=False):
-        resources = np.array([figure(costs.block(block)) for block in layer], dtype=float)
-        losses = np.add.outer(losses, choices.losses[first : first + len(layer)]).ravel()
+    for layer, blocks in enumerate(choices.layers):
+        first = choices.starts[layer]
+        resources = np.array([figure(costs.block(block, layer)) for block in blocks], dtype=float)
+        losses = np.add.outer(losses, choices.losses[first : first + len(blocks)]).ravel()
         used = np.add.outer(used, resources).ravel()
     return used[losses <= kl].min() + figure(costs.constant)
 

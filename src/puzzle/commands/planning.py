@@ -52,12 +52,12 @@ def gpu(device_memory: str, host_memory: str) -> Device:
     sizes = []
     for name, text in (("device-memory", device_memory), ("host-memory", host_memory)):
         try:
-            size, relative = parse_quantity("memory", text)
+            asked = parse_quantity("memory", text)
         except UserError:
-            relative = True
-        if relative:
+            asked = None
+        if asked is None or asked.is_relative:
             raise UserError(f"--{name}: got {text!r}; expected bytes with a unit, such as 80GiB")
-        sizes.append(int(size))
+        sizes.append(int(asked.number))
     return Device.gpu(Memory(device_bytes=sizes[0], host_bytes=sizes[1]))
 
 

@@ -49,14 +49,15 @@ class SearchConfig(Section):
     """What is asked of a child, and how it is searched for.
 
     Constraints are absolute with a unit ("40GiB", "3s", "1500 tok/s") or relative to the parent
-    ("2x", "50%").
+    ("2x", "50%"). Latencies and `user_throughput` may be asked at a percentile: "30ms p95", of p50,
+    p90, p95 and p99, on a quiet machine.
     """
 
     throughput: Quantity = None  # output tokens per second of the whole batch
     user_throughput: Quantity = None  # of one sequence, while the batch is full
     latency: Quantity = None  # seconds per batch
-    time_to_first_token: Quantity = None  # until every sequence has one
-    inter_token_latency: Quantity = None  # the mean over the output
+    time_to_first_token: Quantity = None  # until every sequence has one; p95: until 95 % have
+    inter_token_latency: Quantity = None  # the mean over the output; p95: 95 % of the steps
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None

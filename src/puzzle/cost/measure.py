@@ -21,16 +21,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from puzzle.config import ScenarioConfig
+from puzzle.cost.parts import Part
 from puzzle.cost.probe import Probe
 from puzzle.cost.regression import Samples, Vector
 from puzzle.cost.table import CONSTANT, Cost, ScenarioFit, VariantCost
 from puzzle.engines import Page, Session, cache_bytes
+from puzzle.engines.intervals import Percentiles, Phase, step_percentiles
 from puzzle.engines.turns import settled, turn_lengths
-from puzzle.model.architecture import Architecture, Subblock
+from puzzle.model.architecture import Architecture
 from puzzle.progress import Task
 
 WARM_UPS = 2  # batches that do not count
@@ -85,8 +88,11 @@ class ScenarioMeasurement:
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     prefills: Samples = field(default_factory=Samples)
     steps: Samples = field(default_factory=Samples)
+    unused: dict[str, dict[Part, list[Part]]] = field(default_factory=dict)  # `random_model`
     parent: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "step": []})
-    workspace_bytes: int | None = None  # of the parent as it is served
+    positions: list[int] = field(default_factory=list)  # in the output, of the parent's turns
+    first_tokens: list[float] | None = None  # of the parent as it is served, as `workspace_bytes`
+    workspace_bytes: int | None = None
 
     def run(self, seconds: float, precision: float, task: Task) -> None:
         """Serve batches until the standard errors are below `precision`, or `seconds` have passed.
@@ -98,7 +104,7 @@ class ScenarioMeasurement:
             self._batch()
             if number < WARM_UPS:
                 self.prefills, self.steps = Samples(), Samples()
-                self.parent = {"prefill": [], "step": []}
+                self.parent, self.positions = {"prefill": [], "step": []}, []
             now = min(time.monotonic() - began, seconds)
             task.advance(now - elapsed)
             elapsed = now
@@ -110,7 +116,7 @@ class ScenarioMeasurement:
 
     def scale_by_served(self, session: Session) -> None:
         """Take the scale and the workspace from the parent (`Probe.reference`) as it is served."""
-        self.parent = {"prefill": [], "step": []}
+        self.parent, self.positions = {"prefill": [], "step": []}, []
         for number in range(SERVED_BATCHES):
             session.begin(self.scenario)
             prefills_s = session.advance(1)
@@ -119,40 +125,47 @@ class ScenarioMeasurement:
             if number > 0:
                 self.parent["prefill"] += prefills_s
                 self.parent["step"] += steps_s
+                self.positions += range(len(turns))
+        self.first_tokens = list(session.first_tokens)
         self.workspace_bytes = self._workspace_of(session, self.probe.reference)
 
     def _batch(self) -> None:
         """A batch, each turn of its output of another architecture; then more prefills."""
         prefill_s, decode_s = self._prefill(), 0.0
-        for count in turn_lengths(self.scenario.output_length):
-            decode_s += count * self._turn(count)
+        for position, count in enumerate(turn_lengths(self.scenario.output_length)):
+            decode_s += count * self._turn(position, count)
         for _ in range(min(MOST_PREFILLS, int(decode_s / prefill_s))):
             self._prefill()
 
-    def _architecture(self, samples: Samples) -> Architecture:
+    def _model(self, phase: str, samples: Samples) -> list[Part]:
         """A random one, or now and then the parent, by which all are scaled."""
         if len(samples.seconds) % PARENT_EVERY == 0:
-            return self.probe.reference
-        return self.probe.random_architecture(self.rng)
+            return self.reference
+        return self.probe.random_model(self.rng, self.unused.setdefault(phase, {}))
+
+    @cached_property
+    def reference(self) -> list[Part]:
+        """The parent, as the probe can serve it."""
+        return self.probe.parts(self.probe.reference)
 
     def _prefill(self) -> float:
-        architecture = self._architecture(self.prefills)
+        model = self._model("prefill", self.prefills)
         self.session.begin(self.scenario)
-        (seconds,) = self.session.advance(1, self.probe.layers_of(architecture, self.rng))
-        self._add("prefill", self.prefills, architecture, seconds)
+        (seconds,) = self.session.advance(1, self.probe.layers_of(model, self.rng))
+        self._add("prefill", self.prefills, model, seconds)
         return seconds
 
-    def _turn(self, count: int) -> float:
-        architecture = self._architecture(self.steps)
-        steps_s = self.session.advance(count, self.probe.layers_of(architecture, self.rng))
-        self._add("step", self.steps, architecture, settled(steps_s))
+    def _turn(self, position: int, count: int) -> float:
+        model = self._model("step", self.steps)
+        steps_s = self.session.advance(count, self.probe.layers_of(model, self.rng))
+        self._add("step", self.steps, model, settled(steps_s))
+        if model == self.reference:
+            self.positions.append(position)
         return settled(steps_s)
 
-    def _add(
-        self, phase: str, samples: Samples, architecture: Architecture, seconds: float
-    ) -> None:
-        samples.add(self.probe.counts(architecture), seconds)
-        if architecture == self.probe.reference:
+    def _add(self, phase: str, samples: Samples, model: list[Part], seconds: float) -> None:
+        samples.add(self.probe.counts(model), seconds)
+        if model == self.reference:
             self.parent[phase].append(seconds)
 
     def _has_enough_samples(self, is_over: bool) -> bool:
@@ -163,6 +176,7 @@ class ScenarioMeasurement:
             phases.append((self.steps, "step"))
         return all(
             len(samples.seconds) >= least
+            and all(map(any, zip(*samples.counts, strict=True)))  # every variant was served
             and (self.is_captured or len(self.parent[phase]) >= LEAST_OF_THE_PARENT)
             for samples, phase in phases
         )
@@ -179,26 +193,26 @@ class ScenarioMeasurement:
 
     def largest_error(self) -> float:
         """The largest standard error of a variant, as a share of a parent's block."""
-        fit, variants = self.fit(), list(self.probe.places)
-        block = [variants.index(half) for half in self.probe.shape.widest_block.subblocks]
+        fit, unknowns = self.fit(), list(self.probe.places)
+        block = [unknowns.index(part) for part in self.reference[:2]]
         return float(fit.error[:-1].max() / (fit.prefill + fit.decode)[block].sum())
 
-    def records(self, variants: Sequence[Subblock]) -> tuple[list[VariantCost], ScenarioFit]:
+    def records(self, needed: Sequence[Part]) -> tuple[list[VariantCost], ScenarioFit]:
         """The costs of these variants and of the constant, scaled to the parent's batches."""
         fit = self.fit()
-        counts = np.array(self.probe.counts(self.probe.reference))
+        counts = np.array(self.probe.counts(self.reference))
         steps = self.scenario.output_length - 1
         scales = (
             _scale(self.parent["prefill"], float(counts @ fit.prefill)),
             _scale([steps * s for s in self.parent["step"]], float(counts @ fit.decode)),
         )
         fit = fit.scaled(*scales)
-        unknowns = {variant: index for index, variant in enumerate(self.probe.places)}
+        unknowns = {part: index for index, part in enumerate(self.probe.places)}
         records = []
-        for variant in variants:
-            index = unknowns.get(variant)
+        for part in needed:
+            index = unknowns.get(part)
             seconds = (0.0, 0.0, 0.0) if index is None else fit.seconds(index)
-            records.append(self._variant_record(variant, seconds))
+            records.append(self._variant_record(part, seconds))
         constant = self.probe.shape.constant_parameters
         prefill_s, decode_s, stderr_s = fit.seconds(-1)
         workspace = self.workspace_bytes
@@ -230,16 +244,14 @@ class ScenarioMeasurement:
         weights = architecture.parameters(self.probe.shape) * self.element_bytes
         return max(0, used - weights - cache_bytes(session.pages, self.scenario))
 
-    def _variant_record(
-        self, variant: Subblock, seconds: tuple[float, float, float]
-    ) -> VariantCost:
-        places = self.probe.places.get(variant)
+    def _variant_record(self, part: Part, seconds: tuple[float, float, float]) -> VariantCost:
+        places = self.probe.places.get(part)
         page = self.session.pages[places[0]] if places else Page(1, 0)
-        parameters = self.probe.shape.parameters(variant)
+        parameters = self.probe.shape.parameters(part.variant)
         return VariantCost(
             scenario=self.name,
-            slot=variant.slot,
-            variant=variant.name,
+            slot=part.variant.slot,
+            variant=part.name,
             prefill_s=max(0.0, seconds[0]),
             decode_s=max(0.0, seconds[1]),
             parameters=parameters,
@@ -247,6 +259,11 @@ class ScenarioMeasurement:
             kv_cache_bytes=cache_bytes([page], self.scenario),
             stderr_s=seconds[2],
         )
+
+    def _inter_token(self) -> Percentiles:
+        steps = np.array(self.parent["step"])[:, None]
+        phase = Phase(1, steps, np.array(self.positions, dtype=float))
+        return step_percentiles([[phase, phase]])[0] if len(steps) else Percentiles()
 
     def _fit_record(self, scales: tuple[float, float]) -> ScenarioFit:
         of_parent = self.parent["step"] or self.parent["prefill"]
@@ -257,6 +274,8 @@ class ScenarioMeasurement:
             prefill_samples=len(self.prefills.seconds),
             decode_samples=len(self.steps.seconds),
             noise=statistics.pstdev(of_parent) / statistics.fmean(of_parent),
+            first_token=Percentiles.of(self.first_tokens or self.session.first_tokens, whole=True),
+            inter_token=self._inter_token(),
         )
 
 

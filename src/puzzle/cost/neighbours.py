@@ -19,7 +19,7 @@ from puzzle.config import ScenarioConfig
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.refit import Observation
 from puzzle.cost.scenarios import element_bytes, served
-from puzzle.cost.table import distinct_variants
+from puzzle.cost.table import distinct_parts, windows
 from puzzle.engines import Session
 from puzzle.engines.intervals import Figure, Phase, Seconds, Start, intervals
 from puzzle.engines.turns import settled, turn_lengths, warm_prefill
@@ -48,7 +48,8 @@ def measure(
         shutil.rmtree(left)
     for name, one in tables.items():
         scenario = served(job, one)
-        probe = Probe.of(distinct_variants(job), run.parent.shape, element_bytes(scenario))
+        shape, element = run.parent.shape, element_bytes(scenario)
+        probe = Probe.of(distinct_parts(job), shape, windows(job), element)
         near = [probe.with_first_layer(architecture) for architecture in architectures]
         title = f"{len(near) - 1} neighbours of {job.child.name} on {engine.name} ({scenario})"
         with (
@@ -57,7 +58,9 @@ def measure(
             run.progress.task(title, ROUNDS, "rounds") as task,
         ):
             weights = not engine.makes_weights
-            write_checkpoint(run.parent, Path(folder), probe.architecture, weights=weights)
+            write_checkpoint(
+                run.parent, Path(folder), probe.architecture, probe.windows, weights=weights
+            )
             with engine.probe(Path(folder), scenario) as session:
                 start = _serve(session, scenario, probe, near, task.advance)
         seen += _observations(name, near, start)
@@ -79,9 +82,10 @@ def _serve(
     rng, count = random.Random(0), len(architectures)
     prefills, steps = np.zeros((ROUNDS, count)), np.zeros((ROUNDS, count))
     turns: list[int] = []
+    models = [probe.parts(architecture) for architecture in architectures]
     for number in range(ROUNDS):
         order = rng.sample(range(count), count)
-        layers = {index: probe.layers_of(architectures[index], rng) for index in order}
+        layers = {index: probe.layers_of(models[index], rng) for index in order}
         for index in order:
             prefills[number, index] = warm_prefill(session, scenario, layers[index])
         turns = []

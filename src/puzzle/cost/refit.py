@@ -11,16 +11,19 @@ stay as they are: they are what all others are relative to. Near what was served
 follows it; far from it the table is as before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.artifacts import Record
+from puzzle.cost import parts
+from puzzle.cost.parts import Key
 from puzzle.cost.regression import Vector
 from puzzle.cost.table import Cost, CostTable
-from puzzle.engines.intervals import Interval
+from puzzle.engines.intervals import Interval, Percentiles
 from puzzle.model.architecture import Architecture
 
 # What a table may be off, beside its standard errors (benchmarks/promise.py, docs/log.md).
@@ -28,7 +31,6 @@ VARIANT_ERROR = 0.015  # of a variant's seconds
 CONSTANT_ERROR = 0.007  # of the parent's seconds
 CURVATURE = 0.007  # of a model's seconds: what no sum of variants says
 INTERVAL_SIGMAS = 2 * 1.96  # standard errors in the width of an interval
-Variant = tuple[str, str]  # slot and name
 
 
 class Observation(Record):
@@ -41,6 +43,8 @@ class Observation(Record):
     prefill: Interval
     decode: Interval | None  # None where one token is put out
     memory_bytes: int | None = None  # of the architecture, as the engine had it
+    first_token: Percentiles | None = None  # of the architecture
+    inter_token: Percentiles | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class CostModel:
     """A table, corrected by observations, and the uncertainty of what it predicts."""
 
     table: CostTable
-    unknowns: list[Variant]  # the last is the constant
+    unknowns: list[Key]  # the last is the constant
     prefill: Phase
     decode: Phase
     is_exact: bool  # modelled, and nothing served has said otherwise
@@ -83,7 +87,7 @@ class CostModel:
     ) -> "CostModel":
         """The table's model, corrected by what was observed in its scenario."""
         unknowns = [*table.variants, ("constant", "constant")]
-        counts = _counts(unknowns, parent)
+        counts = _counts(unknowns, table, parent)
         costs = [*table.variants.values(), table.constant]
         errors = np.array([table.errors.get(unknown, 0.0) for unknown in unknowns])
         phases = []
@@ -98,17 +102,18 @@ class CostModel:
             gain = free.covariance @ counts / max(free.variance(counts), 1e-300)
             covariance = free.covariance - np.outer(gain, counts @ free.covariance)
             phase = Phase(seconds, covariance)
-            phases.append(_observed(phase, unknowns, name, observations))
+            phases.append(_observed(phase, partial(_counts, unknowns, table), name, observations))
         is_exact = not table.header.measured and not observations
         prefill, decode = phases
         corrected = _with_memory(_with_seconds(table, prefill, decode), observations)
+        corrected = _with_percentiles(corrected, observations)
         return cls(corrected, unknowns, prefill, decode, is_exact)
 
     def uncertainty(self, architecture: Architecture) -> float:
         """The standard error of a model's predicted seconds, as a share of them."""
         if self.is_exact:
             return 0.0
-        counts = _counts(self.unknowns, architecture)
+        counts = _counts(self.unknowns, self.table, architecture)
         variance = self.prefill.variance(counts) + self.decode.variance(counts)
         share = variance**0.5 / self.table.predict(architecture).total_s
         return float(np.hypot(share, CURVATURE))
@@ -126,18 +131,17 @@ def in_own_table(
         return seen
     other, own = (tables[name].predict(parent) for name in (seen.compared_in, seen.scenario))
 
-    def scaled(ratio: Interval, factor: float) -> Interval:
-        low, value, high = (factor * x for x in (ratio.low, ratio.value, ratio.high))
-        return Interval(value=value, low=low, high=high)
-
-    decode = seen.decode and scaled(seen.decode, other.decode_s / own.decode_s)
-    prefill = scaled(seen.prefill, other.prefill_s / own.prefill_s)
+    decode = seen.decode and seen.decode.times(other.decode_s / own.decode_s)
+    prefill = seen.prefill.times(other.prefill_s / own.prefill_s)
     updates = {"prefill": prefill, "decode": decode, "compared_in": None}
     return seen.model_copy(update=updates)
 
 
 def _observed(
-    phase: Phase, unknowns: Sequence[Variant], name: str, observations: Sequence[Observation]
+    phase: Phase,
+    counts: Callable[[Architecture], Vector],
+    name: str,
+    observations: Sequence[Observation],
 ) -> Phase:
     rows, sigmas = [], []
     for seen in observations:
@@ -145,8 +149,7 @@ def _observed(
         if ratio is None:
             continue
         ours, others = (
-            _counts(unknowns, Architecture.from_names(names))
-            for names in (seen.blocks, seen.compared_with)
+            counts(Architecture.from_names(names)) for names in (seen.blocks, seen.compared_with)
         )
         rows.append(ours - ratio.value * others)
         error = float(np.hypot((ratio.high - ratio.low) / INTERVAL_SIGMAS / ratio.value, CURVATURE))
@@ -170,12 +173,19 @@ def _with_memory(table: CostTable, observations: Sequence[Observation]) -> CostT
     return replace(table, constant=replace(constant, workspace_bytes=max(0, *besides)))
 
 
-def _counts(unknowns: Sequence[Variant], architecture: Architecture) -> Vector:
+def _with_percentiles(table: CostTable, observations: Sequence[Observation]) -> CostTable:
+    """The parent's, or the largest that was seen."""
+    first, inter = table.first_token, table.inter_token
+    for seen in observations:
+        first = first.largest(seen.first_token or first)
+        inter = inter.largest(seen.inter_token or inter)
+    return replace(table, first_token=first, inter_token=inter)
+
+
+def _counts(unknowns: Sequence[Key], table: CostTable, architecture: Architecture) -> Vector:
     """How often each unknown occurs in a model, [U]."""
-    parts: list[Variant] = [
-        (half.slot, half.name) for block in architecture for half in block.subblocks
-    ]
-    counts: Vector = np.array([*map(parts.count, unknowns[:-1]), 1], dtype=float)
+    keys = [part.key for part in parts.of_architecture(architecture, table.header.windows)]
+    counts: Vector = np.array([*map(keys.count, unknowns[:-1]), 1], dtype=float)
     return counts
 
 

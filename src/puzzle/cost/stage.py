@@ -40,6 +40,7 @@ def header(job: Job) -> CostHeader:
         measured=job.engine.measured,
         scenarios=served_scenarios(job),
         shape=shape,
+        windows=list(table.windows(job)),
     )
 
 
@@ -57,7 +58,7 @@ def _given_table(job: Job) -> Path | None:
 def _facts(job: Job) -> Inputs:
     path = _given_table(job)
     given = artifacts.file_fingerprint(path) if path and path.is_file() else ""
-    variants: list[JsonValue] = [[v.slot, v.name] for v in table.distinct_variants(job)]
+    variants: list[JsonValue] = [list(part.key) for part in table.distinct_parts(job)]
     return {"header": header(job).as_json(), "variants": variants, "table": given}
 
 
@@ -86,8 +87,8 @@ def _reuse(job: Job, path: Path) -> tuple[CostHeader, list[VariantCost], list[Sc
         raise UserError(
             f"cost.table {path}: {key} is {there!r} there but {here!r} here; measure again"
         )
-    variants = table.distinct_variants(job)
-    table.check_complete(records, expected.scenarios, variants, f"cost.table {path}")
+    needed = table.distinct_parts(job)
+    table.check_complete(records, expected.scenarios, needed, f"cost.table {path}")
     return given, records, fits
 
 
@@ -98,13 +99,6 @@ def _execute(job: Job, folder: Path) -> None:
         say("  vLLM is not installed or not in deploy: speeds are measured on the torch engine")
     if not job.engine.measured:
         say("  no hardware is measured: every speed is modelled from a device sheet")
-    windows = {window for window in job.run.parent.shape.windows if window is not None}
-    longest = max(s.input_length + s.output_length for s in job.place.cost.measured.values())
-    if windows and longest > min(windows):
-        say(
-            f"  windows of {min(windows)} tokens are measured as full attention, which takes "
-            f"longer for contexts of {longest} tokens; what is served corrects the predictions"
-        )
     path = _given_table(job)
     if path is None:
         _measure(job, folder)
@@ -118,20 +112,21 @@ def _execute(job: Job, folder: Path) -> None:
 def _measure(job: Job, folder: Path) -> None:
     """Measure scenario by scenario; what an interrupted stage has measured stays."""
     scenarios = served_scenarios(job)
-    variants = table.distinct_variants(job)
-    parent = job.run.parent
-    probe = Probe.of(variants, parent.shape, element_bytes(scenarios["main"]))
+    parent, windows = job.run.parent, table.windows(job)
+    element = element_bytes(scenarios["main"])
+    probe = Probe.of(table.distinct_parts(job), parent.shape, windows, element)
     header(job).write(folder / HEADER)
     records = artifacts.read_records(folder / COSTS, VariantCost)
     fits = artifacts.read_records(folder / FITS, ScenarioFit)
     done = {record.scenario for record in records}
-    checkpoints = {PROBE: probe.architecture}
+    checkpoints = {PROBE: (probe.architecture, probe.windows)}
     if not job.engine.probes_as_served:
-        checkpoints[REFERENCE] = probe.reference
-    for checkpoint, architecture in checkpoints.items():
+        checkpoints[REFERENCE] = (probe.reference, windows)
+    for checkpoint, (architecture, its_windows) in checkpoints.items():
         if not (folder / checkpoint / "config.json").exists():
             weights = not job.engine.makes_weights
-            write_checkpoint(parent, folder / checkpoint, architecture, weights=weights)
+            path = folder / checkpoint
+            write_checkpoint(parent, path, architecture, its_windows, weights=weights)
     for name, scenario in scenarios.items():
         if name in done:
             continue
@@ -167,11 +162,11 @@ def _measure_scenario(
         )
         measurement.run(settings.seconds, settings.precision, task)
         if engine.probes_as_served:
-            return measurement.records(table.distinct_variants(job))
+            return measurement.records(table.distinct_parts(job))
     # one engine after the other: both may not fit
     with job.measuring(), engine.serve(folder / REFERENCE, scenario) as session:
         measurement.scale_by_served(session)
-    return measurement.records(table.distinct_variants(job))
+    return measurement.records(table.distinct_parts(job))
 
 
 def _need(job: Job) -> Need:

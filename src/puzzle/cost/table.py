@@ -17,10 +17,13 @@ from pydantic import JsonValue
 from puzzle import artifacts
 from puzzle.artifacts import Inputs, Record
 from puzzle.config import ScenarioConfig
-from puzzle.cost import COST
+from puzzle.cost import COST, parts
+from puzzle.cost.parts import Key, Part, Windows
+from puzzle.cost.scenarios import served_scenarios
 from puzzle.engines import EngineFacts
+from puzzle.engines.intervals import Percentiles
 from puzzle.errors import UserError
-from puzzle.model.architecture import Architecture, Block, Subblock
+from puzzle.model.architecture import Architecture, Block
 from puzzle.stage import Job
 
 CONSTANT: Literal["constant"] = "constant"
@@ -64,7 +67,7 @@ class VariantCost(Record):
 
     scenario: str
     slot: Literal["attention", "ffn", "constant"]
-    variant: str
+    variant: str  # of attention with a window: `gqa_2@4096`
     prefill_s: float
     decode_s: float
     parameters: int
@@ -95,6 +98,8 @@ class ScenarioFit(Record):
     prefill_samples: int
     decode_samples: int
     noise: float  # standard deviation of the parent's steps over their mean
+    first_token: Percentiles  # of the parent's batches
+    inter_token: Percentiles
 
 
 class CostHeader(Record):
@@ -104,6 +109,7 @@ class CostHeader(Record):
     measured: bool
     scenarios: dict[str, ScenarioConfig]  # each with the dtype it is served in
     shape: dict[str, JsonValue]  # of the parent
+    windows: list[int | None]  # of every layer, that matter in these scenarios
 
 
 @dataclass(frozen=True)
@@ -112,39 +118,63 @@ class CostTable:
 
     header: CostHeader
     scenario: ScenarioConfig
-    variants: dict[tuple[str, str], Cost]  # by slot and variant name
+    variants: dict[Key, Cost]
     constant: Cost
-    errors: dict[tuple[str, str], float] = field(default_factory=dict)  # standard, of seconds
+    errors: dict[Key, float] = field(default_factory=dict)  # standard, of seconds
+    first_token: Percentiles = field(default_factory=Percentiles)  # over the prefill
+    inter_token: Percentiles = field(default_factory=Percentiles)  # over the mean decode step
 
     @property
     def tokens(self) -> int:
         """Output tokens of a batch."""
         return self.scenario.batch_size * self.scenario.output_length
 
-    def block(self, block: Block) -> Cost:
+    def window(self, layer: int) -> int | None:
+        """The window of a layer's attention; None where it is at least as long as a scenario."""
+        return self.header.windows[layer] if self.header.windows else None
+
+    def knows(self, block: Block, layer: int) -> bool:
+        """Whether it has the costs of this block in this layer."""
+        keys = (part.key for part in parts.of_block(block, self.window(layer)))
+        return all(key in self.variants for key in keys)
+
+    def halves(self, block: Block, layer: int) -> list[Cost]:
+        """The costs of attention and FFN of one layer."""
+        return [self.variants[part.key] for part in parts.of_block(block, self.window(layer))]
+
+    def block(self, block: Block, layer: int) -> Cost:
         """The cost of one layer."""
-        attention, ffn = (self.variants[half.slot, half.name] for half in block.subblocks)
+        attention, ffn = self.halves(block, layer)
         return attention + ffn
 
     def predict(self, architecture: Architecture) -> Cost:
         """The cost of a whole model."""
-        return sum((self.block(block) for block in architecture), self.constant)
+        layers = (self.block(block, layer) for layer, block in enumerate(architecture))
+        return sum(layers, self.constant)
 
 
-def distinct_variants(job: Job) -> list[Subblock]:
-    """Every variant that occurs in any layer: equal shapes cost the same, whatever the layer."""
-    layers = job.space.layers
-    return list(dict.fromkeys(variant for layer in layers for variant in layer.subblocks))
+def windows(job: Job) -> Windows:
+    """Of every layer, those that matter at the job's place."""
+    return parts.served_windows(job.run.parent.shape.windows, served_scenarios(job).values())
+
+
+def distinct_parts(job: Job) -> list[Part]:
+    """Every variant that occurs in any layer, with the window it has there."""
+    layers, of_layers = job.space.layers, windows(job)
+    by_layer = zip(layers, of_layers or [None] * len(layers), strict=True)
+    return list(
+        dict.fromkeys(Part.of(v, window) for layer, window in by_layer for v in layer.subblocks)
+    )
 
 
 def check_complete(
     records: Sequence[VariantCost],
     scenarios: Iterable[str],
-    needed: Sequence[Subblock],
+    needed: Sequence[Part],
     place: str,
 ) -> None:
     """Raise `UserError` for a variant without costs in some scenario, or with impossible ones."""
-    names = [(v.slot, v.name) for v in needed] + [(CONSTANT, CONSTANT)]
+    names = [part.key for part in needed] + [(CONSTANT, CONSTANT)]
     known = {(record.scenario, record.slot, record.variant) for record in records}
     for scenario, (slot, name) in itertools.product(scenarios, names):
         if (scenario, slot, name) not in known:
@@ -174,11 +204,19 @@ def read(job: Job, scenario: str = "main") -> CostTable:
         known = ", ".join(header.scenarios)
         raise UserError(f"{path}: has no scenario {scenario!r}; expected one of {known}")
     records = [r for r in artifacts.read_records(path, VariantCost) if r.scenario == scenario]
-    check_complete(records, [scenario], distinct_variants(job), str(path))
-    variants: dict[tuple[str, str], Cost] = {(r.slot, r.variant): r.cost for r in records}
-    errors: dict[tuple[str, str], float] = {(r.slot, r.variant): r.stderr_s for r in records}
+    check_complete(records, [scenario], distinct_parts(job), str(path))
+    variants: dict[Key, Cost] = {(r.slot, r.variant): r.cost for r in records}
+    errors: dict[Key, float] = {(r.slot, r.variant): r.stderr_s for r in records}
     constant = variants.pop((CONSTANT, CONSTANT))
-    return CostTable(header, header.scenarios[scenario], variants, constant, errors)
+    fits = artifacts.read_records(path.with_name(FITS), ScenarioFit)
+    shown = {fit.scenario: (fit.first_token, fit.inter_token) for fit in fits}
+    if scenario not in shown:
+        raise UserError(
+            f"{path.with_name(FITS)}: has no scenario {scenario}; measure again (`puzzle cost`)"
+        )
+    return CostTable(
+        header, header.scenarios[scenario], variants, constant, errors, *shown[scenario]
+    )
 
 
 def are_from_elsewhere(job: Job) -> bool:

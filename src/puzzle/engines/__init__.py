@@ -33,6 +33,7 @@ class Page(NamedTuple):
 
     tokens: int
     bytes: int
+    most: int | None = None  # tokens of a sequence that are held, where the layer has a window
 
 
 class Session(AbstractContextManager["Session"], Protocol):
@@ -41,6 +42,10 @@ class Session(AbstractContextManager["Session"], Protocol):
     @property
     def pages(self) -> Sequence[Page]:
         """The page of every layer's KV cache, as allocated; a layer without a cache has 0 bytes."""
+
+    @property
+    def first_tokens(self) -> Sequence[float]:
+        """Of the last prefill: when each sequence had its first token, as shares of its time."""
 
     def memory_bytes(self) -> int | None:
         """The most memory it has taken while it served, above an idle engine of no model.
@@ -174,8 +179,10 @@ def random_prompts(scenario: ScenarioConfig, vocab_size: int, seed: int) -> list
 
 def cache_bytes(pages: Sequence[Page], scenario: ScenarioConfig) -> int:
     """The KV cache of a batch at full length, in whole pages."""
-    length = scenario.input_length + scenario.output_length
-    per_sequence = sum(-(-length // page.tokens) * page.bytes for page in pages)
+    length, per_sequence = scenario.input_length + scenario.output_length, 0
+    for page in pages:
+        held = length if page.most is None else min(length, page.most)
+        per_sequence += -(-held // page.tokens) * page.bytes
     return scenario.batch_size * per_sequence
 
 

@@ -13,6 +13,7 @@ start to start, and then over the quiet turns of each.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from puzzle.artifacts import Record
 
 CONFIDENCE = 0.95
+PERCENTILES = (50, 90, 95, 99)  # that can be asked for
 RESAMPLES = 1000
 FASTEST = 0.1  # the share of the turns by which the others are judged
 QUIET = 1.1  # times the fastest: turns that count
@@ -40,11 +42,49 @@ class Interval(Record):
         """Of one over it."""
         return Interval(value=1 / self.value, low=1 / self.high, high=1 / self.low)
 
+    def times(self, factor: float) -> "Interval":
+        """Of so many times it."""
+        low, value, high = (factor * x for x in (self.low, self.value, self.high))
+        return Interval(value=value, low=low, high=high)
+
     def with_unit(self, form: str, unit: str) -> str:
         """`1.66x (1.64x to 1.69x)`; without the interval where it has no width."""
         if self.low == self.high:
             return f"{self.value:{form}}{unit}"
         return f"{self.value:{form}}{unit} ({self.low:{form}}{unit} to {self.high:{form}}{unit})"
+
+
+class Percentiles(Record):
+    """Percentiles of a latency, each over the figure that is given without one.
+
+    Of a batch's first tokens: until so many sequences have theirs, over until all have. Of the
+    steps after it: within how long so many of them are done, over the mean step.
+    """
+
+    p50: float = 1.0
+    p90: float = 1.0
+    p95: float = 1.0
+    p99: float = 1.0
+
+    @classmethod
+    def of(cls, relative: Sequence[float], *, whole: bool = False) -> "Percentiles":
+        """From what every sequence or step took, over that figure.
+
+        `whole`: no value between two of them, as of sequences.
+        """
+        method: Literal["higher", "linear"] = "higher" if whole else "linear"
+        shares = [percentile / 100 for percentile in PERCENTILES]
+        values = np.quantile(np.array(relative, dtype=float), shares, method=method)
+        return cls(**{f"p{p}": float(v) for p, v in zip(PERCENTILES, values, strict=True)})
+
+    def at(self, percentile: int | None) -> float:
+        """Of one of `PERCENTILES`; 1 for none."""
+        return 1.0 if percentile is None else float(getattr(self, f"p{percentile}"))
+
+    def largest(self, other: "Percentiles") -> "Percentiles":
+        """The larger one of each."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return Percentiles(**{name: max(ours[name], theirs[name]) for name in ours})
 
 
 @dataclass(frozen=True)
@@ -137,6 +177,22 @@ def disturbed(starts: Sequence[Start]) -> float:
     """The share of the turns that other work on the machine has slowed."""
     phases = [QuietPhase.of(phases) for phases in zip(*starts, strict=True)]
     return float((np.concatenate([phase.slowness for phase in phases]) > DISTURBED).mean())
+
+
+def step_percentiles(starts: Sequence[Start]) -> list[Percentiles]:
+    """Of the steps after the first token, by side: they take longer as the context grows.
+
+    On a quiet machine: from the straight line that is expected in the turns' positions. It goes
+    through the fastest turns of both halves, so it is moved to where the median turn is.
+    """
+    phases = [phase for start in starts for phase in start[1:]]
+    if not phases:
+        return []
+    turns = np.concatenate([phase.turns for phase in phases])
+    positions = np.concatenate([phase.positions for phase in phases])
+    line = Phase(1, turns, positions).expected()
+    line = line + np.median(turns - line, axis=0)
+    return [Percentiles.of(side / side.mean()) for side in line.T]
 
 
 def intervals(

@@ -1,7 +1,8 @@
 """No hardware at all: seconds from FLOPs and bytes against a device sheet, modelled, not measured.
 
 A step over T tokens takes, per subblock, max(FLOPs / peak, bytes / bandwidth); bytes are the
-weights once and the KV cache read by attention. The sheets are in `devices.yaml` beside this file;
+weights once and the KV cache read by attention, of which a sliding window reads and keeps its own
+tokens only. The sheets are in `devices.yaml` beside this file;
 `cost.device_sheet` may also be the path of a user's own file with the same keys.
 """
 
@@ -9,6 +10,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from pydantic import JsonValue
@@ -18,7 +20,7 @@ from puzzle.config import ScenarioConfig
 from puzzle.engines import Engine, EngineFacts, Page, cache_bytes
 from puzzle.errors import UserError
 from puzzle.model import child, parent
-from puzzle.model.architecture import Architecture, Attention, Subblock
+from puzzle.model.architecture import Architecture, Attention, Block, Subblock
 from puzzle.model.modeling_puzzle import PuzzleConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,7 +78,9 @@ class RooflineSession:
         if (folder / "architecture.json").exists():
             config = PuzzleConfig.from_pretrained(folder)
             self.architecture = child.read_architecture(folder)
-            self.shape = parent.shape(config, self.architecture)
+            blocks = config.block_configs or []
+            windows = [block.attention.get("window_length") for block in blocks]
+            self.shape = parent.shape(config, self.architecture, windows)
             dtype = child.stored_dtype(config)
         else:
             described = parent.describe(str(folder))
@@ -86,13 +90,13 @@ class RooflineSession:
         stored = str(dtype).removeprefix("torch.")
         self.element_bytes = BYTES.get(stored if scenario.dtype == "auto" else scenario.dtype, 4)
         self.devices = scenario.tensor_parallel
-        elements = [
-            self._copies(block.attention) * self.shape.kv_elements_per_token(block)
-            for block in self.architecture
-        ]
+        self.windows = self.shape.windows or (None,) * len(self.architecture)
         self.layers = list(range(len(self.architecture)))
         self.scenario, self.step = scenario, 0
-        self.pages = [Page(1, int(count * self.element_bytes)) for count in elements]
+        self.pages = [
+            Page(1, self._cached_bytes(block), window)
+            for block, window in zip(self.architecture, self.windows, strict=True)
+        ]
 
     def __enter__(self) -> "RooflineSession":
         return self
@@ -102,6 +106,11 @@ class RooflineSession:
     def _copies(self, attention: Attention) -> float:
         """In how many devices every KV head is: all devices have at least one of each layer."""
         return max(1.0, self.devices / (attention.kv_heads or self.devices))
+
+    def _cached_bytes(self, block: Block) -> int:
+        """The keys and values of a token in a layer, on all devices together."""
+        elements = self._copies(block.attention) * self.shape.kv_elements_per_token(block)
+        return int(elements * self.element_bytes)
 
     def _seconds(
         self, parameters: int, tokens: int, cache_elements: float, attention_flops: float
@@ -114,17 +123,21 @@ class RooflineSession:
         )
         return max(compute_s, memory_s) / self.devices
 
-    def _subblock(self, variant: Subblock, batch: int, new: int, context: float) -> float:
-        """One step: `new` tokens per sequence, `context` earlier tokens to attend to (a mean)."""
+    def _subblock(self, variant: Subblock, batch: int, new: int, seen: "Seen") -> float:
+        """One step: `new` tokens per sequence."""
         shape = self.shape
         if variant.kind == "no_op":
             return 0.0
-        cache = batch * (context + new) * shape.kv_elements_per_token(variant)
+        cache = batch * seen.keys * shape.kv_elements_per_token(variant)
         attention = 0.0
         if isinstance(variant, Attention) and variant.kind == "gqa":
-            width = shape.num_attention_heads * shape.head_dim
-            attention = 4.0 * batch * new * (context + (new + 1) / 2) * width
+            attention = 4.0 * batch * seen.pairs * shape.num_attention_heads * shape.head_dim
         return self._seconds(shape.parameters(variant), batch * new, cache, attention)
+
+    @property
+    def first_tokens(self) -> list[float]:
+        """All at once; see `Session`."""
+        return [1.0] * self.scenario.batch_size
 
     def memory_bytes(self) -> int:
         """Weights and KV cache; see `Session`."""
@@ -141,25 +154,48 @@ class RooflineSession:
     def advance(self, steps: int, layers: Sequence[int] = ()) -> list[float]:
         """Take steps of the batch; see `Session`.
 
-        Every decode step counts as one at the middle of the output. That is exact in sum: attention
-        grows linearly with the context.
+        Every decode step counts as the mean of all.
         """
         self.layers = list(layers) or self.layers
         seconds = []
         for _ in range(steps):
-            if self.step == 0:
-                seconds.append(self._step(self.scenario.input_length, 0))
-            else:
-                middle = self.scenario.input_length + self.scenario.output_length / 2
-                seconds.append(self._step(1, middle))
+            seconds.append(self._step(self.scenario.input_length if self.step == 0 else 1))
             self.step += 1
         return seconds
 
-    def _step(self, new: int, context: float) -> float:
+    def _step(self, new: int) -> float:
         batch = self.scenario.batch_size
         head = self.shape.vocab_size * self.shape.hidden_size
-        constant_s = self._seconds(head, batch, 0, 0) + self.sheet["step_overhead_s"]
-        blocks = [self.architecture.blocks[index] for index in self.layers]
-        return constant_s + sum(
-            self._subblock(half, batch, new, context) for b in blocks for half in b.subblocks
-        )
+        total_s = self._seconds(head, batch, 0, 0) + self.sheet["step_overhead_s"]
+        of_step = Seen.of_prefill if self.step == 0 else Seen.of_decode
+        seen = {window: of_step(self.scenario, window) for window in set(self.windows)}
+        for index in self.layers:
+            for half in self.architecture.blocks[index].subblocks:
+                total_s += self._subblock(half, batch, new, seen[self.windows[index]])
+        return total_s
+
+
+class Seen(NamedTuple):
+    """What the attention of a step looks at in one sequence."""
+
+    keys: float  # that are read
+    pairs: float  # of queries and keys
+
+    @classmethod
+    def of_prefill(cls, scenario: ScenarioConfig, window: int | None) -> "Seen":
+        """Every token of the input looks at itself and those before it, within the window."""
+        length = scenario.input_length
+        beyond = max(0, length - (window or length))  # tokens that see exactly a window
+        first = length - beyond
+        return cls(length, first * (first + 1) / 2 + beyond * (window or 0))
+
+    @classmethod
+    def of_decode(cls, scenario: ScenarioConfig, window: int | None) -> "Seen":
+        """The mean over the output's steps; without a window the one in the middle."""
+        start, count = scenario.input_length, scenario.output_length
+        keys = start + count / 2 + 1
+        if window is not None:
+            within = min(count, max(0, window - start))  # steps that see all that there is
+            all_of_them = within * (start + (within + 1) / 2)
+            keys = min(keys, (all_of_them + (count - within) * window) / count)
+        return cls(keys, keys)

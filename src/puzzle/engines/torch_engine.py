@@ -99,6 +99,11 @@ class TorchSession:
             self.model = described.load(dtype or described.dtype, self.device)
         self.layers = list(self.model.model.layers)
 
+    @property
+    def first_tokens(self) -> list[float]:
+        """All at once; see `Session`."""
+        return [1.0] * self.scenario.batch_size
+
     def memory_bytes(self) -> None:
         """Unknown: several models share this process; see `Session`."""
 

@@ -25,7 +25,16 @@ from puzzle.engines import (
     cache_bytes,
     overhead_bytes,
 )
-from puzzle.engines.intervals import Figure, Interval, Phase, Start, disturbed, intervals
+from puzzle.engines.intervals import (
+    Figure,
+    Interval,
+    Percentiles,
+    Phase,
+    Start,
+    disturbed,
+    intervals,
+    step_percentiles,
+)
 from puzzle.model.weight_files import stored_bytes
 
 TURN_STEPS = 8
@@ -68,17 +77,21 @@ class ServedFigures(Record):
     throughput_tok_per_s: Interval  # output tokens
     kv_cache_bytes: int  # of the whole batch, as the engine allocates it
     memory_bytes: int | None  # at the peak, above an idle engine; None where it cannot tell
+    first_token: Percentiles = Percentiles()  # over `time_to_first_token_s`
+    inter_token: Percentiles = Percentiles()  # over `inter_token_latency_s`
 
-    @property
-    def inter_token_latency(self) -> Interval:
-        """Of more than one token."""
+    def time_to_first_token(self, percentile: int | None = None) -> Interval:
+        """Until so many per cent of the batch's sequences have their first token, or all."""
+        return self.time_to_first_token_s.times(self.first_token.at(percentile))
+
+    def inter_token_latency(self, percentile: int | None = None) -> Interval:
+        """Within which so many per cent of the steps are done, or the mean; of several tokens."""
         assert self.inter_token_latency_s is not None, "the scenario puts out one token"
-        return self.inter_token_latency_s
+        return self.inter_token_latency_s.times(self.inter_token.at(percentile))
 
-    @property
-    def user_throughput_tok_per_s(self) -> Interval:
+    def user_throughput_tok_per_s(self, percentile: int | None = None) -> Interval:
         """Output tokens of one sequence, while the batch is full."""
-        return self.inter_token_latency.inverse
+        return self.inter_token_latency(percentile).inverse
 
 
 class Measurement(Record):
@@ -95,16 +108,20 @@ class Measurement(Record):
     disturbed: float  # the share of the turns that other work on the machine has slowed
     in_turn: bool  # False where the two did not fit beside each other
 
-    @property
-    def inter_token_latency_ratio(self) -> Interval:
+    def first_token_ratio(self, percentile: int | None = None) -> Interval:
+        """The child's time to first token over the parent's."""
+        child, parent = (side.first_token.at(percentile) for side in (self.child, self.parent))
+        return self.time_to_first_token_ratio.times(child / parent)
+
+    def inter_token_latency_ratio(self, percentile: int | None = None) -> Interval:
         """The child's over the parent's, of more than one token."""
         assert self.decode_ratio is not None, "the scenario puts out one token"
-        return self.decode_ratio
+        child, parent = (side.inter_token.at(percentile) for side in (self.child, self.parent))
+        return self.decode_ratio.times(child / parent)
 
-    @property
-    def user_throughput_ratio(self) -> Interval:
+    def user_throughput_ratio(self, percentile: int | None = None) -> Interval:
         """The child's over the parent's."""
-        return self.inter_token_latency_ratio.inverse
+        return self.inter_token_latency_ratio(percentile).inverse
 
     @property
     def same_batch(self) -> bool:
@@ -139,23 +156,24 @@ def measure_pair(
     with contextlib.closing(served):
         for look in range(1, looks + 1):
             while len(shown) < look * starts:
-                start, sizes = next(served)
+                start, seen = next(served)
                 shown.append(start)
                 on_start()
-            measurement = _measurement(shown, (parent, child), sizes, looks, in_turn)
+            measurement = _measurement(shown, (parent, child), seen, looks, in_turn)
             if decided(measurement):
                 break
     return measurement
 
 
-class Sizes(NamedTuple):
-    """Bytes of one side: the KV cache of a batch, and the peak above an idle engine."""
+class Seen(NamedTuple):
+    """What one side has shown besides times."""
 
-    kv_cache: int
-    memory: int | None
+    kv_cache_bytes: int  # of a batch
+    memory_bytes: int | None  # the peak above an idle engine
+    first_token: Percentiles
 
 
-def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
+def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Seen]]]:
     """Start after start of all sides together, for ever."""
     scenarios = [side.scenario for side in sides]
     with contextlib.ExitStack() as stack:
@@ -165,7 +183,11 @@ def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, l
             yield (
                 start,
                 [
-                    Sizes(cache_bytes(session.pages, scenario), session.memory_bytes())
+                    Seen(
+                        cache_bytes(session.pages, scenario),
+                        session.memory_bytes(),
+                        Percentiles.of(session.first_tokens, whole=True),
+                    )
                     for session, scenario in zip(opened, scenarios, strict=True)
                 ],
             )
@@ -173,7 +195,7 @@ def _beside(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, l
                 session.restart()
 
 
-def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Sizes]]]:
+def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, list[Seen]]]:
     """The same, one side after the other."""
     while True:
         parts = []
@@ -181,7 +203,7 @@ def _alone(engine: Engine, sides: Sequence[Served]) -> Generator[tuple[Start, li
             with contextlib.closing(_beside(engine, [side])) as served:
                 parts.append(next(served))
         phases = zip(*(start for start, _ in parts), strict=True)
-        yield [_side_by_side(each) for each in phases], [sizes for _, (sizes,) in parts]
+        yield [_side_by_side(each) for each in phases], [seen for _, (seen,) in parts]
 
 
 def _side_by_side(phases: Sequence[Phase]) -> Phase:
@@ -257,7 +279,7 @@ def settled(steps_s: Sequence[float]) -> float:
 def _measurement(
     shown: Sequence[Start],
     sides: tuple[Served, Served],
-    sizes: Sequence[Sizes],
+    seen: Sequence[Seen],
     looks: int,
     in_turn: bool,
 ) -> Measurement:
@@ -273,20 +295,25 @@ def _measurement(
         figures |= _figures_of(one, side, served)
     known = intervals(shown, figures, looks)
 
-    def side_figures(one: str, side: Served, size: Sizes) -> ServedFigures:
+    steps = step_percentiles(shown) or [Percentiles()] * len(sides)
+
+    def side_figures(one: str, number: int) -> ServedFigures:
+        side = sides[number]
         return ServedFigures(
             batch_size=side.scenario.batch_size,
             latency_s=known[f"{one}.latency_s"],
             time_to_first_token_s=known[f"{one}.time_to_first_token_s"],
             inter_token_latency_s=known.get(f"{one}.inter_token_latency_s"),
             throughput_tok_per_s=known[f"{one}.throughput_tok_per_s"],
-            kv_cache_bytes=size.kv_cache,
-            memory_bytes=size.memory,
+            kv_cache_bytes=seen[number].kv_cache_bytes,
+            memory_bytes=seen[number].memory_bytes,
+            first_token=seen[number].first_token,
+            inter_token=steps[number],
         )
 
     return Measurement(
-        parent=side_figures("parent", sides[0], sizes[0]),
-        child=side_figures("child", sides[1], sizes[1]),
+        parent=side_figures("parent", 0),
+        child=side_figures("child", 1),
         speedup=known["speedup"],
         latency_ratio=known["latency_ratio"],
         time_to_first_token_ratio=known["time_to_first_token_ratio"],

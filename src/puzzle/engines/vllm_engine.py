@@ -236,6 +236,7 @@ class VllmSession(_Worker):
         self._pages: list[Page] | None = None
         self._next: ScenarioConfig | None = None
         self._memory_bytes: int | None = None
+        self.first_tokens: list[float] = []
         super()._start()
 
     @property
@@ -243,7 +244,7 @@ class VllmSession(_Worker):
         """What the engine has allocated, not a formula; waits until it has started."""
         if self._pages is None:
             ready = Ready.parse(self._reply(), "vllm's worker")
-            self._pages = [Page(tokens, size) for tokens, size in ready.pages]
+            self._pages = ready.pages
         return self._pages
 
     def memory_bytes(self) -> int | None:
@@ -278,6 +279,7 @@ class VllmSession(_Worker):
                 "batch_size"
             )
         self._memory_bytes = max(self._memory_bytes or 0, reply.memory_bytes)
+        self.first_tokens = reply.first_tokens
         return reply.seconds
 
     def _wait_until_ready(self) -> None:

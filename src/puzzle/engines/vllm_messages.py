@@ -2,14 +2,15 @@
 
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig
+from puzzle.engines import Page
 
 REPLY = "@puzzle "  # marks our lines: vLLM prints to standard output too
 
 
 class Ready(Record):
-    """The worker's first reply: (tokens, bytes) of a page of every layer's KV cache."""
+    """The worker's first reply: the page of every layer's KV cache."""
 
-    pages: list[tuple[int, int]]
+    pages: list[Page]
 
 
 class StepsRequest(Record):
@@ -40,10 +41,12 @@ class WriteReply(Record):
 class StepsReply(Record):
     """Seconds of every step; the first of a batch is its prefill.
 
-    And since the engine's start: the most memory above an idle process, and how often a sequence
-    lost its KV cache to others.
+    Of the last prefill, when each sequence had its first token, as shares of its time. And since
+    the engine's start: the most memory above an idle process, and how often a sequence lost its KV
+    cache to others.
     """
 
     seconds: list[float]
+    first_tokens: list[float]
     memory_bytes: int
     preemptions: int

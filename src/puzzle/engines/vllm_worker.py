@@ -35,13 +35,32 @@ LEAST_CACHE_BYTES = 16 << 20
 SPARE_DEVICE_BYTES = 1 << 30  # for contexts of the driver: one for each of vLLM's processes
 
 
-def list_pages(vllm_config: Any, model: Any) -> list[tuple[int, int]]:
-    """(tokens, bytes) of one page of every layer's KV cache, as the engine allocates it."""
+def attention_names(model: Any) -> list[str | None]:
+    """Of every layer, what the engine calls its attention; None where it has none."""
+    attentions = [getattr(layer, "self_attn", None) for layer in model.model.layers]
+    attentions = [getattr(attention, "attn", None) for attention in attentions]
+    return [getattr(attention, "layer_name", None) for attention in attentions]
+
+
+def list_pages(llm: Any, devices: int) -> list[Page]:
+    """The page of every layer's KV cache, as the engine allocates it on all devices together.
+
+    Where some layers have windows, vLLM makes the pages of all equally large by holding more tokens
+    in those of narrow ones. Of a window it holds the pages that it touches.
+    """
+    specs: dict[str, Any] = {}
+    for group in llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups:
+        of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        specs |= {name: of_layers.get(name, group.kv_cache_spec) for name in group.layer_names}
     pages = []
-    for layer in model.model.layers:
-        attention = getattr(getattr(layer, "self_attn", None), "attn", None)
-        spec = attention.get_kv_cache_spec(vllm_config) if attention is not None else None
-        pages.append((spec.block_size, spec.page_size_bytes) if spec is not None else (1, 0))
+    for name in llm.apply_model(attention_names)[0]:
+        if name is None:
+            pages.append(Page(1, 0))
+            continue
+        spec = specs[name]
+        is_window = type(spec).__name__ == "SlidingWindowSpec"
+        most = spec.sliding_window + spec.block_size if is_window else None
+        pages.append(Page(spec.block_size, spec.page_size_bytes * devices, most))
     return pages
 
 
@@ -116,7 +135,7 @@ def engine_arguments(
         "model": str(folder),
         "dtype": scenario.dtype,
         "skip_tokenizer_init": True,
-        "max_model_len": scenario.input_length + scenario.output_length + 1,
+        "max_model_len": scenario.input_length + scenario.output_length,
         "max_num_seqs": scenario.batch_size,
         "seed": 0,
         "kv_cache_memory_bytes": kv_cache_bytes,
@@ -169,8 +188,7 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
     on_gpu = torch.cuda.is_available()
     pool = pool_bytes(config, scenario)
     llm = LLM(**engine_arguments(folder, scenario, pool, probe))
-    pages = llm.apply_model(partial(list_pages, llm.llm_engine.vllm_config))[0]
-    pages = [Page(tokens, size * scenario.tensor_parallel) for tokens, size in pages]
+    pages = list_pages(llm, scenario.tensor_parallel)
     reply(Ready(pages=pages))
     # of the cache that is allocated; on CPUs it is not resident
     spare = pool * scenario.tensor_parallel - cache_bytes(pages, scenario)
@@ -192,7 +210,13 @@ def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
         if on_gpu:
             llm.collective_rpc(finish_kernels)
         used = device_bytes(llm) - spare if on_gpu else resident_bytes() - idle
-        reply(StepsReply(seconds=seconds, memory_bytes=used, preemptions=batch.preemptions()))
+        shown = StepsReply(
+            seconds=seconds,
+            first_tokens=batch.first_tokens,
+            memory_bytes=used,
+            preemptions=batch.preemptions(),
+        )
+        reply(shown)
 
 
 def resident_bytes() -> int:
@@ -243,6 +267,7 @@ class Batch:
         self.layers: list[int] = []  # that run; empty: all
         self.number, self.ids = 0, list[str]()
         self.prompts: list[list[int]] = []  # not yet given to the engine
+        self.first_tokens: list[float] = []  # of the last prefill, as shares of its time
 
     def preemptions(self) -> int:
         """How often a sequence of the batch that runs lost its KV cache to others."""
@@ -272,11 +297,14 @@ class Batch:
             return time.perf_counter() - began
         for name, prompt in zip(self.ids, self.prompts, strict=True):
             self.engine.add_request(name, {"prompt_token_ids": prompt}, self.parameters)
-        self.prompts, waiting = [], set(self.ids)
+        self.prompts, waiting, at = [], set(self.ids), list[float]()
         while waiting:
             outputs = self.engine.step()
-            waiting -= {o.request_id for o in outputs if o.outputs and o.outputs[0].token_ids}
-        return time.perf_counter() - began
+            ready = {o.request_id for o in outputs if o.outputs and o.outputs[0].token_ids}
+            at += [time.perf_counter() - began] * len(waiting & ready)
+            waiting -= ready
+        self.first_tokens = [seconds / at[-1] for seconds in at]
+        return at[-1]
 
 
 def sampling(output_length: int) -> Any:

@@ -148,17 +148,15 @@ class Parent:
         return stored_dtype(self.folder)
 
     def child_config(
-        self, architecture: Architecture, layers: Sequence[int] | None = None
+        self, architecture: Architecture, windows: Sequence[int | None] | None = None
     ) -> PuzzleConfig:
-        """The config of a child, or of some of its layers.
+        """The config of a child, or of some layers.
 
         Args:
             architecture: the blocks.
-            layers: the parent's layers whose places the blocks take; all of them in order if None.
+            windows: the sliding window of every block, in tokens; the parent's own if None.
         """
-        windows = self.shape.windows
-        if windows and layers is not None:
-            windows = tuple(windows[layer] for layer in layers)
+        windows = self.shape.windows if windows is None else windows
         blocks = block_configs.write(architecture, self.shape.num_attention_heads, windows)
         settings = family_of(self.hf_config.model_type).settings(self.hf_config)
         config = PuzzleConfig(**settings, block_configs=blocks, dtype=self.dtype)

@@ -37,7 +37,7 @@ def block_module(
     parent: Parent, layer: int, block: Block, attention_implementation: str
 ) -> PuzzleDecoderLayer:
     """A layer of this block in the place of the parent's layer `layer`, weights uninitialised."""
-    config = parent.child_config(Architecture((block,)), [layer])
+    config = parent.child_config(Architecture((block,)), parent.shape.windows[layer:][:1])
     config._attn_implementation = child.attention_for(config, attention_implementation)
     return PuzzleDecoderLayer(config, 0, 0)
 

@@ -185,12 +185,13 @@ class _Layers:
         self.table: CostTable = costs.read(job)
         self.scores = scores.read(job.run)
         of_parent = self.shape.parent_blocks
-        self.unit = max(self.table.block(block).total_s for block in of_parent) or 1.0
+        layers = [self.table.block(block, layer) for layer, block in enumerate(of_parent)]
+        self.unit = max(layer.total_s for layer in layers) or 1.0
 
     def _share(self, block: Block, layer: int) -> float:
         """Its seconds over those of the parent's block."""
-        parent = self.table.block(self.shape.parent_blocks[layer]).total_s
-        return self.table.block(block).total_s / parent if parent else 0.0
+        parent = self.table.block(self.shape.parent_blocks[layer], layer).total_s
+        return self.table.block(block, layer).total_s / parent if parent else 0.0
 
     def _says(self, layer: int, block: Block) -> str:
         if block == self.shape.parent_blocks[layer]:
@@ -212,8 +213,8 @@ class _Layers:
     def times(self) -> str:
         """Seconds of every layer's halves against the parent's slowest layer."""
         seconds = []
-        for block in self.blocks:
-            attention, ffn = (self.table.variants[h.slot, h.name].total_s for h in block.subblocks)
+        for layer, block in enumerate(self.blocks):
+            attention, ffn = (half.total_s for half in self.table.halves(block, layer))
             seconds.append((attention, ffn))
         title = "each layer's share of the parent's time"
         return strip.times(title, seconds, self.says(), self.unit)
@@ -229,9 +230,7 @@ class _Layers:
             rows = []
             for block in space.blocks:
                 score = self.scores.get((layer, block.name))
-                if score is not None and all(
-                    (half.slot, half.name) in self.table.variants for half in block.subblocks
-                ):
+                if score is not None and self.table.knows(block, layer):
                     share = self._share(block, layer)
                     size = self.shape.parameters(block)
                     rows.append((block.name, score.kl, share, size))

@@ -8,10 +8,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from puzzle.artifacts import Record
 from puzzle.config import ScenarioConfig, SearchConfig
 from puzzle.cost.table import Cost, CostTable
+from puzzle.engines.intervals import PERCENTILES
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
 
@@ -31,7 +33,9 @@ UNITS = {
     "tokens per second": {"tok/s": 1.0, "ktok/s": 1e3},
     "parameters": {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9},
 }
-QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/%]*)\s*")
+QUANTITY = re.compile(
+    r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/%]*)(?:\s+p([0-9]+))?\s*"
+)
 Tables = dict[str, CostTable]  # by scenario; `main` at the batch size that is looked at
 
 
@@ -60,16 +64,24 @@ class Kind:
     at_least: bool = False  # more is better; it becomes a limit on seconds
     timed: bool = False  # measured on the engine, so corrections and the margin apply
     amount: Callable[[ScenarioConfig], float] = _once
+    percentiles: Literal["first_token", "inter_token"] | None = None  # those of a table, if any
 
-    def figure(self, table: CostTable, resource: float) -> float:
-        """What is asked for, of a whole model that uses so much."""
+    def figure(self, table: CostTable, resource: float, stretch: float = 1.0) -> float:
+        """What is asked for, of a whole model that uses so much.
+
+        `stretch`: of the seconds at a percentile, over those of the resource.
+        """
         amount = self.amount(table.scenario)
-        return amount / resource if self.at_least else resource / amount
+        return amount / (resource * stretch) if self.at_least else resource * stretch / amount
 
-    def limit(self, table: CostTable, figure: float) -> float:
+    def limit(self, table: CostTable, figure: float, stretch: float = 1.0) -> float:
         """The resource at which a whole model has this figure."""
         amount = self.amount(table.scenario)
-        return amount / figure if self.at_least else figure * amount
+        return (amount / figure if self.at_least else figure * amount) / stretch
+
+    def stretch(self, table: CostTable, percentile: int | None) -> float:
+        """A percentile of the seconds, over the seconds without one."""
+        return 1.0 if self.percentiles is None else getattr(table, self.percentiles).at(percentile)
 
 
 KINDS = {
@@ -86,10 +98,19 @@ KINDS = {
         at_least=True,
         timed=True,
         amount=_steps,
+        percentiles="inter_token",
     ),
     "latency": Kind("seconds", lambda cost: cost.total_s, timed=True),
-    "time_to_first_token": Kind("seconds", lambda cost: cost.prefill_s, timed=True),
-    "inter_token_latency": Kind("seconds", lambda cost: cost.decode_s, timed=True, amount=_steps),
+    "time_to_first_token": Kind(
+        "seconds", lambda cost: cost.prefill_s, timed=True, percentiles="first_token"
+    ),
+    "inter_token_latency": Kind(
+        "seconds",
+        lambda cost: cost.decode_s,
+        timed=True,
+        amount=_steps,
+        percentiles="inter_token",
+    ),
     "memory": Kind("bytes", lambda cost: cost.memory_bytes),
     "parameters": Kind("parameters", lambda cost: cost.parameters),
     "kv_cache": Kind("bytes", lambda cost: cost.kv_cache_bytes),
@@ -105,6 +126,8 @@ class Constraint(Record):
     relative: float | None  # to the parent; None where it was asked in units
     limit: float  # bounds the model's resource from above
     scenario: str = "main"
+    percentile: int | None = None  # that was asked for
+    stretch: float = 1.0  # of the seconds at the percentile, over those that are predicted
 
     @property
     def kind(self) -> Kind:
@@ -125,8 +148,16 @@ class Constraint(Record):
         return f"{value / UNITS[self.kind.unit][unit]:.6g}{unit}"
 
 
-def parse_quantity(name: str, text: str) -> tuple[float, bool]:
-    """(number in base units, whether it is relative to the parent). `UserError` where unclear."""
+class Quantity(NamedTuple):
+    """What was asked: in base units, or relative to the parent; at a percentile or without."""
+
+    number: float
+    is_relative: bool
+    percentile: int | None
+
+
+def parse_quantity(name: str, text: str) -> Quantity:
+    """From a text such as `2x`, `40GiB` or `30ms p95`. Raises `UserError` where it is unclear."""
     match = QUANTITY.fullmatch(str(text))
     units = UNITS[KINDS[name].unit]
     known = ", ".join(unit or "none" for unit in units)
@@ -139,7 +170,21 @@ def parse_quantity(name: str, text: str) -> tuple[float, bool]:
         similar = [unit for unit in scales if unit.lower() == match[2].lower()]
         hint = f"; did you mean {match[1]}{similar[0]}?" if similar else ""
         raise UserError(f"search.{name}: got {text!r:.80}; {expected}{hint}")
-    return number, match[2] not in units
+    return Quantity(number, match[2] not in units, _percentile(name, str(text), match[3]))
+
+
+def _percentile(name: str, text: str, digits: str | None) -> int | None:
+    if digits is None:
+        return None
+    if KINDS[name].percentiles is None:
+        takes = ", ".join(other for other, kind in KINDS.items() if kind.percentiles)
+        raise UserError(
+            f"search.{name}: got {text!r:.80}; it has no percentiles, which {takes} have"
+        )
+    if digits not in map(str, PERCENTILES):
+        known = ", ".join(f"p{percentile}" for percentile in PERCENTILES)
+        raise UserError(f"search.{name}: got {text!r:.80}; expected a percentile of {known}")
+    return int(digits)
 
 
 def check(settings: SearchConfig, scenarios: Mapping[str, ScenarioConfig]) -> None:
@@ -210,8 +255,13 @@ def constraints(
     for name, scenario, text in _requests(settings, list(tables)):
         kind, table = KINDS[name], tables[scenario]
         compared = reference if scenario == "main" else table
-        number, is_relative = parse_quantity(name, text)
-        of_parent = kind.figure(compared, kind.resource(compared.predict(parent)))
+        number, is_relative, percentile = parse_quantity(name, text)
+        of_parent = kind.figure(
+            compared,
+            kind.resource(compared.predict(parent)),
+            kind.stretch(compared, percentile),
+        )
+        stretch = kind.stretch(table, percentile)
         value = number * of_parent if is_relative else number
         limits.append(
             Constraint(
@@ -219,8 +269,10 @@ def constraints(
                 text=text,
                 value=value,
                 relative=number if is_relative else None,
-                limit=kind.limit(table, value),
+                limit=kind.limit(table, value, stretch),
                 scenario=scenario,
+                percentile=percentile,
+                stretch=stretch,
             )
         )
     return limits

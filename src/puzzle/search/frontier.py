@@ -60,7 +60,10 @@ def frontier(
 def _limits(
     kind: Kind, choices: Choices, table: CostTable, parent: Architecture, count: int
 ) -> np.ndarray:
-    costs = [[kind.resource(table.block(block)) for block in layer] for layer in choices.layers]
+    costs = [
+        [kind.resource(table.block(block, layer)) for block in blocks]
+        for layer, blocks in enumerate(choices.layers)
+    ]
     most = kind.resource(table.predict(parent))
     least = kind.resource(table.constant) + sum(map(min, costs))
     least = max(least, most / FARTHEST)

@@ -26,19 +26,20 @@ FIGURES = {  # the field of `Figures` that a constraint limits
     "parameters": "parameters",
     "kv_cache": "kv_cache_bytes",
 }
-RATIOS: dict[str, Callable[[Measurement], Interval]] = {
-    "throughput": lambda measurement: measurement.speedup,
-    "latency": lambda measurement: measurement.latency_ratio,
-    "time_to_first_token": lambda measurement: measurement.time_to_first_token_ratio,
-    "user_throughput": lambda measurement: measurement.user_throughput_ratio,
-    "inter_token_latency": lambda measurement: measurement.inter_token_latency_ratio,
+# Of a measurement, and a percentile where one was asked for
+RATIOS: dict[str, Callable[[Measurement, int | None], Interval]] = {
+    "throughput": lambda measurement, _: measurement.speedup,
+    "latency": lambda measurement, _: measurement.latency_ratio,
+    "time_to_first_token": lambda measurement, p: measurement.first_token_ratio(p),
+    "user_throughput": lambda measurement, p: measurement.user_throughput_ratio(p),
+    "inter_token_latency": lambda measurement, p: measurement.inter_token_latency_ratio(p),
 }
-ABSOLUTE: dict[str, Callable[[Measurement], Interval]] = {
-    "throughput": lambda measurement: measurement.child.throughput_tok_per_s,
-    "latency": lambda measurement: measurement.child.latency_s,
-    "time_to_first_token": lambda measurement: measurement.child.time_to_first_token_s,
-    "user_throughput": lambda measurement: measurement.child.user_throughput_tok_per_s,
-    "inter_token_latency": lambda measurement: measurement.child.inter_token_latency,
+ABSOLUTE: dict[str, Callable[[Measurement, int | None], Interval]] = {
+    "throughput": lambda measurement, _: measurement.child.throughput_tok_per_s,
+    "latency": lambda measurement, _: measurement.child.latency_s,
+    "time_to_first_token": lambda measurement, p: measurement.child.time_to_first_token(p),
+    "user_throughput": lambda measurement, p: measurement.child.user_throughput_tok_per_s(p),
+    "inter_token_latency": lambda measurement, p: measurement.child.inter_token_latency(p),
 }
 Verdict = Literal["met", "missed", "undecided", "predicted"]
 
@@ -115,7 +116,8 @@ def judge_one(constraint: Constraint, measurement: Measurement, answer: Answer) 
         size = _size(constraint.name, measurement, answer.best.predicted[constraint.scenario])
         return _promise(constraint, Interval(value=size, low=size, high=size), answer)
     figures = ABSOLUTE if constraint.relative is None else RATIOS
-    return _promise(constraint, figures[constraint.name](measurement), answer)
+    figure = figures[constraint.name](measurement, constraint.percentile)
+    return _promise(constraint, figure, answer)
 
 
 def _verdict(figure: Interval, wanted: float, at_least: bool) -> Verdict:
@@ -133,6 +135,8 @@ def _promise(constraint: Constraint, figure: Interval | None, answer: Answer) ->
         float(getattr(figures[constraint.scenario], field))
         for figures in (answer.best.predicted, answer.parent)
     )
+    stretch = 1 / constraint.stretch if kind.at_least else constraint.stretch
+    predicted, of_parent = stretch * predicted, stretch * of_parent
     wanted = constraint.value if kind.timed else constraint.limit
     form, unit, after = ",.4g", f" {kind.unit}", ""
     if kind.timed and constraint.relative is not None:

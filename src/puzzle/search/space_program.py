@@ -81,10 +81,8 @@ def build(
     blocks = choices.blocks
     rows, rights = [], []
     for limit in limits:
-        resource, table = limit.kind.resource, limit.table
-        costs = {block: resource(table.block(block)) for block in dict.fromkeys(blocks)}
-        rows.append([costs[block] for block in blocks])
-        rights.append(limit.limit - resource(table.constant))
+        rows.append(_used(limit, choices))
+        rights.append(limit.limit - limit.kind.resource(limit.table.constant))
     extra: tuple[Row, ...] = ()
     if settings is not None and settings.changed_layers is not None:
         rows.append([float(b != layer[0]) for layer in choices.layers for b in layer])
@@ -103,14 +101,25 @@ def for_target(program: Program, choices: Choices, target: Limit, kl: float) -> 
 
     `target` names the resource; its limit does not count.
     """
-    resource = target.kind.resource
-    costs = {b: resource(target.table.block(b)) for b in dict.fromkeys(choices.blocks)}
     return replace(
         program,
-        costs=np.array([costs[block] for block in choices.blocks], dtype=float),
+        costs=np.array(_used(target, choices), dtype=float),
         resources=np.vstack([program.resources, choices.losses]),
         limits=np.append(program.limits, choices.curve.score_sum(kl) if choices.curve else kl),
     )
+
+
+def _used(limit: Limit, choices: Choices) -> list[float]:
+    """What every choice takes of the limited resource."""
+    table, known = limit.table, dict[tuple[Block, int | None], float]()
+    used = []
+    for layer, blocks in enumerate(choices.layers):
+        for block in blocks:
+            kind = block, table.window(layer)
+            if kind not in known:
+                known[kind] = limit.kind.resource(table.block(block, layer))
+            used.append(known[kind])
+    return used
 
 
 def _never_wider(starts: np.ndarray, widths: np.ndarray, layer: int) -> Row:
@@ -146,7 +155,7 @@ def explain_infeasible(
     def value(constraint: Constraint, used: float) -> str:
         table = tables[constraint.scenario]
         used += constraint.kind.resource(table.constant)
-        return constraint.in_unit(constraint.kind.figure(table, used))
+        return constraint.in_unit(constraint.kind.figure(table, used, constraint.stretch))
 
     for row, constraint in enumerate(constraints):
         least = float(program.least[row])

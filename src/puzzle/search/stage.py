@@ -390,7 +390,8 @@ def _given(
     if settings.target is not None:
         kind, table = KINDS[settings.target], tables["main"]
         blocks = [choices.blocks[column] for column in chosen]
-        least = sum(kind.resource(table.block(block)) for block in blocks)
+        layers = (table.block(block, layer) for layer, block in enumerate(blocks))
+        least = sum(map(kind.resource, layers))
     return _solution(mip.Optimum(chosen, least, least, 0.0), choices, tables, settings)
 
 

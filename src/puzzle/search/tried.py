@@ -150,6 +150,8 @@ def _of_child(child: MeasuredChild, parent: list[str]) -> list[Observation]:
             prefill=measurement.time_to_first_token_ratio,
             decode=measurement.decode_ratio,
             memory_bytes=measurement.child.memory_bytes,
+            first_token=measurement.child.first_token,
+            inter_token=measurement.child.inter_token,
         )
         for name, measurement in child.measurements.items()
     ]

@@ -57,7 +57,7 @@ def measure(parent: Parent, device: Device, sequence_length: int) -> Speed:
 def _time_layer(parent: Parent, device: Device, rows: int, length: int) -> tuple[float, float]:
     """Seconds per parameter and token: forward, and forward with backward."""
     block = parent.shape.parent_blocks[0]
-    config = parent.child_config(Architecture((block,)), layers=[0])
+    config = parent.child_config(Architecture((block,)), parent.shape.windows[:1])
     config.vocab_size, config.pad_token_id = VOCABULARY, None
     config._attn_implementation = child.attention_for(config, device.attention_for(length))
     with device.torch_device:

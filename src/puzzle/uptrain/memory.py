@@ -94,7 +94,7 @@ def most_parameters(job: Job) -> int:
         return parent
     texts = wish.values() if isinstance(wish, dict) else [wish]
     limits = [parse_quantity("parameters", text) for text in texts]
-    return int(min(parent, *(n * (parent if relative else 1) for n, relative in limits)))
+    return int(min(parent, *(q.number * (parent if q.is_relative else 1) for q in limits)))
 
 
 def _trained_in_layers(job: Job) -> float:
@@ -105,7 +105,7 @@ def _trained_in_layers(job: Job) -> float:
         return most
     texts = wish.values() if isinstance(wish, dict) else [wish]
     asked = [parse_quantity("throughput", text) for text in texts]
-    return most / max([1.0, *(ratio for ratio, relative in asked if relative)])
+    return most / max([1.0, *(ratio.number for ratio in asked if ratio.is_relative)])
 
 
 @dataclass(frozen=True)
