@@ -9,12 +9,13 @@ from puzzle import pipeline
 from puzzle.config import PlaceConfig
 from puzzle.cost import COST, measure, table
 from puzzle.cost.measure import ScenarioMeasurement
+from puzzle.cost.parts import Part
 from puzzle.cost.probe import Probe, write_checkpoint
 from puzzle.cost.regression import Samples
 from puzzle.cost.table import COSTS, FITS, HEADER, Cost
 from puzzle.engines import roofline_engine
 from puzzle.errors import UserError
-from puzzle.model.architecture import FFN, Architecture, Attention
+from puzzle.model.architecture import FFN, NO_FFN, Architecture, Attention
 from puzzle.stage import Job
 
 
@@ -72,6 +73,34 @@ def test_layers_of_the_probe_make_up_the_architecture(costed):
         layers = probe.layers_of(model, rng)
         served = Architecture(tuple(probe.architecture.blocks[index] for index in layers))
         assert layers[0] == 0 and probe.counts(probe.parts(served)) == probe.counts(model)
+
+
+def standard_errors(models, probe):
+    """Of every variant's seconds, where all samples are as noisy: in units of their noise."""
+    counts = np.array([probe.counts(model) for model in models], dtype=float)
+    return np.sqrt(np.linalg.inv(counts.T @ counts).diagonal())
+
+
+def test_models_of_one_other_variant_say_more_than_mixed_ones(tiny):
+    sizes = {"num_hidden_layers": 12, "num_key_value_heads": 2, "intermediate_size": 768}
+    shape = dataclasses.replace(tiny.shape, **sizes)
+    widths = [FFN("gated", width) for width in (768, 576, 384, 192, 64)]
+    attentions = [Attention("gqa", heads) for heads in (2, 1)]
+    probe = Probe.of([Part(variant) for variant in (*attentions, *widths)], shape, (), 4)
+    rng, unused = random.Random(0), {}
+    models = [probe.random_model(rng, unused) for _ in range(400)]
+    for model in models:
+        others = {part.variant for part in model[3::2]} - {widths[0], NO_FFN}
+        assert len(others) <= 1
+
+    def mixed(model):
+        """With any width wherever the parent's was replaced by one."""
+        others = [Part(width) for width in widths[1:]]
+        return [rng.choice(others) if part in others else part for part in model]
+
+    ours = standard_errors(models, probe)
+    theirs = standard_errors([mixed(model) for model in models], probe)
+    assert (ours[3:7] < theirs[3:7] / 1.8).all()  # of the other widths
 
 
 def test_the_fit_finds_the_true_costs_through_noise_and_outliers():

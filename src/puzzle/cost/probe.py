@@ -88,8 +88,10 @@ class Probe:
     def random_model(self, rng: random.Random, unused: dict[Part, list[Part]]) -> list[Part]:
         """A random share of the parent's attentions and another of its FFNs replaced.
 
-        A random share of the replacements are no-ops. That is as uneven as what a search chooses,
-        which may drop all attentions and keep all FFNs. A window may come into any layer.
+        A random share of the replacements are no-ops, all others the same variant: many of one kind
+        say several times as much of it as a few of every kind (docs/log.md). That is as uneven as
+        what a search chooses, which may drop all attentions and keep all FFNs. A window may come
+        into any layer.
 
         Args:
             rng: what is drawn from.
@@ -112,15 +114,15 @@ class Probe:
     ) -> list[Part]:
         others = [part for part in self.places if part.variant.slot == no_op.variant.slot]
         replaced, dropped = (rng.betavariate(0.5, 0.5) for _ in range(2))
+        unused += [] if unused else rng.sample(others, len(others))
         half = []
         for parent in parents:
             if rng.random() > replaced:
                 half.append(parent)
-            elif rng.random() < dropped:
-                half.append(no_op)
             else:
-                unused += [] if unused else rng.sample(others, len(others))
-                half.append(unused.pop())
+                half.append(no_op if rng.random() < dropped else unused[-1])
+        if unused[-1] in half:
+            unused.pop()
         return half
 
     @property
