@@ -195,3 +195,18 @@ def test_channels_without_energy_have_weight_one():
     parent_TD = torch.zeros(8, 16)
     parent_TD[:, 3] = 5.0
     assert losses.channel_roots(parent_TD).tolist() == [1.0] * 16
+
+
+def test_logits_are_rounded_under_autocast_only():
+    """Where the processor has products of bfloat16."""
+    torch.manual_seed(0)
+    hidden_TD, head_VD = torch.randn(64, 512), torch.randn(1024, 512)
+    exact_TV = hidden_TD.double() @ head_VD.double().T
+    plain_TV = losses._logits(hidden_TD, head_VD)
+    assert (plain_TV - exact_TV).abs().max() < 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_TV = losses._logits(hidden_TD, head_VD)
+    error = (rounded_TV - exact_TV).abs().max()
+    assert rounded_TV.dtype == torch.float32 and error < 1.0
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert error > 1e-2  # otherwise the product takes twice as long for nothing
