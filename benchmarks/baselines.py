@@ -18,16 +18,10 @@ from puzzle.model.architecture import FFN, NO_ATTENTION, NO_FFN, Architecture, A
 from puzzle.model.modeling_puzzle import PuzzleConfig
 from puzzle.run import Run
 from puzzle.score.assembled import AssembledKL
-from puzzle.score.exact import Shard
-from puzzle.score.stage import all_shards
+from puzzle.score.stage import text_shards
 
 State = dict[str, torch.Tensor]
 NOTHING = Block(NO_ATTENTION, NO_FFN)
-
-
-def text_shards(run: Run) -> list[Shard]:
-    """The sequences that blocks are scored on."""
-    return [shard for shard in all_shards(run) if shard.questions is None]
 
 
 @dataclass

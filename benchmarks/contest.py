@@ -30,6 +30,7 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
 from puzzle.score.assembled import AssembledKL
+from puzzle.score.stage import text_shards
 from puzzle.search import answers, stage
 from puzzle.search.frontier import baseline_choices
 from puzzle.stage import Job
@@ -159,7 +160,7 @@ class Workshop:
     @cached_property
     def kl(self) -> AssembledKL:
         """KL of assembled children on text for scores."""
-        return AssembledKL(self.run, baselines.text_shards(self.run))
+        return AssembledKL(self.run, text_shards(self.run))
 
     @cached_property
     def costs(self) -> table.CostTable:

@@ -89,3 +89,11 @@ def test_the_nearest_relaxation_is_that_of_brute_force(program):
 
     least = min(excess(columns) for columns in every_choice(program))
     assert excess(mip.nearest(program, 10.0)) == pytest.approx(least, abs=2e-3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs())
+def test_feasible_choices_are_those_that_keep_every_limit(program):
+    for columns in itertools.islice(every_choice(program), 64):
+        used = program.resources[:, columns].sum(axis=1)  # small integers, so without rounding
+        assert program.feasible(np.array(columns)) == bool((used <= program.limits).all())
