@@ -87,6 +87,21 @@ def test_the_standard_error_is_over_sequences(finished_run):
     assert score.stderrs["kl"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("means", "expected"), [([1.0, 3.0], 1.0), ([2.0], 0.0)])
+def test_the_standard_error_of_few_sequences(means, expected):
+    """Each is a shard of its own, of ten tokens: std / sqrt(count); of one nothing is known."""
+    parts = [
+        results.Sums(sums={"kl": 10 * mean}, squares={"kl": mean**2}, tokens=10, sequences=1)
+        for mean in means
+    ]
+    records = [
+        results.BlockScore(method="exact", layer=0, block="b", shard=str(index), result=part)
+        for index, part in enumerate(parts)
+    ]
+    score = results.summarise(records, "exact")[0, "b"]
+    assert (score.kl, score.stderrs["kl"]) == (pytest.approx(2.0), pytest.approx(expected))
+
+
 def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(
     tiny_run, finished_run, monkeypatch
 ):
