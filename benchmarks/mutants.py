@@ -31,6 +31,7 @@ from puzzle import artifacts
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, RECORDS = ROOT / "src" / "puzzle", ROOT / "runs" / "mutants.jsonl"
 TIME_IS_UP = "the time is up"
+KEYWORDS = ("strict", "non_blocking", "pin_memory")  # arguments that change no result
 MOST_S = 240.0  # of a mutant's tests: an endless loop is noticed, too
 TESTS = {
     "training/losses.py": ["tests/training/test_losses.py"],
@@ -244,8 +245,13 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.IfExp(node.test, node.orelse, node.body)
     elif isinstance(node, ast.If):
         yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and not _is_nothing(node.value):
         yield ast.Return(ast.Constant(None))
+
+
+def _is_nothing(node: ast.expr | None) -> bool:
+    """Whether None in its place would change nothing: no value, or False."""
+    return node is None or (isinstance(node, ast.Constant) and node.value is False)
 
 
 class _Replace(ast.NodeTransformer):
@@ -259,13 +265,16 @@ class _Replace(ast.NodeTransformer):
 def _left_alone(tree: ast.AST) -> set[int]:
     """Nodes of annotations, decorators, asserts, raised errors and texts, by their ids.
 
-    Asserts tell a type checker what is known, and `frozen=True` keeps people from mistakes.
+    Asserts tell a type checker what is known; `frozen=True` and `strict=True` keep people from
+    mistakes; `non_blocking` and `pin_memory` change how long something takes.
     """
     parts: list[ast.AST] = []
     for node in ast.walk(tree):
         parts += [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += getattr(node, "decorator_list", [])
         parts += [node] if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) else []
+        is_left = isinstance(node, ast.keyword) and node.arg in KEYWORDS
+        parts += [node] if is_left else []
     return {id(inner) for part in parts if part is not None for inner in ast.walk(part)}
 
 

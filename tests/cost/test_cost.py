@@ -115,6 +115,32 @@ def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
     assert np.abs(fitted - true).max() < 0.03 and (np.abs(fitted - true) < 5 * error).all()
 
 
+def fitted_often(outliers, factor):
+    """(coefficients [R, U], their standard errors [R, U]) of 60 fits with other noise each."""
+    true, rng = np.array([0.3, 0.1, 0.05, 1.0]), np.random.default_rng(1)
+    fits = []
+    for _ in range(60):
+        samples = Samples()
+        for _ in range(200):
+            counts = [*rng.integers(0, 6, size=3), 1]
+            noise = factor if rng.random() < outliers else rng.normal(1, 0.05)
+            samples.add(counts, float(counts @ true * noise))
+        fits.append(samples.fit())
+    betas, errors = (np.array(each) for each in zip(*fits, strict=True))
+    return betas - true, errors
+
+
+def test_standard_errors_are_as_large_as_the_errors():
+    off, errors = fitted_often(outliers=0.0, factor=1.0)
+    assert off.std(axis=0) == pytest.approx(errors.mean(axis=0), rel=0.35)  # 60 fits: 9 %
+
+
+def test_outliers_beyond_three_standard_deviations_are_discarded():
+    """One in ten takes a quarter more: five deviations."""
+    off, errors = fitted_often(outliers=0.1, factor=1.25)
+    assert (np.abs(off.mean(axis=0)) < 0.3 * errors.mean(axis=0)).all()
+
+
 def test_memory_is_weights_plus_cache_where_nothing_else_is_taken(costed):
     parent = Architecture.of_parent(costed.run.parent.shape)
     predicted = table.read(costed).predict(parent)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from programs import brute_force, every_choice, programs, uneven_programs
 
 from puzzle.search import mip
+from puzzle.search.program import Program
 
 
 def check_against_brute_force(program):
@@ -22,6 +23,9 @@ def check_against_brute_force(program):
         assert optimum.objective == pytest.approx(program.costs[optimum.columns].sum())
         assert optimum.bound <= expected + 1e-8 * size
         assert optimum.objective - optimum.bound <= 1e-6 * size
+        if optimum.objective:
+            distance = max(0.0, optimum.objective - optimum.bound)
+            assert optimum.gap == pytest.approx(distance / abs(optimum.objective))
         assert program.feasible(optimum.columns)
     return optimum
 
@@ -97,3 +101,14 @@ def test_feasible_choices_are_those_that_keep_every_limit(program):
     for columns in itertools.islice(every_choice(program), 64):
         used = program.resources[:, columns].sum(axis=1)  # small integers, so without rounding
         assert program.feasible(np.array(columns)) == bool((used <= program.limits).all())
+
+
+def test_a_limit_is_kept_to_rounding_whatever_its_size():
+    """The sum of 0.1 and 0.2 is above 0.3, and so it is of bytes."""
+    for size in (1.0, 1e12, 1e-12):
+        resources = np.array([[0.1, 5.0, 0.2, 5.0]]) * size
+        program = Program(np.array([0, 2, 4]), np.zeros(4), resources, np.array([0.3 * size]))
+        assert resources[0, [0, 2]].sum() > 0.3 * size or size != 1.0
+        assert program.feasible(np.array([0, 2]))
+        over = dataclasses.replace(program, limits=program.limits * (1 - 1e-6))
+        assert not over.feasible(np.array([0, 2]))
