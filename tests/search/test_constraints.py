@@ -69,3 +69,22 @@ def test_a_unit_in_other_letters_is_answered_with_the_right_one():
         parse_quantity("memory", "40gib")
     with pytest.raises(UserError, match=r"\(2x, 50%\)$"):
         parse_quantity("memory", "40parsecs")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        (
+            "memory",
+            "B=1 KB=1000 MB=1000000 GB=1000000000 TB=1000000000000 "
+            "KiB=1024 MiB=1048576 GiB=1073741824 TiB=1099511627776",
+        ),
+        ("latency", "s=1 ms=0.001 us=0.000001 min=60"),
+        ("throughput", "tok/s=1 ktok/s=1000"),
+        ("parameters", "K=1000 M=1000000 B=1000000000"),
+    ],
+)
+def test_every_unit_is_as_large_as_it_says(name, sizes):
+    for each in sizes.split():
+        unit, size = each.split("=")
+        assert parse_quantity(name, f"2{unit}").number == 2 * float(size)

@@ -210,3 +210,13 @@ def test_logits_are_rounded_under_autocast_only():
     assert rounded_TV.dtype == torch.float32 and error < 1.0
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert error > 1e-2  # otherwise the product takes twice as long for nothing
+
+
+def test_a_token_is_among_the_first_by_its_rank():
+    """Row r of the logits has its target in place r."""
+    tokens, vocabulary = 13, 16
+    logits_TV = torch.arange(vocabulary, 0, -1.0).repeat(tokens, 1)
+    targets_T, head_VD = torch.arange(tokens), torch.eye(vocabulary)
+    (metrics,) = losses.token_metrics(logits_TV, head_VD, logits_TV[None], head_VD, targets_T)
+    for place, most in ((2, 1), (3, 5), (4, 10)):
+        assert metrics[place].tolist() == [float(rank < most) for rank in range(tokens)]
