@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,9 +55,9 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.parent import Parent, locate
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.score.exact import Shard, parent_states, score_layer
+from puzzle.score.exact import LoadBlocks, Scorer, Shard, parent_states
 from puzzle.score.fisher import Estimator
-from puzzle.score.modules import LayerBlocks, LibraryBlocks
+from puzzle.score.modules import LibraryBlocks
 from puzzle.score.stage import WORK as SCORING
 from puzzle.stage import Job, Need
 from puzzle.uptrain.stage import WORK as UPTRAINING
@@ -322,27 +323,25 @@ def score_part(scale: Scale, root: Path) -> Settings:
     device, last = run.device, scale.layers["score"] - 1
     seconds: dict[str, float] = {}
     with made_variants(run), taking(device) as taken:
-        model = run.parent_model
-        library = LibraryBlocks(run, model)
+        parent, library = run.parent_layers(streamed=False), LibraryBlocks(run, kept=True)
         tokens_BS = run.corpus["score"].head(run.recipe.score.shard_sequences)
-        states = parent_states(run, model, tokens_BS)
-        estimator = Estimator(run, model, tokens_BS, states)
+        states, context = parent_states(run, parent, tokens_BS)
+        estimator = Estimator(run, parent, tokens_BS, states, context)
+        scorer = Scorer(run, parent, Shard("0", tokens_BS), states, context)
 
-        def time_layer(name: str, layer: int, score: Callable[[LayerBlocks], object]) -> None:
+        def time_layer(name: str, layer: int, score: Callable[[LoadBlocks], object]) -> None:
             wanted = run.space.layers[layer].blocks[:PER_LAYER]
-            blocks = library.layer(layer, wanted)
-            score(blocks.only(wanted[:1]))
+            score(partial(library.layer, layer, wanted[:1]))
             one = Taken()
             with timing(device, one):
-                score(blocks)
+                score(partial(library.layer, layer, wanted))
             seconds[name] = one.seconds / len(wanted)
 
-        shard = Shard("0", tokens_BS)
         for name, layer in (("last", last), ("first", 0)):
             time_layer(
                 f"exact_{name}",
                 layer,
-                lambda blocks, layer=layer: score_layer(run, model, layer, blocks, states, shard),
+                lambda blocks, layer=layer: scorer.score({layer: blocks}),
             )
             time_layer(
                 f"fisher_{name}",

@@ -230,7 +230,6 @@ def _with_mix(settings: UptrainConfig, mix: str, seed: int, tokens: int) -> Uptr
         "keep": "last",
         "stages": [],
         "patience": 0,
-        "processes": 1,
     }
     return UptrainConfig.model_validate(settings.model_dump() | changes)
 

@@ -75,7 +75,7 @@ def test_the_change_that_a_refusal_names_is_enough(tmp_path, gpu_memory, assignm
     need = memory.need(job)
     refusal = need.refusal(job.run.device.memory)
     assert refusal.startswith(f"{need.memory_bytes / 2**30:.1f} GiB of the device's memory")
-    named = re.findall(r"(?:uptrain|search)\.\w+(?:=[\w.]+)?", need.instead)
+    named = re.findall(r"(?:uptrain|search)\.\w+(?:=[\w.]+)?|processes=\d+", need.instead)
     assert named
     changed = [text for text in named if "=" in text]
     kept = [one for one in assignments if one.split("=")[0] not in named]

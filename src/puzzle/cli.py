@@ -5,7 +5,6 @@ line). Results go to standard output, progress to standard error; `--json` adds 
 last line. torch takes seconds to import, so a command imports it only when its input is right.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Annotated, NoReturn, cast
 import typer
 from pydantic import JsonValue
 
-from puzzle import config, pipeline, settings
+from puzzle import pipeline
 from puzzle.assemble import ASSEMBLE
 from puzzle.commands import children, questions, serving
 from puzzle.commands.options import (
@@ -30,9 +29,10 @@ from puzzle.commands.options import (
     Wait,
     emit,
     open_run,
+    read_recipe,
 )
 from puzzle.cost import COST
-from puzzle.errors import Infeasible, UserError
+from puzzle.errors import Infeasible, UserError, mendable
 from puzzle.evaluate import EVALUATE
 from puzzle.library import LIBRARY
 from puzzle.progress import Progress, duration
@@ -44,19 +44,6 @@ from puzzle.uptrain import UPTRAIN
 
 # click's UsageError, which newer versions of typer bring along
 USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
-OF_THE_MACHINE = {  # errors of files that users can mend, and how
-    errno.EACCES: "change its permissions, or choose another place",
-    errno.EPERM: "change its permissions, or choose another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.ENOSPC: "free some space; the same command goes on from here",
-    errno.EDQUOT: "free some space; the same command goes on from here",
-    errno.EIO: "check the disk; the same command goes on from here",
-    errno.EISDIR: "expected a file there",
-    errno.ENOTDIR: "expected a folder there",
-    errno.EEXIST: "expected a folder there, or nothing",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle; remove one",
-}
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -64,15 +51,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make a trained LLM cheaper to serve: a child that meets what you ask, as measured.",
 )
-
-
-def read_recipe(name: str, out: Path | None, assignments: list[str] | None) -> config.Recipe:
-    """A recipe by the name of a built-in one or the path of a file, with changes."""
-    path = settings.recipe_path(name)
-    values = {"out": f"runs/{path.stem}"} | settings.read_yaml(path)
-    if out is not None:
-        values["out"] = str(config.expanded(out))
-    return config.parse(values, str(path), assignments or [])
 
 
 @app.command()
@@ -284,10 +262,9 @@ def main() -> None:
         message = f"{name}: {error.format_message()}" if name else error.format_message()
         _stop(f"{message.rstrip('.')}; see `{command} --help`")
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if (of_the_machine := mendable(error)) is None:
             raise
-        what = f"{error.filename}: " if error.filename is not None else ""
-        _stop(f"{what}{error.strerror}; {OF_THE_MACHINE[error.errno]}")
+        _stop(str(of_the_machine))
     sys.exit(code or 0)
 
 

@@ -3,7 +3,22 @@
 Exit codes: 0 done, 1 our bug, 2 `UserError`, 3 `Infeasible`.
 """
 
+import errno
+
 LONGEST = 4000  # of a message, in characters
+OF_THE_MACHINE = {  # errors of files that users can mend, and how
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "free some space; the same command goes on from here",
+    errno.EDQUOT: "free some space; the same command goes on from here",
+    errno.EIO: "check the disk; the same command goes on from here",
+    errno.EISDIR: "expected a file there",
+    errno.ENOTDIR: "expected a folder there",
+    errno.EEXIST: "expected a folder there, or nothing",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; remove one",
+}
 
 
 def reason(error: BaseException) -> str:
@@ -39,3 +54,11 @@ class Infeasible(UserError):
     """
 
     exit_code = 3
+
+
+def mendable(error: OSError) -> UserError | None:
+    """An error of files that the user can mend, as one line; None for any other."""
+    if error.errno not in OF_THE_MACHINE:
+        return None
+    what = f"{error.filename}: " if error.filename is not None else ""
+    return UserError(f"{what}{error.strerror}; {OF_THE_MACHINE[error.errno]}")

@@ -131,6 +131,8 @@ def execute_stage(stage: Stage, job: Job, *, again: bool = False) -> Manifest:
 
 
 def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
+    from puzzle.training import launch
+
     folder, inputs = job.folder(stage), stage.inputs(job)
     earlier = artifacts.read_manifest(folder)
     reason = None
@@ -149,7 +151,7 @@ def _execute_locked(stage: Stage, job: Job, *, again: bool) -> Manifest:
         artifacts.reopen(folder, earlier)
     artifacts.begin(folder, inputs)
     began = time.perf_counter()
-    stage.work().execute(job, folder)
+    launch.execute(stage, job, folder)
     seconds = time.perf_counter() - began + (earlier.seconds if again and earlier else 0.0)
     manifest = artifacts.write_manifest(folder, inputs, seconds)
     job.run.progress.say(f"{stage.name}: done in {duration(seconds)}")

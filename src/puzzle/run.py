@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from puzzle.data.sequences import Sequences, Split
     from puzzle.data.tasks import QuestionBatch
     from puzzle.device import Device, Placement
+    from puzzle.model.layers import ParentLayers
     from puzzle.model.modeling_puzzle import PuzzleForCausalLM
     from puzzle.model.parent import Parent
     from puzzle.model.space import SearchSpace
@@ -75,7 +76,14 @@ class Run:
         self.given_device = device
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress, *, wait: bool = False) -> "Run":
+    def open(
+        cls,
+        folder: Path,
+        progress: Progress,
+        *,
+        wait: bool = False,
+        corpus_folder: Path | None = None,
+    ) -> "Run":
         """An existing run directory. Raises `UserError` where there is none."""
         folder = config.expanded(folder)
         path = folder / "run.yaml"
@@ -84,7 +92,7 @@ class Run:
                 f"run {folder}: no run.yaml there; expected the directory of a `puzzle run`"
             )
         recipe = config.parse(settings.read_yaml(path, "run"), str(path))
-        return cls(recipe, folder, progress, wait=wait)
+        return cls(recipe, folder, progress, wait=wait, corpus_folder=corpus_folder)
 
     def write(self) -> None:
         """Write the recipe, the parent's description, places and children into the directory."""
@@ -227,6 +235,15 @@ class Run:
         """The frozen parent in memory."""
         placement = self.placement
         return self.parent.load(placement.dtype, placement.device, placement.attention)
+
+    def parent_layers(self, *, streamed: bool) -> "ParentLayers":
+        """The frozen parent layer by layer: in memory, or each read from its files when used."""
+        from puzzle.model.layers import ParentLayers, StreamedLayers
+
+        if not streamed:
+            return ParentLayers(self.parent_model)
+        placement = self.placement
+        return StreamedLayers(self.parent, placement.dtype, placement.device, placement.attention)
 
     @cached_property
     def speed(self) -> "Speed":

@@ -173,6 +173,16 @@ def nothing_to_check(job: Job) -> None:
     """For stages whose settings cannot be wrong beyond what the recipe's schema finds."""
 
 
+def never(job: Job) -> bool:
+    """For stages that one process does."""
+    return False
+
+
+def always(job: Job) -> bool:
+    """For stages that any number of processes can do."""
+    return True
+
+
 @dataclass(frozen=True)
 class Work:
     """The half of a stage that computes.
@@ -180,12 +190,16 @@ class Work:
     `facts` are the inputs that are not settings: fingerprints, engines, devices. `execute` does
     the work in the folder it is given. `check` raises `UserError` for what can be known to be wrong
     before anything is spent. `need` estimates from config and shapes, without loading weights.
+    Where the work `is_shared`, every process of a group calls `execute` (`training/launch.py`): it
+    is a list of units with names of their own, each takes its share of those that are missing, and
+    no file names a process, so that any number of them goes on.
     """
 
     facts: Callable[[Job], Inputs]
     execute: Callable[[Job, Path], None]
     need: Callable[[Job], Need]
     check: Callable[[Job], None] = nothing_to_check
+    is_shared: Callable[[Job], bool] = never
 
 
 @dataclass(frozen=True)

@@ -496,10 +496,6 @@ CASES = [
         "--set 'uptrain={schedule: wsd, warmup_share: 0.9, decay_share: 0.9}': uptrain: warmup_share + decay_share exceed 1; lower one of them",
     ),
     setting(
-        "uptrain={lora_rank: 4, processes: 2}",
-        "--set 'uptrain={lora_rank: 4, processes: 2}': uptrain: lora_rank is for one process; got processes 2, use 1 or lora_rank: 0",
-    ),
-    setting(
         "uptrain.stages=[{tokens: 10}]",
         "--set 'uptrain.stages=[{tokens: 10}]': uptrain.stages.0.sequence_length is missing; give it a value",
     ),
@@ -512,8 +508,12 @@ CASES = [
         "uptrain.freeze: '*nothing*' matches no weight; expected a pattern such as 'model.layers.0.*' or '*embed_tokens*'",
     ),
     setting(
-        "uptrain.processes=3",
-        "uptrain.batch_sequences: a batch of 8 sequences cannot be shared by 3 processes equally; choose a multiple, or another uptrain.processes",
+        "processes=3",
+        "uptrain.batch_sequences: a batch of 8 sequences cannot be shared by 3 processes equally; choose a multiple, or other `processes`",
+    ),
+    setting(
+        "processes=0",
+        "--set 'processes=0': processes: got 0; expected 'auto' or more than 0",
     ),
     setting("device=gpu", "device: got 'gpu', expected auto, cpu, cuda or cuda:NUMBER"),
     setting(

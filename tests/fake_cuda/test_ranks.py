@@ -24,7 +24,7 @@ def forwards(finished_run, folder, keeps: bool) -> dict:
     later = shutil.ignore_patterns("uptrained", "evaluate", "report")
     shutil.copytree(finished_run.folder, folder, ignore=later)
     recipe = finished_run.recipe.model_dump(mode="json") | {"precision": "bfloat16"}
-    recipe["uptrain"] |= {"tokens": 512, "processes": 2, "activation_checkpointing": False}
+    recipe["uptrain"] |= {"tokens": 512, "activation_checkpointing": False}
     run = Run(config.parse(recipe), folder, Progress(quiet=True))
     run.write()
     (run.child_job("main").folder(UPTRAIN) / artifacts.UNFINISHED).mkdir(parents=True)

@@ -114,8 +114,8 @@ def test_a_planted_look_at_every_step_is_caught(short, planted):
 def test_planted_copies_from_ordinary_memory_are_caught(short, planted):
     fine = by_function(short[0][SHORT[0]]["stages"]["score"]["unpinned"])
     wrong = by_function(planted["unpinned_states"]["stages"]["score"]["unpinned"])
-    assert "score/exact.py score_layer" not in fine
-    assert wrong["score/exact.py score_layer"] >= 2 * LAYERS
+    assert "score/exact.py score" not in fine
+    assert wrong["score/exact.py score"] >= 2 * LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_a_rank_that_dies_costs_no_more_than_the_steps_since_its_checkpoint(
             arguments = (job, draw.randint(0, 1), draw.randint(1, 8))
             killer = threading.Thread(target=kill_rank, args=arguments, daemon=True)
             killer.start()
-            with pytest.raises(UserError, match="the same command goes on from step"):
+            with pytest.raises(UserError, match="the same command goes on"):
                 pipeline.execute_stage(UPTRAIN, job)
             assert not processes_of(job.run)
         pipeline.execute_stage(UPTRAIN, job)

@@ -19,7 +19,7 @@ from puzzle.library import LIBRARY, weights
 from puzzle.model.architecture import FFN, Attention, Block, ModelShape, parse_block
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
-from puzzle.score import SCORE, candidates, exact, fisher, results, stage
+from puzzle.score import SCORE, candidates, exact, fisher, results
 from puzzle.score.modules import LayerBlocks
 from puzzle.search import mip
 from puzzle.search.program import Program, starts_of
@@ -106,7 +106,7 @@ def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(
     tiny_run, finished_run, monkeypatch
 ):
     pipeline.execute_stage(LIBRARY, Job(tiny_run))
-    real, calls = stage.score_layer, []
+    real, calls = exact.Scorer.score, []
 
     def dies(*args):
         calls.append(1)
@@ -114,16 +114,23 @@ def test_an_interrupted_scoring_goes_on_and_ends_with_the_same_records(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(stage, "score_layer", dies)
+    monkeypatch.setattr(exact.Scorer, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.execute_stage(SCORE, Job(tiny_run))
-    path = scores_path(tiny_run)
-    lines = path.read_text().splitlines(keepends=True)
-    # and a power cut in the middle of a shard's records
-    path.write_text("".join(lines[:-3]) + lines[-3][:20])
-    monkeypatch.setattr(stage, "score_layer", real)
+    monkeypatch.setattr(exact.Scorer, "score", lambda *args: calls.append(1) or real(*args))
     pipeline.execute_stage(SCORE, Job(tiny_run))
-    assert path.read_bytes() == scores_path(finished_run).read_bytes()
+    assert len(calls) == 2 * 4 + 1  # the units, and the one that was interrupted
+    assert scores_path(tiny_run).read_bytes() == scores_path(finished_run).read_bytes()
+
+
+def test_streamed_scores_are_the_resident_ones(finished_run, tmp_path, monkeypatch):
+    """To the bit, and for both methods; blocks of all layers go on together."""
+    run = rescored(finished_run, tmp_path / "resident", method="hybrid")
+    monkeypatch.setattr(
+        Run, "parent_model", property(lambda self: pytest.fail("the whole parent was loaded"))
+    )
+    streamed = rescored(finished_run, tmp_path / "streamed", method="hybrid", memory="streamed")
+    assert scores_path(streamed).read_bytes() == scores_path(run).read_bytes()
 
 
 def test_a_block_shares_its_subblocks_with_the_library(finished_run):
@@ -176,13 +183,14 @@ class Nudged:
 def test_the_fisher_estimate_of_a_small_change_is_its_kl(tiny_run):
     """Second order and unbiased: for small changes and many samples it meets the measured KL."""
     run = with_score(tiny_run, tiny_run.folder, fisher_samples=400)
-    parent, tokens_BS = run.parent_model, run.corpus["train"].batch(0, 8)
-    states = exact.parent_states(run, parent, tokens_BS)
-    estimator = fisher.Estimator(run, parent, tokens_BS, states)
+    parent, tokens_BS = run.parent_layers(streamed=False), run.corpus["train"].batch(0, 8)
+    states, context = exact.parent_states(run, parent, tokens_BS)
+    estimator = fisher.Estimator(run, parent, tokens_BS, states, context)
+    scorer = exact.Scorer(run, parent, exact.Shard("0", tokens_BS), states, context)
     for layer in (3, 2, 0):
-        blocks, shard = Nudged(states, layer, 4e-3), exact.Shard("0", tokens_BS)
-        (estimate,) = estimator.estimate(layer, blocks).values()
-        (measured,) = exact.score_layer(run, parent, layer, blocks, states, shard).values()
+        blocks = Nudged(states, layer, 4e-3)
+        (estimate,) = estimator.estimate(layer, lambda module, made=blocks: made).values()
+        (measured,) = scorer.score({layer: lambda module, made=blocks: made})[layer].values()
         assert estimate.tokens == measured.tokens
         # 3200 squares: a standard error of about 3 %
         assert estimate.sums["kl"] == pytest.approx(measured.sums["kl"], rel=0.1)
@@ -191,7 +199,8 @@ def test_the_fisher_estimate_of_a_small_change_is_its_kl(tiny_run):
 def test_fisher_gradients_equal_autograd_through_the_whole_model(tiny_run, monkeypatch):
     """Oracle: plain torch backward through everything after the block, for the same draws."""
     parent, tokens_BS = tiny_run.parent_model, tiny_run.corpus["score"].head(2)
-    states = exact.parent_states(tiny_run, parent, tokens_BS)
+    layers = tiny_run.parent_layers(streamed=False)
+    states, context = exact.parent_states(tiny_run, layers, tokens_BS)
     draws, real = [], torch.multinomial
 
     def recorded(*args, **kwargs):
@@ -199,9 +208,8 @@ def test_fisher_gradients_equal_autograd_through_the_whole_model(tiny_run, monke
         return draws[-1]
 
     monkeypatch.setattr(torch, "multinomial", recorded)
-    estimator = fisher.Estimator(tiny_run, parent, tokens_BS, states)
+    estimator = fisher.Estimator(tiny_run, layers, tokens_BS, states, context)
     x = states[2].clone().requires_grad_()
-    _, context = parent.model.embed(tokens_BS[:1])
     hidden = x
     for module in list(parent.model.layers)[2:]:
         hidden = module(hidden, **context)

@@ -83,7 +83,8 @@ def test_two_processes_give_the_curve_of_one(finished_run, on_two, tmp_path):
 
 def test_a_killed_process_ends_the_run_with_one_line_and_nothing_left_behind(killed):
     job, line = killed
-    assert "process 1 was killed (SIGKILL); the same command goes on from step" in line
+    assert "process 1 was killed (SIGKILL); the same command goes on (log: " in line
+    assert Path(line.partition("(log: ")[2].rstrip(")")).name == "stderr.log"
     assert "\n" not in line
     assert not processes_of(job.run)
 
@@ -111,10 +112,8 @@ def test_it_goes_on_bit_identically_on_as_many_processes_and_alike_on_fewer(
 ):
     job, _ = killed
     shutil.copytree(job.run.folder, tmp_path / "fewer")
-    copied = Run(job.run.recipe, tmp_path / "fewer", Progress(quiet=True))
-    settings = copied.child_config("main")
-    one_process = settings.uptrain.model_copy(update={"processes": 1})
-    fewer = copied.job_of("main", settings.model_copy(update={"uptrain": one_process}))
+    one_process = job.run.recipe.model_copy(update={"processes": 1})
+    fewer = Run(one_process, tmp_path / "fewer", Progress(quiet=True)).child_job("main")
     started = snapshots.read(last_checkpoint(job).parent, trainer.LAST).step
     assert 0 < started < STEPS
     pipeline.execute_stage(UPTRAIN, job)

@@ -18,11 +18,11 @@ from puzzle.uptrain import UPTRAIN, trainer
 from puzzle.uptrain.trainer import CurvePoint
 
 
-def assembled(finished_run: Run, folder: Path, **settings) -> Job:
+def assembled(finished_run: Run, folder: Path, processes: int = 1, **settings) -> Job:
     """A copy of a finished run, up to the assembled child, with other settings of uptraining."""
     later_stages = shutil.ignore_patterns("uptrained", "evaluate", "report")
     shutil.copytree(finished_run.folder, folder, ignore=later_stages)
-    recipe = finished_run.recipe.model_dump(mode="json")
+    recipe = finished_run.recipe.model_dump(mode="json") | {"processes": processes}
     recipe["uptrain"] |= settings
     run = Run(config.parse(recipe), folder, Progress(quiet=True))
     run.write()

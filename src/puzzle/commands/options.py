@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import JsonValue
 
+from puzzle import config, settings
 from puzzle.config import CONSTRAINTS
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -58,6 +59,15 @@ PredictedKL = Annotated[
         "--kl", help="With --maximize or --minimize: the predicted KL, nats per token, at most."
     ),
 ]
+
+
+def read_recipe(name: str, out: Path | None, assignments: list[str] | None) -> config.Recipe:
+    """A recipe by the name of a built-in one or the path of a file, with changes."""
+    path = settings.recipe_path(name)
+    values = {"out": f"runs/{path.stem}"} | settings.read_yaml(path)
+    if out is not None:
+        values["out"] = str(config.expanded(out))
+    return config.parse(values, str(path), assignments or [])
 
 
 def open_run(folder: Path, quiet: bool, wait: bool = False) -> Run:

@@ -189,6 +189,7 @@ class ScoreConfig(Section):
     shard_sequences: Positive = 8
     tokens_per_pass: Positive = 16_384
     fisher_samples: Positive = 16  # predictions drawn for every sequence
+    memory: Literal["auto", "resident", "streamed"] = "auto"  # streamed: layer by layer from disk
     # Children that `puzzle run` assembles in memory, to know which KL a sum of scores stands for;
     # 0, or any from 4 on.
     assembled: Annotated[int, AfterValidator(_none_or_some)] = 16
@@ -319,7 +320,6 @@ class UptrainConfig(Section):
     # Stop after so many validations without a better KL; 0: never.
     patience: int = Field(default=0, ge=0)
     keep: Literal["best", "last"] = "best"  # whose weights become the result, by the validation KL
-    processes: Literal["auto"] | Positive = "auto"  # auto: one for each GPU, one on a CPU
     wandb: bool = False
 
     @model_validator(mode="after")
@@ -328,11 +328,6 @@ class UptrainConfig(Section):
             raise ValueError(
                 "cosine_weight, kl_weight and lm_weight are all 0: there is nothing to learn; "
                 "set one of them"
-            )
-        if self.lora_rank and self.processes not in ("auto", 1):
-            raise ValueError(
-                f"lora_rank is for one process; got processes {self.processes}, use 1 or "
-                "lora_rank: 0"
             )
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share + decay_share exceed 1; lower one of them")
@@ -427,6 +422,9 @@ class Recipe(Section):
     out: PathOrName = "runs/default"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # That share the work of library, score, uptrain and evaluate; auto: one for each GPU of this
+    # machine, one on a CPU.
+    processes: Literal["auto"] | Positive = "auto"
     deploy: list[Target] = ["vllm", "transformers"]
     corpus: CorpusConfig = CorpusConfig()
     library: LibraryConfig = LibraryConfig()

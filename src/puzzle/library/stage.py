@@ -22,7 +22,6 @@ from puzzle.library import LIBRARY, memory
 from puzzle.library.bld import VariantTrainer
 from puzzle.library.records import CURVE, INDEX, CurvePoint, VariantRecord
 from puzzle.library.training import LibraryTraining
-from puzzle.model.layers import ParentLayers, StreamedLayers
 from puzzle.run import NARROWED, Run
 from puzzle.stage import Job, Work
 from puzzle.training import checkpoint
@@ -75,20 +74,15 @@ def _execute(job: Job, folder: Path) -> None:
     trainers, made = make_trainers(run), _made(folder)
     missing = [trainer for trainer in trainers if trainer.key not in made]
     together = memory.together(run) if memory.is_streamed(run) else None
-    training = LibraryTraining(run, folder, _parent_layers(run), missing, together)
+    training = LibraryTraining(
+        run, folder, run.parent_layers(streamed=memory.is_streamed(run)), missing, together
+    )
     training.initialise()
     if missing:
         training.train()
     kept = {trainer.key: made[trainer.key] for trainer in trainers if trainer.key in made}
     made = kept | _write_weights(training)
     _write(training, [made[trainer.key] for trainer in trainers])
-
-
-def _parent_layers(run: Run) -> ParentLayers:
-    if not memory.is_streamed(run):
-        return ParentLayers(run.parent_model)
-    placement = run.placement
-    return StreamedLayers(run.parent, placement.dtype, placement.device, placement.attention)
 
 
 def make_trainers(run: Run) -> list[VariantTrainer]:

@@ -1,9 +1,11 @@
 """The frozen parent layer by layer: from a model in memory, or read from its files each time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
+from torch import nn
 
 from puzzle.device import pinned
 from puzzle.model import child
@@ -24,10 +26,28 @@ class ParentLayers:
         """Layer 0's input [B, S, D] and the keyword arguments that every layer takes."""
         return self.model.model.embed(tokens_BS)
 
+    def __len__(self) -> int:
+        return len(self.model.model.layers)
+
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
         """The parent's layer `index`, valid inside the `with` block."""
         yield self.model.model.layers[index]
+
+    @property
+    def norm(self) -> nn.Module:
+        """What stands before the head."""
+        return self.model.model.norm
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        """The head's weight."""
+        return self.model.lm_head.weight
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Of the logits."""
+        return self.model.config.final_logit_softcapping
 
 
 class StreamedLayers(ParentLayers):
@@ -41,6 +61,7 @@ class StreamedLayers(ParentLayers):
         self.parent, self.dtype, self.device = parent, dtype, device
         config = parent.child_config(Architecture.of_parent(parent.shape))
         super().__init__(child.skeleton(config, device, attention))
+        self.here: set[int] = set()
 
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """As above; of the embedding only the rows of these tokens are read."""
@@ -53,13 +74,33 @@ class StreamedLayers(ParentLayers):
     def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
         """The parent's layer `index`, read from its files and dropped after the `with` block."""
         module = self.model.model.layers[index]
-        prefix = f"model.layers.{index}."
-        with self.parent.weights() as weights:
-            state = {
-                name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
-                for name in module.state_dict()
-            }
-        module.load_state_dict(state, assign=True)
-        del state
+        if index in self.here:
+            yield module
+            return
+        names = list(module.state_dict())
+        module.load_state_dict(self._read(f"model.layers.{index}.", names), assign=True)
+        self.here.add(index)
         yield module.requires_grad_(False)
+        self.here.remove(index)
         module.to("meta")
+
+    @cached_property
+    def norm(self) -> nn.Module:
+        """What stands before the head, read when first asked for."""
+        norm = self.model.model.norm
+        norm.load_state_dict(self._read("model.norm.", list(norm.state_dict())), assign=True)
+        return norm.requires_grad_(False)
+
+    @cached_property
+    def head_VD(self) -> torch.Tensor:
+        """The head's weight, read when first asked for."""
+        table = "model.embed_tokens" if self.model.config.tie_word_embeddings else "lm_head"
+        return self._read(f"{table}.", ["weight"])["weight"]
+
+    def _read(self, prefix: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors by what follows the prefix in their names; the files are unmapped afterwards."""
+        with self.parent.weights() as weights:
+            return {
+                name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
+                for name in names
+            }

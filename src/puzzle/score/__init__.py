@@ -7,8 +7,8 @@ from puzzle.stage import Job, Scope, Stage, Work
 
 def _settings(job: Job) -> Inputs:
     recipe = job.run.recipe
-    # The metric is chosen by the search; passes and assembled children change no score.
-    excluded = {"tokens_per_pass", "metric", "assembled"}
+    # The metric is chosen by the search; the others change no score.
+    excluded = {"tokens_per_pass", "memory", "metric", "assembled"}
     return {
         "corpus": recipe.corpus.model_dump(mode="json"),
         "score": recipe.score.model_dump(mode="json", exclude=excluded),

@@ -7,16 +7,18 @@ exchange reuses the child's states before the exchanged block, as exact scores r
 Shape legend: B sequences, S positions, D hidden, C candidates.
 """
 
+import contextlib
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from puzzle.model.architecture import Architecture, Block
-from puzzle.model.modeling_puzzle import LayerContext
+from puzzle.model.layers import ParentLayers
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer
 from puzzle.run import Run
+from puzzle.score import memory
 from puzzle.score.exact import Shard, Suffix, parent_states
 from puzzle.score.modules import LayerBlocks, LibraryBlocks
 from puzzle.training.losses import METRICS
@@ -34,21 +36,49 @@ class _Text:
     context: LayerContext  # of a batch of one: fits any number
 
 
+@dataclass(frozen=True)
+class _ChildLayers:
+    """The layers of a child: the parent's, and the library's blocks in the place of others."""
+
+    parent: ParentLayers
+    architecture: Architecture
+    blocks: Callable[[int, Sequence[Block], PuzzleDecoderLayer], LayerBlocks]
+    parent_blocks: Sequence[Block]
+
+    def __len__(self) -> int:
+        return len(self.architecture)
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """What layer `index` does, valid inside the `with` block."""
+        block = self.architecture.blocks[index]
+        with self.parent.layer(index) as module:
+            if block == self.parent_blocks[index]:
+                yield module
+                return
+            blocks = self.blocks(index, [block], module)
+
+            def run_layer(x_BSD: torch.Tensor, **context: object) -> torch.Tensor:
+                return next(iter(blocks.outputs(x_BSD, context)))[1]  # type: ignore[arg-type]
+
+            yield run_layer
+
+
 class AssembledKL:
     """Measures children on the text that was scored."""
 
     def __init__(self, run: Run, shards: Sequence[Shard]) -> None:
-        self.run, self.parent = run, run.parent_model
-        self.library = LibraryBlocks(run, self.parent)
+        streamed = memory.is_streamed(run)
+        self.run, self.parent = run, run.parent_layers(streamed=streamed)
+        self.library = LibraryBlocks(run, kept=memory.keeps_library(run))
         device = run.device.torch_device
         self.texts: list[_Text] = []
         with torch.no_grad(), run.device.autocast():
             for shard in shards:
+                states, context = parent_states(run, self.parent, shard.tokens_BS)
+                embedded_BSD, _ = self.parent.embed(shard.tokens_BS.to(device))
+                final_BSD = self.parent.norm(states[-1].to(device, non_blocking=True))
                 tokens_BS = shard.tokens_BS.to(device)
-                last_BSD = parent_states(run, self.parent, shard.tokens_BS)[-1]
-                embedded_BSD, _ = self.parent.model.embed(tokens_BS)
-                _, context = self.parent.model.embed(tokens_BS[:1])
-                final_BSD = self.parent.model.norm(last_BSD.to(device, non_blocking=True))
                 self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context))
 
     def on_first(self, count: int) -> "AssembledKL":
@@ -66,14 +96,15 @@ class AssembledKL:
     def kl(self, architecture: Architecture) -> float:
         """KL(parent || child) in nats per token."""
         layers, total = self._layers(architecture), 0.0
+        states = [text.embedded_BSD for text in self.texts]
         with self.run.device.autocast():
-            for text in self.texts:
-                x_BSD = text.embedded_BSD
-                for layer in layers:
-                    x_BSD = layer(x_BSD, **text.context)
-                suffix = Suffix(self.parent, [], text.context, text.final_BSD, text.tokens_BS)
-                ((_, final_TD),) = suffix.finals([(None, x_BSD)], per_pass=1)
-                total += float(self._kl_sums(suffix, [final_TD])[0])
+            for index in range(len(layers)):
+                with layers.layer(index) as run_layer:
+                    pairs = zip(self.texts, states, strict=True)
+                    states = [run_layer(x_BSD, **text.context) for text, x_BSD in pairs]
+            for text, x_BSD in zip(self.texts, states, strict=True):
+                final_TD = self.parent.norm(x_BSD)[:, :-1].flatten(0, 1)
+                total += float(self._kl_sums(self._suffix(layers, text), [final_TD])[0])
         return total / self.tokens
 
     def exchanged(
@@ -98,49 +129,49 @@ class AssembledKL:
                     for name, kl in self._exchanged_in(index, blocks, layers, text, x_BSD):
                         sums[name] = sums.get(name, 0.0) + kl
                         on_block()
-                pairs = zip(self.texts, states, strict=True)
-                states = [layers[index](x_BSD, **text.context) for text, x_BSD in pairs]
+                with layers.layer(index) as run_layer:
+                    pairs = zip(self.texts, states, strict=True)
+                    states = [run_layer(x_BSD, **text.context) for text, x_BSD in pairs]
             yield {name: kl / self.tokens for name, kl in sums.items()}
 
     def _exchanged_in(
         self,
         index: int,
         blocks: Sequence[Block],
-        layers: Sequence[Layer],
+        layers: _ChildLayers,
         text: _Text,
         x_BSD: torch.Tensor,
     ) -> Iterator[tuple[str, float]]:
         """Sums over the tokens of one text; `x_BSD` is the child's input of the layer."""
-        per_pass = max(1, self.run.recipe.score.tokens_per_pass // text.tokens_BS.numel())
-        outputs = self._blocks(index, blocks).outputs(x_BSD, text.context)
-        after = layers[index + 1 :]
-        suffix = Suffix(self.parent, after, text.context, text.final_BSD, text.tokens_BS)
-        finals = suffix.finals(outputs, per_pass)
-        while pending := list(itertools.islice(finals, per_pass)):
-            kl_C = self._kl_sums(suffix, [final for _, final in pending])
-            yield from zip([block.name for block, _ in pending], kl_C.tolist(), strict=True)
+        if not blocks:
+            return
+
+        def outputs() -> Iterator[tuple[str, torch.Tensor]]:
+            with self.parent.layer(index) as module:
+                made = self._blocks(index, blocks, module).outputs(x_BSD, text.context)
+                yield from ((block.name, output) for block, output in made)
+
+        suffix = self._suffix(layers, text)
+        finals = list(suffix.finals({index: outputs()}, self.run.recipe.score.tokens_per_pass))
+        kl_C = self._kl_sums(suffix, [final for _, final in finals])
+        yield from zip([name for name, _ in finals], kl_C.tolist(), strict=True)
+
+    def _suffix(self, layers: _ChildLayers, text: _Text) -> Suffix:
+        return Suffix(layers, self.parent, text.context, text.final_BSD, text.tokens_BS)
 
     @staticmethod
     def _kl_sums(suffix: Suffix, finals: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sums over tokens [C] of the KL of several inputs [T, D] of the head."""
         return suffix.metrics(finals)[:, METRICS.index("kl")].sum(dim=(1, 2)).cpu()
 
-    def _layers(self, architecture: Architecture) -> list[Layer]:
-        return [self._layer(index, block) for index, block in enumerate(architecture)]
+    def _layers(self, architecture: Architecture) -> _ChildLayers:
+        parent_blocks = self.run.parent.shape.parent_blocks
+        return _ChildLayers(self.parent, architecture, self._blocks, parent_blocks)
 
-    def _layer(self, index: int, block: Block) -> Layer:
-        if block == self.run.parent.shape.parent_blocks[index]:
-            layer: Layer = self.parent.model.layers[index]
-            return layer
-        blocks = self._blocks(index, [block])
-
-        def run_layer(x_BSD: torch.Tensor, **context: object) -> torch.Tensor:
-            return next(iter(blocks.outputs(x_BSD, context)))[1]  # type: ignore[arg-type]
-
-        return run_layer
-
-    def _blocks(self, index: int, blocks: Sequence[Block]) -> LayerBlocks:
+    def _blocks(
+        self, index: int, blocks: Sequence[Block], parent_layer: PuzzleDecoderLayer
+    ) -> LayerBlocks:
         """Of the library; one that no search takes there, such as a no-op, is made for this."""
         if all(block in self.run.space.layers[index].blocks for block in blocks):
-            return self.library.layer(index, blocks)
-        return LayerBlocks.load(self.run, index, self.parent.model.layers[index], blocks)
+            return self.library.layer(index, blocks, parent_layer)
+        return LayerBlocks.load(self.run, index, parent_layer, blocks)

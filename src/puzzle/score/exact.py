@@ -1,29 +1,31 @@
 """Exact scores: a replaced block starts from the parent's activations and runs the layers after it.
 
 The parent's activations at every block input are computed once per shard of sequences; the blocks
-of a layer go through the layers after it together, batched to `tokens_per_pass`, and wait for one
-another before the head. Logits are chunked over tokens; the parent's are computed anew for each
-chunk, once for all blocks that have waited.
+of a layer, or of several, go through the layers after it together, batched to `tokens_per_pass`:
+all batches pass a layer before the next one, so that a layer may be read from its files. They wait
+for one another before the head. Logits are chunked over tokens; the parent's are computed anew for
+each chunk, once for all blocks that have waited.
 
 Shape legend: C candidates, M metrics, B sequences, S positions, D hidden, T = B * (S - 1).
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from puzzle.data import tasks
-from puzzle.model.modeling_puzzle import LayerContext, PuzzleForCausalLM
+from puzzle.model.layers import ParentLayers
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer
 from puzzle.run import Run
 from puzzle.score.modules import LayerBlocks
 from puzzle.score.results import Sums
 from puzzle.training.losses import METRICS, token_metrics
 
-HELD_SHARE = 0.05  # of the memory: inputs of the head that wait
-
+LoadBlocks = Callable[[PuzzleDecoderLayer], LayerBlocks]  # from the parent's layer in that place
 N = TypeVar("N")  # what an output is known by
 
 
@@ -38,84 +40,117 @@ class Shard:
 
 @torch.no_grad()
 def parent_states(
-    run: Run, parent: PuzzleForCausalLM, tokens_BS: torch.Tensor
-) -> list[torch.Tensor]:
+    run: Run, parent: ParentLayers, tokens_BS: torch.Tensor
+) -> tuple[list[torch.Tensor], LayerContext]:
     """The parent's input of every layer and its last output: L + 1 host tensors [B, S, D].
 
-    On a GPU they are on their way there when this returns: only the same device may read them.
-    """
-    with run.device.autocast():
-        hidden, context = parent.model.embed(tokens_BS.to(run.device.torch_device))
-        states = [run.device.to_host(hidden)]
-        for module in parent.model.layers:
-            hidden = module(hidden, **context)
-            states.append(run.device.to_host(hidden))
-        return states
-
-
-@torch.no_grad()
-def score_layer(
-    run: Run,
-    parent: PuzzleForCausalLM,
-    layer: int,
-    blocks: LayerBlocks,
-    states: Sequence[torch.Tensor],
-    shard: Shard,
-) -> dict[str, Sums]:
-    """Sums over the tokens of a shard of every metric, by name of the layer's blocks.
-
-    Args:
-        run: for device and settings.
-        parent: in memory.
-        layer: whose block is replaced.
-        blocks: the replacements.
-        states: of `parent_states` on this shard.
-        shard: the text or questions.
+    On a GPU they are on their way there when this returns: only the same device may read them. The
+    context is that of a batch of one, which fits any other.
     """
     device = run.device.torch_device
-    tokens_BS = shard.tokens_BS.to(device)
-    x_BSD = states[layer].to(device, non_blocking=True)
-    per_pass = max(1, run.recipe.score.tokens_per_pass // tokens_BS.numel())
-    results: dict[str, Sums] = {}
     with run.device.autocast():
-        final_BSD = parent.model.norm(states[-1].to(device, non_blocking=True))
-        _, context = parent.model.embed(tokens_BS[:1])  # of a batch of one: fits any number
-        after = list(parent.model.layers[layer + 1 :])
-        suffix = Suffix(parent, after, context, final_BSD, tokens_BS)
-        outputs = suffix.finals(blocks.outputs(x_BSD, context), per_pass)
-        held = max(1, int(HELD_SHARE * run.device.memory_bytes / x_BSD.nbytes))
-        while pending := list(itertools.islice(outputs, held)):
-            metrics_CMBS = suffix.metrics([final for _, final in pending])
-            for (block, _), metrics_MBS in zip(pending, metrics_CMBS, strict=True):
-                if shard.questions is None:
-                    results[block.name] = text_sums(metrics_MBS)
-                else:
-                    results[block.name] = question_sums(shard.questions, metrics_MBS)
-    return results
+        hidden, context = parent.embed(tokens_BS.to(device))
+        states = [run.device.to_host(hidden)]
+        for index in range(len(parent)):
+            with parent.layer(index) as module:
+                hidden = module(hidden, **context)
+            states.append(run.device.to_host(hidden))
+        _, context = parent.embed(tokens_BS[:1].to(device))
+        return states, context
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The scores of replaced blocks on one shard."""
+
+    run: Run
+    parent: ParentLayers
+    shard: Shard
+    states: Sequence[torch.Tensor]  # of `parent_states` on this shard
+    context: LayerContext
+
+    @torch.no_grad()
+    def score(self, replaced: Mapping[int, LoadBlocks]) -> dict[int, dict[str, Sums]]:
+        """Sums over the shard's tokens of every metric, by layer and block name.
+
+        Args:
+            replaced: by layer, what loads the blocks that take its place, one at a time.
+        """
+        device = self.run.device.torch_device
+
+        def outputs(layer: int) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+            x_BSD = self.states[layer].to(device, non_blocking=True)
+            with self.parent.layer(layer) as module:
+                for block, output in replaced[layer](module).outputs(x_BSD, self.context):
+                    yield (layer, block.name), output
+
+        results: dict[int, dict[str, Sums]] = {layer: {} for layer in replaced}
+        with self.run.device.autocast():
+            last_BSD = self.states[-1].to(device, non_blocking=True)
+            suffix = Suffix(
+                self.parent,
+                self.parent,
+                self.context,
+                self.parent.norm(last_BSD),
+                self.shard.tokens_BS.to(device),
+            )
+            per_pass = self.run.recipe.score.tokens_per_pass
+            finals = list(suffix.finals({layer: outputs(layer) for layer in replaced}, per_pass))
+            metrics_CMBS = suffix.metrics([final for _, final in finals])
+        for ((layer, name), _), metrics_MBS in zip(finals, metrics_CMBS, strict=True):
+            if self.shard.questions is None:
+                results[layer][name] = text_sums(metrics_MBS)
+            else:
+                results[layer][name] = question_sums(self.shard.questions, metrics_MBS)
+        return results
+
+
+class Layers(Protocol):
+    """The layers of a model, each there while it is used."""
+
+    def __len__(self) -> int: ...
+
+    def layer(self, index: int) -> contextlib.AbstractContextManager[Callable[..., torch.Tensor]]:
+        """What layer `index` does."""
+        ...
 
 
 @dataclass(frozen=True)
 class Suffix:
     """What follows a layer: the layers after it, the parent's head, and the parent's side."""
 
-    parent: PuzzleForCausalLM
-    layers: Sequence[Callable[..., torch.Tensor]]
+    layers: Layers
+    parent: ParentLayers
     context: LayerContext
     final_BSD: torch.Tensor  # the parent's, after the last norm
     tokens_BS: torch.Tensor
 
     def finals(
-        self, outputs: Iterable[tuple[N, torch.Tensor]], per_pass: int
+        self, outputs: Mapping[int, Iterable[tuple[N, torch.Tensor]]], tokens_per_pass: int
     ) -> Iterator[tuple[N, torch.Tensor]]:
-        """Run outputs [B, S, D] of the layer on, several at once: the head's inputs [T, D]."""
-        outputs = iter(outputs)
-        while pending := list(itertools.islice(outputs, per_pass)):
-            hidden = torch.cat([output for _, output in pending])
-            for layer in self.layers:
-                hidden = layer(hidden, **self.context)
-            parts = self.parent.model.norm(hidden).chunk(len(pending))
-            for (block, _), normed_BSD in zip(pending, parts, strict=True):
-                yield block, normed_BSD[:, :-1].flatten(0, 1)
+        """Run outputs [B, S, D] of some layers on to the head, whose inputs [T, D] come.
+
+        Several of a layer's go on together, up to `tokens_per_pass`. All of them pass a layer
+        before the next one, which may have to be read first.
+        """
+        per_pass = max(1, tokens_per_pass // self.tokens_BS.numel())
+        passing: list[tuple[list[N], torch.Tensor]] = []
+        for index in range(min(outputs), len(self.layers)):
+            with contextlib.ExitStack() as stack:
+                if passing:
+                    run_layer = stack.enter_context(self.layers.layer(index))
+                    for place, (names, hidden) in enumerate(passing):
+                        passing[place] = names, run_layer(hidden, **self.context)
+                entering = iter(outputs.get(index, ()))
+                while pending := list(itertools.islice(entering, per_pass)):
+                    names = [name for name, _ in pending]
+                    passing.append((names, torch.cat([output for _, output in pending])))
+        passing.reverse()
+        while passing:
+            names, hidden = passing.pop()
+            parts = self.parent.norm(hidden).chunk(len(names))
+            for name, normed_BSD in zip(names, parts, strict=True):
+                yield name, normed_BSD[:, :-1].flatten(0, 1)
 
     def metrics(self, finals: Sequence[torch.Tensor]) -> torch.Tensor:
         """Of several inputs [T, D] of the head: float64 [C, M, B, S - 1].
@@ -123,14 +158,14 @@ class Suffix:
         The parent's logits are computed once for all of them.
         """
         count, (B, S) = len(finals), self.tokens_BS.shape
-        head = self.parent.lm_head.weight
+        head = self.parent.head_VD
         metrics_CMT = token_metrics(
             self.final_BSD[:, :-1].flatten(0, 1),
             head,
             finals,
             head,
             self.tokens_BS[:, 1:].flatten(),
-            soft_cap=self.parent.config.final_logit_softcapping,
+            soft_cap=self.parent.soft_cap,
         )
         return metrics_CMT.view(count, len(METRICS), B, S - 1).double()
 

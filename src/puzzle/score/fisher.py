@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.model.layers import ParentLayers
+from puzzle.model.modeling_puzzle import LayerContext
 from puzzle.run import Run
-from puzzle.score.modules import LayerBlocks
+from puzzle.score.exact import LoadBlocks
 from puzzle.score.results import Sums
 from puzzle.training.losses import tokens_per_chunk
 
@@ -31,14 +32,13 @@ class Estimator:
     def __init__(
         self,
         run: Run,
-        parent: PuzzleForCausalLM,
+        parent: ParentLayers,
         tokens_BS: torch.Tensor,
         states: Sequence[torch.Tensor],
+        context: LayerContext,
     ) -> None:
-        self.run, self.parent, self.states = run, parent, states
+        self.run, self.parent, self.states, self.context = run, parent, states, context
         self.device = run.device.torch_device
-        with torch.no_grad(), run.device.autocast():
-            _, self.context = parent.model.embed(tokens_BS[:1].to(self.device))
         self.layer = len(states) - 2
         seed = int(tokens_BS.sum())  # the same draws whenever this shard is estimated
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -48,7 +48,7 @@ class Estimator:
         """d sum_t log p(y_t) / d output of the last layer, [K, B, S, D]."""
         hidden = self.states[-1].to(self.device, non_blocking=True).float().requires_grad_()
         with torch.enable_grad():
-            normed = self.parent.model.norm(hidden)
+            normed = self.parent.norm(hidden)
         count = self.run.recipe.score.fisher_samples
         gradients = self._head_gradients(normed.detach(), count, generator)
         for sample in range(count):
@@ -65,7 +65,7 @@ class Estimator:
 
         The last position predicts nothing: its gradient is 0.
         """
-        cap, head = self.parent.config.final_logit_softcapping, self.parent.lm_head.weight.float()
+        cap, head = self.parent.soft_cap, self.parent.head_VD.float()
         B, S, D = normed_BSD.shape
         gradients = torch.zeros(count, B, S, D, device=normed_BSD.device)
         # where the predicted tokens are among all B * S positions
@@ -86,16 +86,16 @@ class Estimator:
                 gradients[sample].flatten(0, 1)[rows_T] = drawn_TD - expected_TD
         return gradients
 
-    def estimate(self, layer: int, blocks: LayerBlocks) -> dict[str, Sums]:
+    def estimate(self, layer: int, blocks: LoadBlocks) -> dict[str, Sums]:
         """As exact scores, of `kl` only. Layers must come in falling order."""
         while self.layer > layer:
             self._step_back()
-        with torch.no_grad(), self.run.device.autocast():
+        with torch.no_grad(), self.run.device.autocast(), self.parent.layer(layer) as module:
             x_BSD = self.states[layer].to(self.device, non_blocking=True)
             o_BSD = self.states[layer + 1].to(self.device, non_blocking=True)
             kl_sums = {
                 block.name: self._half_squares(output.float() - o_BSD.float())
-                for block, output in blocks.outputs(x_BSD, self.context)
+                for block, output in blocks(module).outputs(x_BSD, self.context)
             }
         positions = x_BSD.shape[1] - 1
         return {name: _sums(kl_B / positions, positions) for name, kl_B in kl_sums.items()}
@@ -110,13 +110,15 @@ class Estimator:
     def _step_back(self) -> None:
         """From the gradient at a layer's output to the one at its input."""
         x_BSD = self.states[self.layer].to(self.device, non_blocking=True).requires_grad_()
-        with torch.enable_grad(), self.run.device.autocast():
-            output = self.parent.model.layers[self.layer](x_BSD, **self.context)
-        for sample in range(len(self.gradient_KBSD)):
-            gradient = self.gradient_KBSD[sample].to(output.dtype)
-            (self.gradient_KBSD[sample],) = torch.autograd.grad(
-                output, x_BSD, gradient, retain_graph=True
-            )
+        with self.parent.layer(self.layer) as module:
+            with torch.enable_grad(), self.run.device.autocast():
+                output = module(x_BSD, **self.context)
+            for sample in range(len(self.gradient_KBSD)):
+                gradient = self.gradient_KBSD[sample].to(output.dtype)
+                (self.gradient_KBSD[sample],) = torch.autograd.grad(
+                    output, x_BSD, gradient, retain_graph=True
+                )
+            del output
         self.layer -= 1
 
 

@@ -5,20 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from puzzle.library import weights
-from puzzle.library.memory import trained_parameters
 from puzzle.model import variants
 from puzzle.model.architecture import FFN, Attention, Block
-from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer
 from puzzle.model.variants import State
 from puzzle.run import Run
-
-RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
-
-
-def is_resident(run: Run) -> bool:
-    """Whether all layers' variants are kept in memory while scoring."""
-    library_bytes = run.placement.dtype.itemsize * sum(trained_parameters(run))
-    return library_bytes < RESIDENT_SHARE * run.device.memory_bytes
 
 
 class LayerBlocks:
@@ -69,16 +60,17 @@ class LayerBlocks:
 class LibraryBlocks:
     """The blocks of every layer; all are kept where they are small beside the memory."""
 
-    def __init__(self, run: Run, parent: PuzzleForCausalLM) -> None:
-        self.run, self.parent = run, parent
-        self.kept: dict[int, LayerBlocks] | None = {} if is_resident(run) else None
+    def __init__(self, run: Run, *, kept: bool) -> None:
+        self.run = run
+        self.kept: dict[int, LayerBlocks] | None = {} if kept else None
 
-    def layer(self, index: int, blocks: Sequence[Block]) -> LayerBlocks:
-        """These blocks of one layer."""
-        module = self.parent.model.layers[index]
+    def layer(
+        self, index: int, blocks: Sequence[Block], parent_layer: PuzzleDecoderLayer
+    ) -> LayerBlocks:
+        """These blocks of one layer, whose parent's it is."""
         if self.kept is None:
-            return LayerBlocks.load(self.run, index, module, blocks)
+            return LayerBlocks.load(self.run, index, parent_layer, blocks)
         if index not in self.kept:
             all_blocks = self.run.space.layers[index].blocks
-            self.kept[index] = LayerBlocks.load(self.run, index, module, all_blocks)
+            self.kept[index] = LayerBlocks.load(self.run, index, parent_layer, all_blocks)
         return self.kept[index].only(blocks)

@@ -4,30 +4,35 @@ Exact (`exact.py`): the replaced block's output runs through the rest of the par
 (`fisher.py`): a second-order estimate of the KL from a few backward passes of the parent. Hybrid:
 Fisher for every block, then exact scores of those that a search could choose (`candidates.py`).
 
-Memory beside the parent: the activations of one shard ((L + 1) x tokens x D, on the host), the
-library where it is small beside the memory and otherwise one layer of it, one pass.
+The work is a list of units, the blocks of one layer on one shard of sequences. A unit's records are
+a file of their own until all are there, so an interruption costs the units in progress, and any
+number of processes goes on. What memory that takes: `memory.py`.
 
 Reads: the parent, the library, the score side of the corpus. Writes: `score/scores.jsonl`
 (`results.py`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.data import tasks
-from puzzle.library.memory import trained_parameters
-from puzzle.model.architecture import Architecture, Block
-from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.model.architecture import Block
+from puzzle.model.layers import ParentLayers
 from puzzle.run import Run
+from puzzle.score import memory
 from puzzle.score.candidates import candidates, scored_blocks
-from puzzle.score.exact import HELD_SHARE, Shard, parent_states, score_layer
+from puzzle.score.exact import LoadBlocks, Scorer, Shard, parent_states
 from puzzle.score.fisher import Estimator
-from puzzle.score.modules import LibraryBlocks, is_resident
-from puzzle.score.results import SCORES, BlockScore, Method, summarise
-from puzzle.stage import Effort, Job, Need, Work
-from puzzle.training.losses import CHUNK_ELEMENTS
+from puzzle.score.modules import LibraryBlocks
+from puzzle.score.results import SCORES, BlockScore, Method, Sums, summarise
+from puzzle.stage import Job, Work, always
+from puzzle.training import sharding
+
+Unit = tuple[int, int]  # numbers of the shard and of the layer
 
 
 def _facts(job: Job) -> Inputs:
@@ -42,15 +47,20 @@ def _check(job: Job) -> None:
 
 def _execute(job: Job, folder: Path) -> None:
     run = job.run
-    settings, shards = run.recipe.score, all_shards(run)
-    scoring = _Scoring(run, folder / SCORES, run.parent_model, LibraryBlocks(run, run.parent_model))
+    settings, streamed = run.recipe.score, sharding.shared(memory.is_streamed(run))
+    library = LibraryBlocks(run, kept=memory.keeps_library(run))
+    scoring = _Scoring(run, folder, run.parent_layers(streamed=streamed), library, streamed)
     blocks = [scored_blocks(layer.blocks, settings.granularity) for layer in run.space.layers]
+    records = []
     if settings.method != "exact":
-        scoring.score("fisher", text_shards(run), blocks)
+        records += scoring.score("fisher", text_shards(run), blocks)
     if settings.method == "hybrid":
-        blocks = scoring.candidates(blocks)
+        blocks = sharding.shared(scoring.candidates(blocks, records))
     if settings.method != "fisher":
-        scoring.score("exact", shards, blocks)
+        records += scoring.score("exact", all_shards(run), blocks)
+    if sharding.rank() == 0:
+        artifacts.write_records(folder / SCORES, records)
+    sharding.barrier()
 
 
 def text_shards(run: Run) -> list[Shard]:
@@ -71,54 +81,110 @@ def all_shards(run: Run) -> list[Shard]:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """The scoring of blocks into a file."""
+    """The scoring of blocks into a folder."""
 
     run: Run
-    path: Path
-    parent: PuzzleForCausalLM
+    folder: Path
+    parent: ParentLayers
     library: LibraryBlocks
+    streamed: bool
 
-    def score(self, method: Method, shards: list[Shard], blocks: list[list[Block]]) -> None:
-        """Every block of every layer on every shard that has no record yet."""
-        records = artifacts.read_records(self.path, BlockScore)
-        done = {(r.layer, r.block, r.shard) for r in records if r.method == method}
-        total = sum(map(len, blocks))
+    def score(
+        self, method: Method, shards: list[Shard], blocks: list[list[Block]]
+    ) -> list[BlockScore]:
+        """Every block of every layer on every shard; process 0 gets the records of all."""
+        # layers in the order in which gradients travel
+        units = [(s, layer) for s in range(len(shards)) for layer in reversed(range(len(blocks)))]
+        paths = {unit: self._path(method, shards[unit[0]], unit[1]) for unit in units}
+        missing = sharding.shared([unit for unit in units if not paths[unit].exists()])
+        made: dict[Unit, list[BlockScore]] = {}
         verb = "scoring blocks" if method == "exact" else "estimating blocks (Fisher)"
-        with self.run.progress.task(verb, len(shards) * total, "blocks") as task:
-            for shard in shards:
-                missing = [
-                    [block for block in layer if (index, block.name, shard.name) not in done]
-                    for index, layer in enumerate(blocks)
-                ]
-                task.skip(total - sum(map(len, missing)))
-                if not any(missing):
-                    continue
-                states = parent_states(self.run, self.parent, shard.tokens_BS)
-                estimator = None
-                if method == "fisher":
-                    estimator = Estimator(self.run, self.parent, shard.tokens_BS, states)
-                for index in reversed(range(len(blocks))):  # the order in which gradients travel
-                    layer_blocks = self.library.layer(index, missing[index])
-                    if estimator is not None:
-                        results = estimator.estimate(index, layer_blocks)
-                    else:
-                        results = score_layer(
-                            self.run, self.parent, index, layer_blocks, states, shard
-                        )
-                    for block in missing[index]:
-                        record = BlockScore(
+        mine = self._mine(missing, len(shards))
+        count = sum(len(blocks[layer]) for _, layer in mine)
+        done = sum(len(blocks[layer]) for _, layer in set(units) - set(missing))
+        with self.run.progress.task(verb, done + count, "blocks") as task:
+            task.skip(done)
+            for number, shard in enumerate(shards):
+                layers = [layer for s, layer in mine if s == number]
+                for layer, results in self._on_shard(method, shard, layers, blocks):
+                    unit = number, layer
+                    made[unit] = [
+                        BlockScore(
                             method=method,
-                            layer=index,
+                            layer=layer,
                             block=block.name,
                             shard=shard.name,
                             result=results[block.name],
                         )
-                        artifacts.append_record(self.path, record)
-                    task.advance(len(missing[index]))
+                        for block in blocks[layer]
+                    ]
+                    artifacts.write_records(paths[unit], made[unit])
+                    task.advance(len(blocks[layer]))
+        gathered = sharding.gathered(made)
+        if sharding.rank() > 0:
+            return []
+        of_all = {unit: records for part in gathered for unit, records in part.items()}
+        for unit in units:
+            if unit not in of_all:
+                of_all[unit] = artifacts.read_records(paths[unit], BlockScore)
+        return [record for unit in units for record in of_all[unit]]
 
-    def candidates(self, blocks: list[list[Block]]) -> list[list[Block]]:
-        """The blocks that a search could choose, by Fisher's estimates."""
-        records = artifacts.read_records(self.path, BlockScore)
+    def _path(self, method: Method, shard: Shard, layer: int) -> Path:
+        return self.folder / artifacts.UNFINISHED / f"{method}-{shard.name}-{layer:03d}.jsonl"
+
+    @staticmethod
+    def _mine(missing: list[Unit], shards: int) -> list[Unit]:
+        """This process's units: whole shards, whose activations are computed once, then layers."""
+        by_shard = [[unit for unit in missing if unit[0] == number] for number in range(shards)]
+        by_shard = [units for units in by_shard if units]
+        whole = len(by_shard) - len(by_shard) % sharding.size()
+        mine = [unit for units in sharding.dealt(by_shard[:whole]) for unit in units]
+        return mine + sharding.dealt([unit for units in by_shard[whole:] for unit in units])
+
+    def _on_shard(
+        self, method: Method, shard: Shard, layers: list[int], blocks: list[list[Block]]
+    ) -> Iterator[tuple[int, dict[str, Sums]]]:
+        """Of these layers' blocks on one shard, layer after layer."""
+        if not layers:
+            return
+        states, context = parent_states(self.run, self.parent, shard.tokens_BS)
+
+        def load(layer: int, some: list[Block]) -> LoadBlocks:
+            return partial(self.library.layer, layer, some)
+
+        if method == "fisher":
+            estimator = Estimator(self.run, self.parent, shard.tokens_BS, states, context)
+            for layer in layers:
+                yield layer, estimator.estimate(layer, load(layer, blocks[layer]))
+            return
+        scorer = Scorer(self.run, self.parent, shard, states, context)
+        most = memory.passing_blocks(self.run, shard.tokens_BS.numel(), streamed=self.streamed)
+        for group in self._groups(layers, blocks, most):
+            results: dict[int, dict[str, Sums]] = {layer: {} for layer in group}
+            for first in range(0, max(len(blocks[layer]) for layer in group), most):
+                some = {layer: blocks[layer][first : first + most] for layer in group}
+                found = scorer.score({layer: load(layer, b) for layer, b in some.items() if b})
+                for layer, of_layer in found.items():
+                    results[layer] |= of_layer
+            yield from results.items()
+
+    def _groups(self, layers: list[int], blocks: list[list[Block]], most: int) -> list[list[int]]:
+        """Layers whose blocks go on together: one by one, or streamed up to `most` blocks."""
+        groups: list[list[int]] = []
+        size = 0
+        for layer in layers:
+            count = len(blocks[layer])
+            if not self.streamed or not groups or size + count > most:
+                groups.append([])
+                size = 0
+            groups[-1].append(layer)
+            size += count
+        return groups
+
+    def candidates(self, blocks: list[list[Block]], records: list[BlockScore]) -> list[list[Block]]:
+        """The blocks that a search could choose, by Fisher's estimates; for process 0 to tell."""
+        if sharding.rank() > 0:
+            return []
         estimates = {key: score.kl for key, score in summarise(records, "fisher").items()}
         shape = self.run.parent.shape
         kept = [
@@ -132,76 +198,4 @@ class _Scoring:
         return kept
 
 
-# Of `Speed.judged_s`, for a block: the parent's side is computed once for all blocks that wait.
-JUDGED = 0.5
-
-
-def _need(job: Job) -> Need:
-    """FLOPs of exact scoring: every block's run through the layers after it, and the head."""
-    run = job.run
-    settings, shape, layers = run.recipe.score, run.parent.shape, run.space.layers
-    tokens = settings.sequences * run.recipe.corpus.sequence_length
-    parameters = Architecture.of_parent(shape).parameters(shape)
-    per_layer = (parameters - shape.constant_parameters) / shape.num_hidden_layers
-    counts = [len(layer.blocks) for layer in layers]
-    suffix = sum(n * (len(counts) - i) for i, n in enumerate(counts)) * per_layer
-    head = shape.vocab_size * shape.hidden_size
-    device, host = _memory_bytes(run, parameters)
-    return Need(
-        tokens=tokens,
-        flops=2.0 * tokens * (suffix + sum(counts) * head),
-        memory_bytes=device,
-        host_bytes=host,
-        disk_bytes=1e6,
-        effort=Effort(forward=tokens * suffix, judged=JUDGED * tokens * sum(counts)),
-        chosen=f"the parent in memory, the library {'too' if is_resident(run) else 'by layer'}",
-        instead=_smallest_change(run, parameters),
-    )
-
-
-def _memory_bytes(run: Run, parameters: int) -> tuple[float, float]:
-    """Of the device and of the host.
-
-    On the device the parent, the library, and the larger of two. Exact: the states that wait for
-    the head, a shard's input and final states, and a pass of `tokens_per_pass` or four copies of a
-    chunk of logits. Fisher: a gradient of every sample, and the logits with the head in float32 or
-    a layer forward and backward. On the host the activations of a shard at every layer.
-    """
-    settings, shape = run.recipe.score, run.parent.shape
-    element = run.placement.dtype.itemsize
-    sequences = min(settings.sequences, settings.shard_sequences)
-    tokens = sequences * run.recipe.corpus.sequence_length
-    library = float(element) * sum(trained_parameters(run))
-    if not is_resident(run):
-        library /= shape.num_hidden_layers
-    state, of_token = tokens * shape.hidden_size, shape.passing_elements * element
-    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
-    exact = fisher = 0.0
-    if settings.method != "fisher":
-        waiting = max(len(layer.blocks) for layer in run.space.layers) * state * element
-        waiting = min(waiting, int(HELD_SHARE * run.device.memory_bytes))
-        passing = max(tokens, settings.tokens_per_pass) * of_token
-        exact = waiting + 4.0 * 3 * state + max(passing, logits)
-    if settings.method != "exact":
-        head = 4.0 * shape.vocab_size * shape.hidden_size
-        both_ways = 2.0 * tokens * of_token
-        fisher = 4.0 * settings.fisher_samples * state + max(logits + head, both_ways)
-    device = parameters * element + library + max(exact, fisher)
-    return device, float((shape.num_hidden_layers + 1) * tokens * shape.hidden_size * element)
-
-
-def _smallest_change(run: Run, parameters: int) -> str:
-    """What would make scoring fit where it does not."""
-    memory = run.device.memory
-    if not memory.lacks(*_memory_bytes(run, parameters)):
-        return ""
-    least = {"shard_sequences": 1, "tokens_per_pass": 1, "fisher_samples": 4}
-    score = run.recipe.score.model_copy(update=least)
-    recipe = run.recipe.model_copy(update={"score": score})
-    smaller = Run(recipe, run.folder, run.progress, device=run.device)
-    if not memory.lacks(*_memory_bytes(smaller, parameters)):
-        return "lower score.shard_sequences and score.tokens_per_pass"
-    return "the whole parent is in memory while blocks are scored: use a larger device"
-
-
-WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)
+WORK = Work(facts=_facts, execute=_execute, need=memory.need, check=_check, is_shared=always)

@@ -8,7 +8,7 @@ more than one layer in full, or the embedding.
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -54,6 +54,31 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
+
+
+T = TypeVar("T")
+
+
+def dealt(units: Sequence[T]) -> list[T]:
+    """This process's share of a list of units: dealt like cards, back and forth.
+
+    So that units of steadily falling size are shared about equally.
+    """
+    count, own, mine = size(), rank(), []
+    for index, unit in enumerate(units):
+        turn, place = divmod(index, count)
+        if own == (place if turn % 2 == 0 else count - 1 - place):
+            mine.append(unit)
+    return mine
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, by their number, for process 0; for the others their own."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[T] | None = [value] * size() if rank() == 0 else None
+    distributed.gather_object(value, values)
+    return [value] if values is None else values
 
 
 def mesh(device: torch.device) -> DeviceMesh:
@@ -151,10 +176,7 @@ def reshard(module: nn.Module) -> None:
             inner.reshard()
 
 
-R = TypeVar("R")
-
-
-def shared(value: R) -> R:
+def shared(value: T) -> T:
     """Process 0's value, on all of them."""
     if not distributed.is_initialized():
         return value

@@ -6,7 +6,6 @@ from puzzle.stage import Job, Scope, Stage, Work
 
 # What these settings change is how the work is done, not what comes out.
 SAME_RESULT = {
-    "processes",
     "wandb",
     "micro_batch_sequences",
     "activation_checkpointing",

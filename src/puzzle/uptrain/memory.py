@@ -20,8 +20,8 @@ from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.search.constraints import parse_quantity
 from puzzle.stage import Effort, Job, Need
+from puzzle.training import launch
 from puzzle.training.losses import LOSS_ELEMENTS
-from puzzle.uptrain.launch import processes
 
 PROJECTIONS = 7  # of a layer: q, k, v, o, gate, up, down
 CHOICE = "choice.json"
@@ -72,8 +72,9 @@ def choose(job: Job, folder: Path | None = None) -> Choice:
     if folder is None:
         return case.fitting() or case.choices()[-1]
     path = folder / artifacts.UNFINISHED / CHOICE
-    keys = ("micro_batch_sequences", "activation_checkpointing", "optimizer", "processes")
+    keys = ("micro_batch_sequences", "activation_checkpointing", "optimizer")
     asked = {key: str(getattr(job.child.uptrain, key)) for key in keys}
+    asked["processes"] = str(case.processes)
     if path.exists():
         begun = _Chosen.read(path)
         if begun.asked == asked and case.fits(begun.choice):
@@ -81,6 +82,16 @@ def choose(job: Job, folder: Path | None = None) -> Choice:
     choice = choose(job)
     _Chosen(asked=asked, choice=choice).write(path)
     return choice
+
+
+def is_shared(job: Job) -> bool:
+    """Adapters are for one process."""
+    return job.child.uptrain.lora_rank == 0
+
+
+def processes(job: Job) -> int:
+    """How many share the uptraining of this child."""
+    return launch.processes(job.run) if is_shared(job) else 1
 
 
 def most_parameters(job: Job) -> int:
@@ -301,7 +312,7 @@ def smallest_change(case: Case) -> str:
         return f"{first}train adapters of a smaller child: {adapters}, {small}"
     for number in (2, 4, 8, 16, 32, 64):
         if replace(changed(**free, lora_rank=0), processes=number).fitting():
-            return f"{first}share the work among such devices: uptrain.processes={number}"
+            return f"{first}share the work among such devices: processes={number}"
     return ""
 
 

@@ -1,8 +1,7 @@
 """Stage `uptrain`: global knowledge distillation of the assembled child (paper: section 4.3).
 
-The loop is in trainer.py, what happens to one micro-batch in gkd.py, how several processes share
-the work in launch.py and worker.py. This is the stage: what its result depends on, what cannot
-work, loading and saving.
+The loop is in trainer.py, what happens to one micro-batch in gkd.py. This is the stage: what its
+result depends on, what cannot work, loading and saving.
 
 Reads: `child/`, the parent, the corpus. Writes: `uptrained/` (the same format) and `curve.jsonl`.
 """
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE
 from puzzle.device import Placement
@@ -23,29 +21,30 @@ from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.weights import Weights
 from puzzle.stage import Job, Work
-from puzzle.training import checkpoint, offload, sharding, snapshots
-from puzzle.uptrain import compiled, launch, memory, trained_weights
+from puzzle.training import checkpoint, offload, sharding
+from puzzle.uptrain import compiled, memory, trained_weights
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.memory import Choice
 from puzzle.uptrain.phases import phases
-from puzzle.uptrain.trainer import BEST, LAST, Trainer
+from puzzle.uptrain.trainer import BEST, Trainer
 
 
 def _facts(job: Job) -> Inputs:
     return job.run.data_facts
 
 
-def check(job: Job, number: int | None = None) -> None:
-    """Raise `UserError` for lengths, processes and packages that cannot work.
-
-    `number` of processes: as the recipe says if None.
-    """
+def check(job: Job) -> None:
+    """Raise `UserError` for lengths, processes and packages that cannot work."""
     settings, run = job.child.uptrain, job.run
-    number = number or launch.processes(job)
+    number = memory.processes(job)
+    if not memory.is_shared(job) and sharding.size() > 1:
+        raise UserError(
+            "uptrain.lora_rank: is for one process; use `puzzle uptrain RUN`, or lora_rank: 0"
+        )
     if settings.optimizer == "host" and memory.refuses_host(settings, number):
         raise UserError(
             "uptrain.optimizer: host is for one process whose own weights learn; use auto, or "
-            "processes: 1 and lora_rank: 0"
+            "processes=1 and lora_rank: 0"
         )
     packages = {"peft": ("lora_rank", settings.lora_rank), "wandb": ("wandb", settings.wandb)}
     for package, (key, is_used) in packages.items():
@@ -61,7 +60,7 @@ def check(job: Job, number: int | None = None) -> None:
         if phase.batch % number:
             raise UserError(
                 f"uptrain.batch_sequences: a batch of {phase.batch} sequences cannot be shared by "
-                f"{number} processes equally; choose a multiple, or another uptrain.processes"
+                f"{number} processes equally; choose a multiple, or other `processes`"
             )
 
 
@@ -84,30 +83,10 @@ def _check_lengths(job: Job) -> None:
 
 
 def _execute(job: Job, folder: Path) -> None:
-    number = launch.processes(job)
-    check(job, number)
-    if (folder / "config.json").exists():  # it comes last: a folder with a config is complete
-        return
-    if number == 1:
+    check(job)
+    # config.json comes last: a folder with a config is complete
+    if not sharding.shared((folder / "config.json").exists()):
         distil(job, folder)
-    else:
-        _launch(job, folder, number)
-
-
-def _launch(job: Job, folder: Path, number: int) -> None:
-    run, logs = job.run, job.run.folder / "logs" / f"uptrain-{job.child.name}"
-    _ = run.corpus  # built once, here
-    run.release_models()
-    run.progress.say(f"  {number} processes; logs in {logs}")
-    arguments = [str(run.folder), "--child", job.child.name]
-    arguments += ["--quiet"] if run.progress.quiet else []
-    failure = launch.launch("puzzle.uptrain.worker", arguments, number, logs)
-    if failure:
-        last = snapshots.read(folder / artifacts.UNFINISHED, LAST)
-        step = last.step if last else 0
-        raise UserError(
-            f"uptrain: {failure}; the same command goes on from step {step} (logs: {logs})"
-        )
 
 
 def distil(job: Job, folder: Path) -> None:
@@ -187,4 +166,6 @@ def load(job: Job, source: Path, architecture: Architecture, choice: Choice) -> 
     return pair
 
 
-WORK = Work(facts=_facts, execute=_execute, need=memory.need, check=check)
+WORK = Work(
+    facts=_facts, execute=_execute, need=memory.need, check=check, is_shared=memory.is_shared
+)

@@ -1,0 +1,48 @@
+"""Several processes on one run: the results of one, whatever their number, also after deaths."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from puzzle import artifacts, config, pipeline
+from puzzle.progress import Progress
+from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.score.results import SCORES, BlockScore
+from puzzle.stage import Job, Stage
+
+pytestmark = pytest.mark.training
+
+
+def copied(finished_run: Run, folder: Path, *later: str, **settings) -> Run:
+    """A copy of a finished run without what is made later, and with other settings."""
+    shutil.copytree(finished_run.folder, folder, ignore=shutil.ignore_patterns(*later))
+    recipe = finished_run.recipe.model_dump(mode="json") | settings
+    run = Run(config.parse(recipe), folder, Progress(quiet=True))
+    run.write()
+    return run
+
+
+def scores_of(run: Run) -> list[BlockScore]:
+    return artifacts.read_records(Job(run).folder(SCORE) / SCORES, BlockScore)
+
+
+@pytest.mark.parametrize("method", ["exact", "hybrid"])
+def test_two_processes_score_as_one(finished_run, tmp_path, method):
+    """Three shards: one for each, and the third is shared by its layers."""
+    score = finished_run.recipe.score.model_dump(mode="json")
+    score |= {"method": method, "shard_sequences": 3}
+    runs = [
+        copied(finished_run, tmp_path / f"{n}", "score", "children", score=score, processes=n)
+        for n in (1, 2)
+    ]
+    for run in runs:
+        pipeline.execute_stage(SCORE, Job(run))
+    one, two = map(scores_of, runs)
+    assert len(one) == len(two)
+    for ours, expected in zip(two, one, strict=True):
+        assert ours.model_copy(update={"result": expected.result}) == expected
+        # products of other shapes of the same numbers, if at all
+        assert ours.result.sums == pytest.approx(expected.result.sums, rel=1e-5, abs=1e-6)
+    assert list((runs[1].folder / "logs" / "score").glob("*/attempt_0/1/stderr.log"))
