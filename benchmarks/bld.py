@@ -28,6 +28,7 @@ from puzzle import pipeline
 from puzzle.library import LIBRARY, memory
 from puzzle.library.bld import ParentBatch, VariantTrainer
 from puzzle.library.records import VariantRecord, read_index
+from puzzle.library.relay import Relay
 from puzzle.library.stage import make_trainers
 from puzzle.library.training import LibraryTraining
 from puzzle.model import variants
@@ -157,7 +158,7 @@ def speed(run: Run, rounds: int) -> dict[str, float]:
     """Medians over the rounds; a first round warms up and does not count."""
     parent = ParentLayers(run.parent_model)
     folder = Job(run).folder(LIBRARY)
-    training = LibraryTraining(run, folder, parent, make_trainers(run), None)
+    training = LibraryTraining(run, folder, parent, make_trainers(run), None, Relay.of(run))
     training.initialise()
     measured = [measure_round(training, number) for number in range(rounds + 1)][1:]
     needed = flops_per_token(run)

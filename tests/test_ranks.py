@@ -4,13 +4,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from puzzle import artifacts, config, pipeline
+from puzzle.library import LIBRARY
+from puzzle.library.records import VariantRecord, read_index
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
 from puzzle.score.results import SCORES, BlockScore
-from puzzle.stage import Job, Stage
+from puzzle.stage import Job
 
 pytestmark = pytest.mark.training
 
@@ -26,6 +30,30 @@ def copied(finished_run: Run, folder: Path, *later: str, **settings) -> Run:
 
 def scores_of(run: Run) -> list[BlockScore]:
     return artifacts.read_records(Job(run).folder(SCORE) / SCORES, BlockScore)
+
+
+def library_of(run: Run) -> tuple[dict[str, torch.Tensor], list[VariantRecord]]:
+    folder = Job(run).folder(LIBRARY)
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
+    return weights, read_index(Job(run))
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_train_the_library_of_one(finished_run, tmp_path, processes, memory):
+    library = finished_run.recipe.library.model_dump(mode="json") | {"memory": memory}
+    later = ("library", "score", "children")
+    run = copied(finished_run, tmp_path / "run", *later, library=library, processes=processes)
+    pipeline.execute_stage(LIBRARY, Job(run))
+    (weights, index), (expected, expected_index) = library_of(run), library_of(finished_run)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    assert [r.file for r in index] == [r.file for r in expected_index]
+    for ours, theirs in zip(index, expected_index, strict=True):
+        assert ours.nmse_after == pytest.approx(theirs.nmse_after, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["exact", "hybrid"])

@@ -236,14 +236,18 @@ class Run:
         placement = self.placement
         return self.parent.load(placement.dtype, placement.device, placement.attention)
 
-    def parent_layers(self, *, streamed: bool) -> "ParentLayers":
-        """The frozen parent layer by layer: in memory, or each read from its files when used."""
-        from puzzle.model.layers import ParentLayers, StreamedLayers
+    def parent_layers(self, *, streamed: bool, some: bool = False) -> "ParentLayers":
+        """The frozen parent layer by layer.
 
-        if not streamed:
+        In memory; with `some` those layers that are asked for; `streamed`: read from its files
+        whenever it is used.
+        """
+        from puzzle.model.layers import KeptLayers, ParentLayers, StreamedLayers
+
+        if not streamed and not some:
             return ParentLayers(self.parent_model)
-        placement = self.placement
-        return StreamedLayers(self.parent, placement.dtype, placement.device, placement.attention)
+        kind, placement = StreamedLayers if streamed else KeptLayers, self.placement
+        return kind(self.parent, placement.dtype, placement.device, placement.attention)
 
     @cached_property
     def speed(self) -> "Speed":

@@ -9,6 +9,7 @@ from puzzle.evaluate import EVALUATE
 from puzzle.library import LIBRARY, bld, memory, records, stage, weights
 from puzzle.library.bld import VariantTrainer
 from puzzle.library.records import LossPoint
+from puzzle.library.relay import Relay
 from puzzle.library.training import LibraryTraining
 from puzzle.model import variants
 from puzzle.model.architecture import FFN, Attention, parse_block
@@ -53,7 +54,8 @@ def with_library(run: Run, **settings) -> Run:
 def initialised_trainers(run: Run) -> list[bld.VariantTrainer]:
     """Every variant with its first weights, in memory."""
     trainers, layers = stage.make_trainers(run), ParentLayers(run.parent_model)
-    LibraryTraining(run, library_folder(run), layers, trainers, None).initialise()
+    relay = Relay.of(run)
+    LibraryTraining(run, library_folder(run), layers, trainers, None, relay).initialise()
     return trainers
 
 

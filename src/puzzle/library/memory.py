@@ -4,9 +4,11 @@ from puzzle.model import variants
 from puzzle.model.architecture import FFN, Architecture, Attention, Block, Subblock
 from puzzle.run import Run
 from puzzle.stage import Effort, Job, Need
+from puzzle.training import launch
 
 OPTIMIZER_BYTES = 12  # per trained parameter, between its steps: weight, two moments
 CHUNK_STEPS = 32
+PASSED_ON = 3  # copies of a chunk where it goes from process to process
 CHUNK_SHARE = 0.25  # of the host's memory that the activations of a chunk may take
 
 
@@ -42,15 +44,19 @@ def taken(run: Run, together: int | None) -> tuple[float, float]:
     while it is read), and the same per parameter of the variants that are trained `together`; the
     embedding's pages only while a chunk is embedded, and the chunk on the host. Both: a batch
     forward and backward through the parent's layer, or through a variant that has a gradient and
-    folded weights beside that; at the beginning, when there are no moments yet, least squares.
+    folded weights beside that; at the beginning, when there are no moments yet, least squares. Of
+    several processes each has its share of the layers, and a chunk that has come, one that went
+    through its layers ahead, and one that is being sent; where they share one memory it is that of
+    all.
     """
-    recipe, shape = run.recipe, run.parent.shape
+    recipe, shape, others = run.recipe, run.parent.shape, launch.processes(run)
     settings, sequence = recipe.library, recipe.corpus.sequence_length
     element, stored = run.placement.dtype.itemsize, run.parent.dtype.itemsize
     batch, D = settings.batch_sequences * sequence, shape.hidden_size
     trained = trained_parameters(run)
     steps = chunk_steps(run, streamed=together is not None)
     chunk = (steps * batch + settings.validation_sequences * sequence) * D * element
+    chunk *= 1 if others == 1 else PASSED_ON
     product = 2 if run.device.bfloat16 else 4
     probabilities = 0.0
     if run.placement.attention == "eager":
@@ -58,15 +64,17 @@ def taken(run: Run, together: int | None) -> tuple[float, float]:
     passing = batch * shape.passing_elements * product
     step = probabilities + passing + max(passing, 16 * max(trained, default=0))
     first = _least_squares(run) if settings.initialization == "least_squares" else 0.0
+    sharing = launch.processes_beside(run) if run.device.memory.is_shared else 1
     if together is None:
-        parent = Architecture.of_parent(shape).parameters(shape) * element
-        weights = sum(trained)
-        return parent + chunk + max(OPTIMIZER_BYTES * weights + step, 4 * weights + first), 0.0
+        parent = Architecture.of_parent(shape).parameters(shape) * element / others
+        own = sum(trained) / others
+        most = parent + chunk + max(OPTIMIZER_BYTES * own + step, 4 * own + first)
+        return sharing * most, 0.0
     layer = shape.parameters(shape.widest_block) * (element + stored)
     parent = max(layer, shape.vocab_size * D * stored)
-    weights = max(trained, default=0)
-    most = max(OPTIMIZER_BYTES * together + step, 4 * weights + first)
-    return parent + most, float(chunk)
+    largest = max(trained, default=0)
+    most = parent + max(OPTIMIZER_BYTES * together + step, 4 * largest + first)
+    return sharing * most, float(launch.processes_beside(run) * chunk)
 
 
 def _least_squares(run: Run) -> float:
@@ -122,6 +130,8 @@ def chunk_steps(run: Run, *, streamed: bool) -> int:
         return CHUNK_STEPS
     batch = settings.batch_sequences * sequence
     batch_bytes = batch * run.parent.shape.hidden_size * run.placement.dtype.itemsize
+    if launch.processes(run) > 1:
+        batch_bytes *= PASSED_ON * launch.processes_beside(run)
     fitting = int(CHUNK_SHARE * run.device.memory.host_bytes / batch_bytes)
     return min(max(CHUNK_STEPS, fitting), -(-settings.tokens // batch))
 
@@ -145,6 +155,8 @@ def need(job: Job) -> Need:
     shape, tokens = run.parent.shape, settings.tokens
     forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
     training = trained_per_token(run)
+    # side by side on GPUs; processes on a CPU share its cores
+    share = 1 / launch.processes(run) if run.device.type == "cuda" else 1.0
     steps = chunk_steps(run, streamed=streamed)
     chosen = f"parent and variants in memory (resident), {steps} batches a layer (chunk_steps)"
     if at_a_time is not None:
@@ -158,7 +170,7 @@ def need(job: Job) -> Need:
         memory_bytes=device,
         host_bytes=host,
         disk_bytes=OPTIMIZER_BYTES * sum(trained_parameters(run)),
-        effort=Effort(forward=tokens * forward, training=tokens * training),
+        effort=Effort(forward=tokens * forward, training=tokens * training).times(share),
         chosen=chosen,
         instead=_smallest_change(run, device, host),
     )

@@ -21,10 +21,11 @@ from puzzle.errors import UserError
 from puzzle.library import LIBRARY, memory
 from puzzle.library.bld import VariantTrainer
 from puzzle.library.records import CURVE, INDEX, CurvePoint, VariantRecord
+from puzzle.library.relay import Relay
 from puzzle.library.training import LibraryTraining
 from puzzle.run import NARROWED, Run
-from puzzle.stage import Job, Work
-from puzzle.training import checkpoint
+from puzzle.stage import Job, Work, always
+from puzzle.training import checkpoint, sharding
 
 Made = tuple[VariantRecord, list[CurvePoint]]
 
@@ -71,18 +72,22 @@ def _execute(job: Job, folder: Path) -> None:
         )
     for line in run.space.left_out:
         run.progress.say(f"  left out: {line}")
-    trainers, made = make_trainers(run), _made(folder)
-    missing = [trainer for trainer in trainers if trainer.key not in made]
-    together = memory.together(run) if memory.is_streamed(run) else None
-    training = LibraryTraining(
-        run, folder, run.parent_layers(streamed=memory.is_streamed(run)), missing, together
-    )
+    trainers, made, relay = make_trainers(run), sharding.shared(_made(folder)), Relay.of(run)
+    missing = [t for t in trainers if t.key not in made and t.layer in relay.layers]
+    streamed = sharding.shared(memory.is_streamed(run))
+    parent = run.parent_layers(streamed=streamed, some=True)
+    together = memory.together(run) if streamed else None
+    training = LibraryTraining(run, folder, parent, missing, together, relay)
     training.initialise()
-    if missing:
-        training.train()
-    kept = {trainer.key: made[trainer.key] for trainer in trainers if trainer.key in made}
-    made = kept | _write_weights(training)
-    _write(training, [made[trainer.key] for trainer in trainers])
+    training.train()
+    written = sharding.gathered((_write_weights(training), training.no_ops()))
+    if sharding.rank() == 0:
+        no_ops = []
+        for ours, of_layers in written:
+            made |= ours
+            no_ops += of_layers
+        _write(folder, [made[trainer.key] for trainer in trainers], no_ops)
+    sharding.barrier()
 
 
 def make_trainers(run: Run) -> list[VariantTrainer]:
@@ -140,13 +145,13 @@ def _write_weights(training: LibraryTraining) -> dict[str, Made]:
     return made
 
 
-def _write(training: LibraryTraining, made: list[Made]) -> None:
+def _write(folder: Path, made: list[Made], no_ops: list[VariantRecord]) -> None:
     """Index and curves of all variants."""
-    records = [record for record, _ in made] + training.no_ops()
+    records = [record for record, _ in made] + no_ops
     records.sort(key=lambda record: record.layer)
-    artifacts.write_records(training.folder / INDEX, records)
+    artifacts.write_records(folder / INDEX, records)
     curve = [point for _, points in made for point in points]
-    artifacts.write_records(training.folder / CURVE, curve)
+    artifacts.write_records(folder / CURVE, curve)
 
 
-WORK = Work(facts=_facts, execute=_execute, need=memory.need, check=_check)
+WORK = Work(facts=_facts, execute=_execute, need=memory.need, check=_check, is_shared=always)

@@ -7,7 +7,8 @@
 
 Resident, the parent and all trainers stay in memory. Streamed, one layer of the parent is read from
 its files at a time, and as many of its trainers as fit come from disk together and go back to it:
-the same arithmetic in the same order, so the same library.
+the same arithmetic in the same order, so the same library. Of several processes each has layers of
+its own (`relay.py`), and what a variant learns depends on nothing but its own data.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,14 @@ from puzzle.device import return_freed_memory
 from puzzle.library import initialization, memory, weights
 from puzzle.library.bld import ParentBatch, VariantTrainer, mean
 from puzzle.library.records import LossPoint, VariantRecord
+from puzzle.library.relay import Relay
 from puzzle.model import variants
 from puzzle.model.architecture import Block, Slot
 from puzzle.model.layers import ParentLayers
 from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer
 from puzzle.model.variants import State
 from puzzle.run import Run
+from puzzle.training import sharding
 
 Batches = list[torch.Tensor]  # a layer's inputs, [B, S, D] each
 
@@ -48,13 +51,14 @@ class Activations:
 
 @dataclass(frozen=True)
 class LibraryTraining:
-    """The training of a library in its folder."""
+    """The training of this process's layers of a library in its folder."""
 
     run: Run
     folder: Path
     parent: ParentLayers
-    trainers: list[VariantTrainer]
+    trainers: list[VariantTrainer]  # of the relay's layers
     together: int | None  # parameters of variants in memory at a time; None: all, resident
+    relay: Relay
 
     @property
     def resident(self) -> bool:
@@ -67,14 +71,21 @@ class LibraryTraining:
         """The checkpoint of a variant."""
         return self.folder / artifacts.UNFINISHED / f"{trainer.key}.safetensors"
 
-    @property
-    def no_ops_path(self) -> Path:
-        """The records of no-ops, until they go into the index."""
-        return self.folder / artifacts.UNFINISHED / "no_ops.jsonl"
-
     def no_ops(self) -> list[VariantRecord]:
         """What leaving out each subblock costs, for comparison."""
-        return artifacts.read_records(self.no_ops_path, VariantRecord)
+        return [VariantRecord.read(self._no_op_path(*place)) for place in self._no_op_places()]
+
+    def _no_op_path(self, layer: int, slot: Slot) -> Path:
+        """The record of a no-op, until it goes into the index."""
+        return self.folder / artifacts.UNFINISHED / f"{layer:03d}.{slot}.no_op.json"
+
+    def _no_op_places(self) -> list[tuple[int, Slot]]:
+        return [
+            (layer, variant.slot)
+            for layer in self.relay.layers
+            for variant in self.run.space.layers[layer].subblocks
+            if variant.kind == "no_op"
+        ]
 
     # ---------------------------------------------------------------------------- initialisation
 
@@ -84,14 +95,18 @@ class LibraryTraining:
         What is on disk stays.
         """
         missing = [t for t in self.trainers if not self.checkpoint(t).exists()]
-        missing_no_ops = self._missing_no_ops()
-        if missing or missing_no_ops:
-            run, layers = self.run, len(self.run.space.layers)
+        places = self._no_op_places()
+        missing_no_ops = [place for place in places if not self._no_op_path(*place).exists()]
+        waiting = sharding.all_of(bool(missing or missing_no_ops))
+        if any(waiting[sharding.rank() :]) and self.relay.layers:
+            run, layers = self.run, self.relay.layers
             settings = run.recipe.library
             tokens_NS = run.corpus["train"].batch(0, settings.calibration_sequences)
-            activations = self._embed(list(tokens_NS.split(settings.batch_sequences)))
-            with run.progress.task("initialising the library", layers, "layers") as task:
-                for layer in range(layers):
+            activations = self._enter(list(tokens_NS.split(settings.batch_sequences)))
+            if any(waiting[sharding.rank() + 1 :]):
+                self._hand_on(activations)
+            with run.progress.task("initialising the library", len(layers), "layers") as task:
+                for layer in layers:
                     trainers = [t for t in missing if t.layer == layer]
                     slots = [slot for at, slot in missing_no_ops if at == layer]
                     with self.parent.layer(layer) as module:
@@ -104,16 +119,6 @@ class LibraryTraining:
         for trainer in self.trainers:
             if not trainer.history:
                 trainer.read_progress(self.checkpoint(trainer))
-
-    def _missing_no_ops(self) -> list[tuple[int, Slot]]:
-        recorded = {(record.layer, record.slot) for record in self.no_ops()}
-        places = [
-            (index, variant.slot)
-            for index, layer in enumerate(self.run.space.layers)
-            for variant in layer.subblocks
-            if variant.kind == "no_op"
-        ]
-        return [place for place in places if place not in recorded]
 
     def _initialise_layer(
         self, module: PuzzleDecoderLayer, trainers: list[VariantTrainer], activations: Activations
@@ -164,31 +169,50 @@ class LibraryTraining:
         record = VariantRecord(
             layer=layer, slot=slot, variant="no_op", file=None, nmse_before=loss, nmse_after=loss
         )
-        artifacts.append_record(self.no_ops_path, record)
+        record.write(self._no_op_path(layer, slot))
 
     # ---------------------------------------------------------------------------------- training
 
     def train(self) -> None:
         """BLD, chunk by chunk and layer by layer; goes on from the checkpoints in the folder."""
         run, settings = self.run, self.run.recipe.library
-        steps, chunk_steps = max(trainer.steps for trainer in self.trainers), self._chunk_steps()
+        chunks, counts = self._chunks(), sharding.all_of(len(self.trainers))
+        waiting = sharding.all_of([bool(self._pending(*chunk)) for chunk in chunks])
+        if not self.relay.layers:
+            return
         batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
-        title = f"BLD of {len(self.trainers)} variants"
-        with run.progress.task(title, steps * batch_tokens, "tokens") as task:
-            for first in range(0, steps, chunk_steps):
-                last = min(first + chunk_steps, steps)
-                pending = [t for t in self.trainers if not t.done and t.step < last]
-                if not pending:
+        tokens = sum(last - first for first, last in chunks) * batch_tokens
+        with run.progress.task(f"BLD of {sum(counts)} variants", tokens, "tokens") as task:
+            for number, (first, last) in enumerate(chunks):
+                pending = self._pending(first, last)
+                is_waited_for = any(of[number] for of in waiting[sharding.rank() + 1 :])
+                comes = waiting[sharding.rank()][number] or is_waited_for
+                if not pending and (not comes or (self.relay.is_first and not is_waited_for)):
                     task.skip((last - first) * batch_tokens)
                     continue
-                depth = max(trainer.layer for trainer in pending) + 1
-                activations = self._embed([self._tokens(step) for step in range(first, last)])
-                for layer in range(depth):
+                activations = self._enter([self._tokens(step) for step in range(first, last)])
+                if is_waited_for:
+                    self._hand_on(activations)
+                done = 0.0
+                for layer in self._layers_of(pending):
                     trainers = [t for t in pending if t.layer == layer]
                     self._train_layer(layer, trainers, activations)
                     losses = [t.history[-1].validation for t in trainers]
                     error = f", mean nMSE {mean(losses):.4f}" if losses else ""
-                    task.advance((last - first) * batch_tokens / depth, f"layer {layer}{error}")
+                    share = (last - first) * batch_tokens / len(self._layers_of(pending))
+                    done += share
+                    task.advance(share, f"layer {layer}{error}")
+                task.advance((last - first) * batch_tokens - done)
+        self.relay.finish()
+
+    def _pending(self, first: int, last: int) -> list[VariantTrainer]:
+        """What has not learned from all batches of a chunk."""
+        return [t for t in self.trainers if not t.done and first < t.steps and t.step < last]
+
+    def _layers_of(self, pending: list[VariantTrainer]) -> range:
+        """This process's layers down to the last one with something to train."""
+        last = max((trainer.layer for trainer in pending), default=-1)
+        return range(self.relay.layers.start, last + 1)
 
     def _train_layer(
         self, layer: int, trainers: list[VariantTrainer], activations: Activations
@@ -214,6 +238,12 @@ class LibraryTraining:
             groups[-1].append(trainer)
             size += parameters
         return groups
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """The first batch of every chunk, and the one after its last."""
+        steps = max(sharding.all_of(max((t.steps for t in self.trainers), default=0)))
+        size = sharding.shared(self._chunk_steps() if sharding.rank() == 0 else 0)
+        return [(first, min(first + size, steps)) for first in range(0, steps, size)]
 
     def _chunk_steps(self) -> int:
         """As when the library was begun: a chunk's boundaries are those of the checkpoints."""
@@ -279,19 +309,30 @@ class LibraryTraining:
 
     # ------------------------------------------------------------------------------- activations
 
-    def _embed(self, batches: list[torch.Tensor]) -> Activations:
-        """Layer 0's inputs of these batches [B, S] and of the validation text.
+    def _enter(self, batches: list[torch.Tensor]) -> Activations:
+        """This process's first layer's inputs of these batches [B, S] and of the validation text.
 
         The context is that of a batch of one, which fits any other.
         """
         device = self.run.device.torch_device
-        embedded = []
+        rows = [*batches, *self._validation_tokens()]
         with torch.no_grad(), self.run.device.autocast():
-            for part in (batches, self._validation_tokens()):
-                states = (self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in part)
-                embedded.append([self._kept(x_BSD) for x_BSD in states])
             _, context = self.parent.embed(batches[0][:1].to(device))
-        return Activations(embedded[0], embedded[1], context)
+            if self.relay.is_first:
+                embedded = (self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in rows)
+                states = [self._kept(x_BSD) for x_BSD in embedded]
+            else:
+                taken = self.relay.take([tokens_BS.shape for tokens_BS in rows])
+                states = taken if self.parent.on_host else [x_BSD.to(device) for x_BSD in taken]
+        return Activations(states[: len(batches)], states[len(batches) :], context)
+
+    def _hand_on(self, activations: Activations) -> None:
+        """Run the parent's own layers ahead, and send their outputs to the next owner."""
+        states = [*activations.batches, *activations.validation]
+        for layer in self.relay.layers:
+            with self.parent.layer(layer) as module:
+                self._advance(module, states, activations.context)
+        self.relay.hand_on(states)
 
     @torch.no_grad()
     def _advance(self, module: PuzzleDecoderLayer, batches: Batches, context: LayerContext) -> None:

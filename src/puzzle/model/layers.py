@@ -61,7 +61,7 @@ class StreamedLayers(ParentLayers):
         self.parent, self.dtype, self.device = parent, dtype, device
         config = parent.child_config(Architecture.of_parent(parent.shape))
         super().__init__(child.skeleton(config, device, attention))
-        self.here: set[int] = set()
+        self.here: dict[int, PuzzleDecoderLayer] = {}
 
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """As above; of the embedding only the rows of these tokens are read."""
@@ -73,16 +73,19 @@ class StreamedLayers(ParentLayers):
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
         """The parent's layer `index`, read from its files and dropped after the `with` block."""
-        module = self.model.model.layers[index]
         if index in self.here:
-            yield module
+            yield self.here[index]
             return
+        yield self._fetched(index)
+        self.here.pop(index).to("meta")
+
+    def _fetched(self, index: int) -> PuzzleDecoderLayer:
+        """The layer with its weights."""
+        module: PuzzleDecoderLayer = self.model.model.layers[index]
         names = list(module.state_dict())
         module.load_state_dict(self._read(f"model.layers.{index}.", names), assign=True)
-        self.here.add(index)
-        yield module.requires_grad_(False)
-        self.here.remove(index)
-        module.to("meta")
+        self.here[index] = module.requires_grad_(False)
+        return module
 
     @cached_property
     def norm(self) -> nn.Module:
@@ -104,3 +107,14 @@ class StreamedLayers(ParentLayers):
                 name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
                 for name in names
             }
+
+
+class KeptLayers(StreamedLayers):
+    """Some of the frozen parent's layers in memory: those that were asked for."""
+
+    on_host = False
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[PuzzleDecoderLayer]:
+        """The parent's layer `index`, read from its files the first time."""
+        yield self.here[index] if index in self.here else self._fetched(index)

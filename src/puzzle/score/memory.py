@@ -55,7 +55,8 @@ def taken(run: Run, *, streamed: bool) -> tuple[float, float]:
     way, and once more before the head; a shard's input and final states; a pass of
     `tokens_per_pass` or four copies of a chunk of logits. Fisher: a gradient of every sample, and
     the logits with the head in float32 or a layer forward and backward. On the host the activations
-    of a shard at every layer.
+    of a shard at every layer. Every process takes as much; where they share one memory it is that
+    of all.
     """
     settings, shape = run.recipe.score, run.parent.shape
     element, stored = run.placement.dtype.itemsize, run.parent.dtype.itemsize
@@ -83,7 +84,8 @@ def taken(run: Run, *, streamed: bool) -> tuple[float, float]:
         both_ways = 2.0 * tokens * of_token
         fisher = 4.0 * settings.fisher_samples * state + max(logits + 4.0 * head, both_ways)
     host = float((shape.num_hidden_layers + 1) * state * element)
-    return parent + library + max(exact, fisher), host
+    device, beside = parent + library + max(exact, fisher), launch.processes_beside(run)
+    return device * (beside if run.device.memory.is_shared else 1), host * beside
 
 
 def need(job: Job) -> Need:
@@ -110,7 +112,7 @@ def need(job: Job) -> Need:
         tokens=tokens,
         flops=2.0 * tokens * (suffix + sum(counts) * head),
         memory_bytes=device,
-        host_bytes=host * (1 / share),
+        host_bytes=host,
         disk_bytes=1e6,
         effort=effort.times(share),
         chosen=chosen,

@@ -55,6 +55,11 @@ def processes(run: Run) -> int:
     return asked
 
 
+def processes_beside(run: Run) -> int:
+    """How many of them share this machine and its memory."""
+    return min(processes(run), int(os.environ.get("LOCAL_WORLD_SIZE", processes(run))))
+
+
 class Order(Record):
     """A stage that a group works on, as its processes are told."""
 

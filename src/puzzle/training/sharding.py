@@ -72,6 +72,15 @@ def dealt(units: Sequence[T]) -> list[T]:
     return mine
 
 
+def all_of(value: T) -> list[T]:
+    """Every process's value, by their number, on all of them."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[T] = [value] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def gathered(value: T) -> list[T]:
     """Every process's value, by their number, for process 0; for the others their own."""
     if not distributed.is_initialized():
