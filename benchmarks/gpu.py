@@ -395,7 +395,7 @@ def evaluate_part(scale: Scale, root: Path) -> Settings:
             timed.seconds = 0.0
             with timing(run.device, timed):
                 unit_sums(run, model, text, settings.batch_sequences)
-    with mock.patch("puzzle.evaluate.stage.serving_need", lambda job: Need()):
+    with mock.patch("puzzle.evaluate.memory.serving_need", lambda job: Need()):
         planned = EVALUATION.need(job)
     return {"tokens_per_s": text.tokens_NS.numel() / timed.seconds} | compared(taken, planned)
 

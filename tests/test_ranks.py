@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle import artifacts, config, pipeline
+from puzzle.evaluate import EVALUATE
+from puzzle.evaluate.results import MODELS, ModelQuality, quality_path
 from puzzle.library import LIBRARY
 from puzzle.library.records import VariantRecord, read_index
 from puzzle.progress import Progress
@@ -54,6 +56,47 @@ def test_several_processes_train_the_library_of_one(finished_run, tmp_path, proc
     assert [r.file for r in index] == [r.file for r in expected_index]
     for ours, theirs in zip(index, expected_index, strict=True):
         assert ours.nmse_after == pytest.approx(theirs.nmse_after, rel=1e-4)
+
+
+def evaluated(finished_run: Run, folder: Path, **settings) -> dict[str, ModelQuality]:
+    """What an evaluation of the finished child has shown."""
+    processes = settings.pop("processes", 1)
+    evaluate = finished_run.recipe.evaluate.model_dump(mode="json") | {"sequences": 13} | settings
+    later = ("evaluate", "report")
+    run = copied(finished_run, folder, *later, evaluate=evaluate, processes=processes)
+    job = run.child_job("main")
+    pipeline.execute_stage(EVALUATE, job)
+    return {name: ModelQuality.read(quality_path(job.folder(EVALUATE), name)) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def shown_by_one(finished_run, tmp_path_factory) -> dict[str, ModelQuality]:
+    return evaluated(finished_run, tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": "streamed"},
+        {"processes": 2},
+        pytest.param({"processes": 4, "memory": "streamed"}, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_shows_the_same_streamed_and_by_several(
+    finished_run, shown_by_one, tmp_path, settings
+):
+    shown = evaluated(finished_run, tmp_path / "run", **settings)
+    for name, expected in shown_by_one.items():
+        ours = shown[name]
+        assert ours.right == expected.right
+        assert ours.samples == expected.samples
+        for sums, others in (
+            (ours.text, expected.text),
+            *zip(ours.by_position.sums, expected.by_position.sums, strict=True),
+        ):
+            assert (sums.units, sums.tokens) == (others.units, others.tokens)
+            for metric, values in others.metrics.items():  # added up in another order
+                assert sums.metrics[metric] == pytest.approx(values, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["exact", "hybrid"])

@@ -242,12 +242,25 @@ class Run:
         In memory; with `some` those layers that are asked for; `streamed`: read from its files
         whenever it is used.
         """
+        from puzzle.model.architecture import Architecture
         from puzzle.model.layers import KeptLayers, ParentLayers, StreamedLayers
 
         if not streamed and not some:
             return ParentLayers(self.parent_model)
-        kind, placement = StreamedLayers if streamed else KeptLayers, self.placement
-        return kind(self.parent, placement.dtype, placement.device, placement.attention)
+        config = self.parent.child_config(Architecture.of_parent(self.parent.shape))
+        kind = StreamedLayers if streamed else KeptLayers
+        return kind(config, self.parent.weights, self.placement)
+
+    @contextlib.contextmanager
+    def parent_streamed(self) -> Iterator[None]:
+        """Meanwhile `parent_model` reads every layer from its files when it computes."""
+        from puzzle.model.layers import StreamedLayers
+
+        layers = self.parent_layers(streamed=True)
+        assert isinstance(layers, StreamedLayers)
+        self.__dict__["parent_model"] = layers.whole()
+        yield
+        self.__dict__.pop("parent_model", None)
 
     @cached_property
     def speed(self) -> "Speed":
@@ -256,17 +269,13 @@ class Run:
 
         return speed.measure(self.parent, self.device, self.recipe.corpus.sequence_length)
 
-    def make_room(self, other_bytes: float) -> None:
-        """Keep the parent's layers on the host where the device cannot hold so much beside it."""
+    def make_room(self) -> None:
+        """From now on keep the parent's layers on the host, and each on the device in its turn."""
         import torch
 
-        from puzzle.model.architecture import Architecture
         from puzzle.training import offload
 
-        shape, placement, memory = self.parent.shape, self.placement, self.device.memory
-        weights = Architecture.of_parent(shape).parameters(shape) * placement.dtype.itemsize
-        if memory.is_shared or not memory.lacks(weights + other_bytes, 0.0):
-            return
+        placement = self.placement
         self.__dict__.pop("parent_model", None)
         host = self.parent.load(placement.dtype, torch.device("cpu"), placement.attention)
         self.__dict__["parent_model"] = offload.fetch_layers(host, placement.device)

@@ -192,7 +192,8 @@ class Work:
     before anything is spent. `need` estimates from config and shapes, without loading weights.
     Where the work `is_shared`, every process of a group calls `execute` (`training/launch.py`): it
     is a list of units with names of their own, each takes its share of those that are missing, and
-    no file names a process, so that any number of them goes on.
+    no file names a process, so that any number of them goes on. What only one of them can do after
+    that is `finish`.
     """
 
     facts: Callable[[Job], Inputs]
@@ -200,6 +201,7 @@ class Work:
     need: Callable[[Job], Need]
     check: Callable[[Job], None] = nothing_to_check
     is_shared: Callable[[Job], bool] = never
+    finish: Callable[[Job, Path], None] | None = None
 
 
 @dataclass(frozen=True)

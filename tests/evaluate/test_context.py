@@ -85,7 +85,7 @@ def test_what_a_model_has_shown_is_kept_when_evaluation_is_interrupted(job, monk
     asked = []
     monkeypatch.setattr(stage, "_shown", lambda job, name, model: asked.append(name))
     folder = Path(job.child.folder / "evaluate")
-    stage._judge(job, folder, "parent")
+    stage._judge(job, folder, "parent", "resident")
     assert asked == []
     shown = json.loads((folder / "parent.quality.json").read_text())
     assert set(shown) == {"text", "by_position", "right", "samples"}

@@ -81,7 +81,7 @@ def test_three_local_tasks_are_as_the_harnesss_own_command_line_has_them(
     for name, folder in (("parent", run.parent.folder), ("uptrained", job.folder(UPTRAIN))):
         from puzzle.evaluate.stage import _load
 
-        model = _load(job, name)
+        model = _load(job, name, "resident")
         for task in tasks:
             ours = harness.evaluate(run, model, task, 4)["results"]
             theirs = _command_line(folder, task, tmp_path / f"{name}")

@@ -10,6 +10,7 @@ import torch
 from children import generate, write_child
 from transformers import AutoModelForCausalLM
 
+from puzzle.device import Placement
 from puzzle.errors import UserError
 from puzzle.model import child, layers, parent, variants
 from puzzle.model.architecture import FFN, Architecture, Attention
@@ -120,13 +121,19 @@ def test_counted_parameters_are_those_of_the_real_modules(row, tmp_path):
 def test_the_parent_layer_by_layer_is_the_parent(row, tmp_path):
     described = parent.describe(str(families.make(row, tmp_path)))
     model = described.load(torch.float32, CPU, "eager")
-    streamed = layers.StreamedLayers(described, torch.float32, CPU, "eager")
+    config = described.child_config(Architecture.of_parent(described.shape))
+    placement = Placement(torch.float32, CPU, "eager")
+    streamed = layers.StreamedLayers(config, described.weights, placement)
     with torch.no_grad():
         hidden, context = streamed.embed(tokens())
         for index in range(described.shape.num_hidden_layers):
             with streamed.layer(index) as layer:
                 hidden = layer(hidden, **context)
-        assert torch.equal(model.model.norm(hidden), model.model(tokens()).last_hidden_state)
+        assert torch.equal(streamed.norm(hidden), model.model(tokens()).last_hidden_state)
+        assert torch.equal(streamed.head_VD, model.lm_head.weight)
+        whole = layers.StreamedLayers(config, described.weights, placement).whole()
+        assert torch.equal(whole(tokens()).logits, model(tokens()).logits)
+    assert all(weight.is_meta for weight in whole.model.layers.parameters())
 
 
 def test_every_supported_family_has_a_row():

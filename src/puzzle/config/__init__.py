@@ -370,6 +370,7 @@ class EvaluateConfig(Section):
     samples: int = Field(default=3, ge=0)  # texts that parent and child write
     sample_tokens: Positive = 64
     tasks: list[HarnessTask] = []  # of lm-evaluation-harness (the extra `eval`)
+    memory: Literal["auto", "resident", "streamed"] = "auto"  # streamed: layer by layer from disk
 
     @model_validator(mode="after")
     def _distinct_tasks(self) -> "EvaluateConfig":

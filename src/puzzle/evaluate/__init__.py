@@ -12,7 +12,8 @@ def _settings(job: Job) -> Inputs:
     recipe = job.run.recipe
     return {
         "corpus": recipe.corpus.model_dump(mode="json"),
-        "evaluate": job.child.evaluate.model_dump(mode="json"),
+        # `memory` changes how it is done, not what comes out
+        "evaluate": job.child.evaluate.model_dump(mode="json", exclude={"memory"}),
         "task": recipe.score.task,
     }
 

@@ -14,6 +14,7 @@ from puzzle.data.sequences import Split
 from puzzle.evaluate.bootstrap import UnitSums
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
+from puzzle.training import sharding
 from puzzle.training.losses import METRICS, token_metrics
 
 LEAST_DOCUMENTS = 10
@@ -63,14 +64,15 @@ def group_sums(
     """Sums of every metric, float64 [M, G], and counts of tokens, int64 [G].
 
     `text.units_NS` numbers the groups from 0. A token belongs to the group of its own position, and
-    is predicted from those before it. `advance` is told the tokens of every batch.
+    is predicted from those before it. `advance` is told the tokens of every batch. Processes of a
+    group share the batches.
     """
     count = int(text.units_NS.max()) + 1
     sums_MG = torch.zeros(len(METRICS), count, dtype=torch.float64)
     tokens_G = torch.zeros(count, dtype=torch.int64)
     parent = run.parent_model
     batches = (part.split(batch_sequences) for part in text)
-    for rows_BS, groups_BS in zip(*batches, strict=True):
+    for rows_BS, groups_BS in sharding.dealt(list(zip(*batches, strict=True))):
         tokens_BS = rows_BS.to(run.device.torch_device)
         with run.device.autocast():
             parent_BSD = parent.model(tokens_BS, use_cache=False).last_hidden_state
@@ -89,4 +91,4 @@ def group_sums(
         sums_MG.index_add_(1, of_T, metrics_CMT[0].double().cpu())
         tokens_G.index_add_(0, of_T, torch.ones_like(of_T))
         advance(rows_BS.numel())
-    return sums_MG, tokens_G
+    return sharding.summed(sums_MG), sharding.summed(tokens_G)

@@ -24,6 +24,7 @@ from puzzle.evaluate import context
 from puzzle.evaluate.bootstrap import bootstrap
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.run import Run
+from puzzle.training import sharding
 from puzzle.training.losses import METRICS, token_metrics
 
 COPIED = 4  # tokens of an answer
@@ -117,15 +118,19 @@ def right_answers(
     """Of each question whether a model answers it rightly.
 
     At most `tokens_at_once` go through the model together, but at least one row of a batch.
+    Processes of a group share the batches.
     """
-    right: list[bool] = []
-    for asked in batches:
+    right: dict[int, list[bool]] = {}
+    for number, asked in sharding.dealt(list(enumerate(batches))):
         rows = max(1, tokens_at_once // asked.tokens_RS.shape[1])
         parts = [_judged(run, model, tokens_RS) for tokens_RS in asked.tokens_RS.split(rows)]
         loss_RT, first_RT = (torch.cat(kind) for kind in zip(*parts, strict=True))
         is_choice = max(asked.choice_counts) > 1
-        right += asked.right(loss_RT) if is_choice else asked.said(first_RT)
-    return right
+        right[number] = asked.right(loss_RT) if is_choice else asked.said(first_RT)
+    of_all = {
+        number: answers for part in sharding.all_of(right) for number, answers in part.items()
+    }
+    return [answer for number in range(len(batches)) for answer in of_all[number]]
 
 
 @torch.no_grad()

@@ -11,15 +11,16 @@ Reads: `child/`, `uptrained/`, the test side of the corpus, the search's answer,
 `results.json`, `<model>.quality.json` (`results.py`), `lm_eval/`.
 """
 
+import contextlib
+from functools import partial
 from pathlib import Path
 
 from puzzle import artifacts
 from puzzle.artifacts import Inputs
 from puzzle.assemble import ASSEMBLE, measured
-from puzzle.assemble.stage import serving_need
 from puzzle.cost.table import read_header, serving_facts
 from puzzle.data import tasks
-from puzzle.evaluate import context, harness, samples, skills
+from puzzle.evaluate import context, harness, memory, samples, skills
 from puzzle.evaluate.quality import Text, unit_sums
 from puzzle.evaluate.results import (
     MODELS,
@@ -36,14 +37,13 @@ from puzzle.evaluate.results import (
 )
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
-from puzzle.model.modeling_puzzle import PuzzleForCausalLM
+from puzzle.model.layers import StreamedLayers
+from puzzle.model.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.model.weights import Weights
 from puzzle.search import answers
-from puzzle.stage import Effort, Job, Need, Work
-from puzzle.training.losses import CHUNK_ELEMENTS
+from puzzle.stage import Job, Work, always
+from puzzle.training import sharding
 from puzzle.uptrain import UPTRAIN
-from puzzle.uptrain.memory import most_parameters
-
-WRITTEN_LAYER_S = 1e-3  # a layer for one token of one sequence, about (samples)
 
 
 def _facts(job: Job) -> Inputs:
@@ -57,8 +57,16 @@ def _check(job: Job) -> None:
 
 
 def _execute(job: Job, folder: Path) -> None:
-    for model in MODELS:
-        _judge(job, folder, model)
+    """Quality; processes share the sequences and questions, and the tasks of the harness."""
+    run, way = job.run, sharding.shared(memory.way(job))
+    with run.parent_streamed() if way == "streamed" else contextlib.nullcontext():
+        for model in MODELS:
+            _judge(job, folder, model, way)
+            sharding.barrier()
+
+
+def _finish(job: Job, folder: Path) -> None:
+    """Speed, by one process, and everything together."""
     job.run.release_models()
     shown = {model: ModelQuality.read(quality_path(folder, model)) for model in MODELS}
     served = measured.measure(job, job.folder(UPTRAIN))
@@ -67,30 +75,37 @@ def _execute(job: Job, folder: Path) -> None:
         job.run.progress.say(f"  {line}")
 
 
-def _judge(job: Job, folder: Path, name: Model) -> None:
+def _judge(job: Job, folder: Path, name: Model, way: memory.Way) -> None:
     """Everything that one model shows; what an interrupted evaluation has finished stays."""
     run, settings = job.run, job.child.evaluate
     path = quality_path(folder, name)
     left = [task for task in settings.tasks if not harness.result_path(folder, task, name).exists()]
-    if path.exists() and not left:
+    is_shown, left = sharding.shared((path.exists(), left))
+    if is_shown and not left:
         return
-    model = _load(job, name)
-    if not path.exists():
+    model = _load(job, name, way)
+    if not is_shown:
         with context.attending(run, model, context.length(run, job.child.evaluate.context)):
-            _shown(job, name, model).write(path)
-    for task in left:
+            shown = _shown(job, name, model)
+        if sharding.rank() == 0:
+            shown.write(path)
+    for task in sharding.dealt(left):
         run.progress.say(f"  lm-eval: {task.task}, {name}")
         results = harness.evaluate(run, model, task, settings.batch_sequences)
         artifacts.write_json(harness.result_path(folder, task, name), results)
 
 
-def _load(job: Job, name: Model) -> PuzzleForCausalLM:
+def _load(job: Job, name: Model, way: memory.Way) -> PuzzleForCausalLM:
     run = job.run
     if name == "parent":
         return run.parent_model
-    run.make_room(most_parameters(job) * run.placement.dtype.itemsize + _batch_bytes(job))
-    at = job.folder(ASSEMBLE if name == "child" else UPTRAIN)
-    return child.load(at, run.placement.dtype, run.device.torch_device, run.placement.attention)
+    at, placement = job.folder(ASSEMBLE if name == "child" else UPTRAIN), run.placement
+    if way == "streamed":
+        config = PuzzleConfig.from_pretrained(at)
+        return StreamedLayers(config, partial(Weights, at), placement).whole()
+    if way == "host" and name == "child":
+        run.make_room()
+    return child.load(at, placement.dtype, placement.device, placement.attention)
 
 
 def _shown(job: Job, name: Model, model: PuzzleForCausalLM) -> ModelQuality:
@@ -112,9 +127,14 @@ def _shown(job: Job, name: Model, model: PuzzleForCausalLM) -> ModelQuality:
     right = {}
     with run.progress.task(f"{name}, {len(asked)} tasks", questions, "questions") as task_bar:
         for task, batches in asked.items():
-            right[task] = skills.right_answers(run, model, batches, _batch_tokens(job, length))
+            right[task] = skills.right_answers(
+                run, model, batches, memory.batch_tokens(job, length)
+            )
             task_bar.advance(len(right[task]), task)
-    written = samples.written(run, model, settings.samples, settings.sample_tokens)
+    written: list[str] = []
+    if sharding.rank() == sharding.size() - 1:  # which may have had a batch less
+        written = samples.written(run, model, settings.samples, settings.sample_tokens)
+    written = sharding.all_of(written)[-1]
     return ModelQuality(text=text, by_position=by_position, right=right, samples=written)
 
 
@@ -194,48 +214,11 @@ def _sample_results(job: Job, shown: dict[Model, ModelQuality]) -> list[SampleRe
     ]
 
 
-def _batch_tokens(job: Job, length: int) -> int:
-    """The most that pass a model at once: a batch of text, or one sequence of the context."""
-    return max(job.child.evaluate.batch_sequences * job.run.recipe.corpus.sequence_length, length)
-
-
-def _batch_bytes(job: Job) -> float:
-    """Of a batch that goes through a layer; then of four copies of a chunk of logits, and both
-    sides of the cosine in float32.
-    """
-    run, shape = job.run, job.run.parent.shape
-    tokens = _batch_tokens(job, context.planned(run, job.child.evaluate.context))
-    passing = shape.passing_elements * run.placement.dtype.itemsize
-    judged = 5 * 4 * shape.hidden_size
-    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
-    return max(tokens * passing, tokens * judged + logits)
-
-
-def _need(job: Job) -> Need:
-    run, settings, shape = job.run, job.child.evaluate, job.run.parent.shape
-    serving, row = serving_need(job), run.recipe.corpus.sequence_length
-    parameters = Architecture.of_parent(shape).parameters(shape)
-    length = context.planned(run, settings.context)
-    text = 2 * settings.sequences * row  # and once more by position
-    tokens = text + settings.questions * skills.tokens_per_question(row, length)
-    read = len(MODELS) * tokens + (len(MODELS) - 1) * text  # the parent beside each child
-    written = len(MODELS) * settings.samples * settings.sample_tokens * shape.num_hidden_layers
-    element, memory = run.placement.dtype.itemsize, run.device.memory
-    models = [most_parameters(job) * element + _batch_bytes(job), parameters * element]
-    if not memory.is_shared and memory.lacks(sum(models), 0.0):  # as in `Run.make_room`
-        models[1] = (shape.constant_parameters + 2 * shape.parameters(shape.widest_block)) * element
-    return Need(
-        tokens=tokens,
-        flops=2.0 * read * parameters,
-        memory_bytes=max(sum(models), serving.memory_bytes),
-        instead=serving.instead,
-        disk_bytes=1e6,
-        effort=Effort(
-            forward=float(read) * (parameters - shape.constant_parameters),
-            judged=len(MODELS) * tokens,
-            beside_s=serving.effort.beside_s + written * WRITTEN_LAYER_S,
-        ),
-    )
-
-
-WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)
+WORK = Work(
+    facts=_facts,
+    execute=_execute,
+    need=memory.need,
+    check=_check,
+    is_shared=always,
+    finish=_finish,
+)

@@ -1,17 +1,21 @@
-"""The frozen parent layer by layer: from a model in memory, or read from its files each time."""
+"""A frozen model layer by layer: from memory, or read from its files each time."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from puzzle.device import pinned
+from puzzle.device import Placement, pinned
 from puzzle.model import child
-from puzzle.model.architecture import Architecture
-from puzzle.model.modeling_puzzle import LayerContext, PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle.model.parent import Parent
+from puzzle.model.modeling_puzzle import (
+    LayerContext,
+    PuzzleConfig,
+    PuzzleDecoderLayer,
+    PuzzleForCausalLM,
+)
+from puzzle.model.weights import Weights
 
 
 class ParentLayers:
@@ -51,21 +55,21 @@ class ParentLayers:
 
 
 class StreamedLayers(ParentLayers):
-    """The frozen parent with at most one layer in memory, read from its files each time."""
+    """A frozen model with at most one layer in memory, read from its files each time."""
 
     on_host = True
 
     def __init__(
-        self, parent: Parent, dtype: torch.dtype, device: torch.device, attention: str
+        self, config: PuzzleConfig, weights: Callable[[], Weights], placement: Placement
     ) -> None:
-        self.parent, self.dtype, self.device = parent, dtype, device
-        config = parent.child_config(Architecture.of_parent(parent.shape))
-        super().__init__(child.skeleton(config, device, attention))
+        """Of a model, by its config and its tensors, which `weights` maps into memory."""
+        self.weights, self.dtype, self.device = weights, placement.dtype, placement.device
+        super().__init__(child.skeleton(config, placement.device, placement.attention))
         self.here: dict[int, PuzzleDecoderLayer] = {}
 
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """As above; of the embedding only the rows of these tokens are read."""
-        with self.parent.weights() as weights:
+        with self.weights() as weights:
             rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]
         rows_BSD = pinned(rows_BSD.to(self.dtype), self.device).to(self.device, non_blocking=True)
         return self.model.model.embed(inputs_embeds=self.model.model.embed_tokens.scaled(rows_BSD))
@@ -77,7 +81,26 @@ class StreamedLayers(ParentLayers):
             yield self.here[index]
             return
         yield self._fetched(index)
-        self.here.pop(index).to("meta")
+        self._drop(index)
+
+    def whole(self) -> PuzzleForCausalLM:
+        """The model, whose layers are read for their forward, each time; the rest is there."""
+        ends = self._read("model.", ["embed_tokens.weight", "norm.weight"])
+        self.model.model.load_state_dict(ends, assign=True, strict=False)
+        if not self.model.config.tie_word_embeddings:
+            self.model.lm_head.load_state_dict({"weight": self.head_VD}, assign=True)
+        self.model.tie_weights()
+        for index, layer in enumerate(self.model.model.layers):
+
+            def fetch(*_: object, index: int = index) -> None:
+                self._fetched(index)
+
+            def drop(*_: object, index: int = index) -> None:
+                self._drop(index)
+
+            layer.register_forward_pre_hook(fetch)
+            layer.register_forward_hook(drop)
+        return self.model.requires_grad_(False)
 
     def _fetched(self, index: int) -> PuzzleDecoderLayer:
         """The layer with its weights."""
@@ -86,6 +109,9 @@ class StreamedLayers(ParentLayers):
         module.load_state_dict(self._read(f"model.layers.{index}.", names), assign=True)
         self.here[index] = module.requires_grad_(False)
         return module
+
+    def _drop(self, index: int) -> None:
+        self.here.pop(index).to("meta")
 
     @cached_property
     def norm(self) -> nn.Module:
@@ -102,7 +128,7 @@ class StreamedLayers(ParentLayers):
 
     def _read(self, prefix: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors by what follows the prefix in their names; the files are unmapped afterwards."""
-        with self.parent.weights() as weights:
+        with self.weights() as weights:
             return {
                 name: weights[prefix + name].to(device=self.device, dtype=self.dtype, copy=True)
                 for name in names

@@ -82,15 +82,17 @@ def execute(stage: Stage, job: Job, folder: Path) -> None:
     work = stage.work()
     if not work.is_shared(job) or processes(job.run) == 1:
         work.execute(job, folder)
-        return
-    _ = job.run.corpus  # built once, here
-    order = Order.of(stage, job)
-    if sharding.size() > 1:
-        _orders().give(order.model_dump_json())
-        work.execute(job, folder)
     else:
-        job.run.release_models()
-        _start(order, job)
+        _ = job.run.corpus  # built once, here
+        order = Order.of(stage, job)
+        if sharding.size() > 1:
+            _orders().give(order.model_dump_json())
+            work.execute(job, folder)
+        else:
+            job.run.release_models()
+            _start(order, job)
+    if work.finish is not None:
+        work.finish(job, folder)
 
 
 # ------------------------------------------------------------------------- in one of the processes
