@@ -1,12 +1,13 @@
-"""Peak memory of BLD on a parent that is large for what may be held: streamed against resident.
+"""Peak memory of stages on a parent that is large for what may be held: streamed against resident.
 
     python benchmarks/memory.py [--json] [--quick] [--bfloat16]
 
-Makes a parent of random weights (24 layers, float32; with --bfloat16 half the bytes on disk, the
-same in memory, for layers are computed in float32 on a CPU), then runs the library stage in new
-processes: an idle one that imports the same modules, one streamed, and one resident. Peak resident
-set size is the kernel's (`VmHWM`), above the idle process's; the formula is what `puzzle plan`
-prints. At the end the files of the two libraries are compared.
+Makes a parent of random weights (2 GB: 27 layers, float32; with --bfloat16 half the bytes on disk, the
+same in memory, for layers are computed in float32 on a CPU), then trains a library, scores it, and
+evaluates a child of it (quality, without serving), each in new processes: an idle one that imports
+the same modules, one streamed, and one resident. Peak resident set size is the kernel's (`VmHWM`),
+above the idle process's; the formula is what `puzzle plan` prints. At the end the files of both
+ways are compared.
 """
 
 import json
@@ -20,16 +21,29 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle import pipeline
-from puzzle.library import LIBRARY, memory
+from puzzle.artifacts import read_records
+from puzzle.assemble import ASSEMBLE
+from puzzle.assemble.stage import ChildState
+from puzzle.evaluate import EVALUATE
+from puzzle.evaluate import memory as evaluate_memory
+from puzzle.evaluate import stage as evaluate_stage
+from puzzle.evaluate.results import MODELS, ModelQuality, quality_path
+from puzzle.library import LIBRARY
+from puzzle.library import memory as library_memory
 from puzzle.library.records import read_index
-from puzzle.library.stage import WORK  # noqa: F401 (the idle process imports what the others do)
+from puzzle.model import child
+from puzzle.model.architecture import Architecture, Block
 from puzzle.run import Run
+from puzzle.score import SCORE
+from puzzle.score import memory as score_memory
+from puzzle.score.results import SCORES, BlockScore
 from puzzle.stage import Job
+from puzzle.uptrain import UPTRAIN
 
 LARGE = common.LlamaSizes(
     hidden_size=1280,
     intermediate_size=3840,
-    num_hidden_layers=24,
+    num_hidden_layers=27,
     num_attention_heads=20,
     num_key_value_heads=5,
 )
@@ -53,16 +67,56 @@ LIBRARY_SETTINGS = {
 
 
 CORPUS = {"train_tokens": 40_000, "held_out_tokens": 32_768, "sequence_length": 128}
+SCORE_SETTINGS = {
+    "sequences": 8,
+    "shard_sequences": 4,
+    "tokens_per_pass": 2048,
+    "assembled": 0,
+}
+EVALUATE_SETTINGS = {"sequences": 16, "context": 512, "questions": 2, "samples": 1}
+STAGES = ("library", "score", "evaluate")
+WAYS = ("streamed", "resident")
 
 
-def work(recipe: str, folder: str, mode: str) -> None:
-    """In a process of its own: print its peak after the library stage, or without it (`idle`)."""
-    if mode == "idle":
+def work(recipe: str, folder: str, stage: str, way: str) -> None:
+    """In a process of its own: print its peak after a stage, or without it (`idle`)."""
+    if way == "idle":
         torch.ones(64, 64) @ torch.ones(64, 64)
+        print(common.peak_bytes())
+        return
+    run = common.open_run(Path(folder), json.loads(recipe), **{stage: {"memory": way}})
+    if stage == "evaluate":
+        job = run.child_job("main")
+        evaluate_stage.WORK.execute(job, job.folder(EVALUATE))
     else:
-        run = common.open_run(Path(folder), json.loads(recipe), library={"memory": mode})
-        pipeline.execute_stage(LIBRARY, Job(run))
+        pipeline.execute_stage({"library": LIBRARY, "score": SCORE}[stage], Job(run))
     print(common.peak_bytes())
+
+
+def formula(run: Run, stage: str, way: str) -> float:
+    """What `puzzle plan` says a stage takes."""
+    if stage == "library":
+        return library_memory.memory_bytes(run, streamed=way == "streamed")
+    if stage == "score":
+        return sum(score_memory.taken(run, streamed=way == "streamed"))
+    place: evaluate_memory.Way = "streamed" if way == "streamed" else "resident"
+    return sum(evaluate_memory.taken(run.child_job("main"), place))
+
+
+def save_child(run: Run) -> None:
+    """The smallest block of the library that is no no-op in every other layer, saved twice."""
+    job, blocks = run.child_job("main"), []
+    for index, layer in enumerate(run.space.layers):
+        halves = [
+            [v for v in layer.subblocks if v.slot == slot and v.kind != "no_op"]
+            for slot in ("attention", "ffn")
+        ]
+        small = Block(*(min(half, key=run.parent.shape.parameters) for half in halves))
+        blocks.append(small if index % 2 else run.parent.shape.parent_blocks[index])
+    architecture = Architecture(tuple(blocks))
+    config, state = run.parent.child_config(architecture), ChildState(run, architecture)
+    for stage in (ASSEMBLE, UPTRAIN):
+        child.save(job.folder(stage), config, architecture, state, run.parent.folder, "")
 
 
 def difference(a: Path, b: Path) -> float:
@@ -84,42 +138,67 @@ class Benchmark:
 
     @property
     def recipe(self) -> common.Settings:
-        """Of both libraries."""
+        """Of all runs."""
         return {
             "parent": str(self.root / "parent"),
             "deploy": ["transformers"],
             "library": LIBRARY_SETTINGS,
+            "score": SCORE_SETTINGS,
+            "cost": {"engine": "roofline"},
+            "search": {"parameters": "90%"},
+            "evaluate": EVALUATE_SETTINGS,
             "corpus": self.corpus,
         }
 
-    def open_run(self, mode: str) -> Run:
-        """The run whose library is trained `streamed` or `resident`."""
-        return common.open_run(self.root / mode, self.recipe, library={"memory": mode})
+    def open_run(self, way: str, stage: str = "library") -> Run:
+        """The run of one way, `streamed` or `resident`."""
+        return common.open_run(self.root / way, self.recipe, **{stage: {"memory": way}})
 
-    def peak_bytes(self, mode: str) -> int:
-        """Of a process that trains the library, or of an `idle` one."""
-        words = (json.dumps(self.recipe), self.root / mode, mode)
+    def peak_bytes(self, stage: str, way: str) -> int:
+        """Of a process that does a stage, or of an `idle` one."""
+        words = (json.dumps(self.recipe), self.root / way, stage, way)
         peak: int = common.in_own_process(__file__, *words)
         return peak
 
     def measure(self, parent_bytes: int) -> dict[str, Any]:
-        """Peaks of both modes above an idle process, and how their libraries differ."""
-        idle = self.peak_bytes("idle")
-        common.print_header("mode", "formula", "peak above idle", "of the parent's size")
+        """Peaks of both ways above an idle process, and how what they make differs."""
+        idle = self.peak_bytes("library", "idle")
+        common.print_header("stage", "way", "formula", "peak above idle", "of the parent's size")
         rows = []
-        for mode in ("streamed", "resident"):
-            peak = self.peak_bytes(mode) - idle
-            formula = memory.memory_bytes(self.open_run(mode), streamed=mode == "streamed")
-            share = peak / parent_bytes
-            row = {"mode": mode, "peak_bytes": peak, "formula_bytes": formula, "share": share}
-            rows.append(row)
-            figures = (f"{formula / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{share:.0%}")
-            common.print_row(mode, *figures)
-        streamed, resident = (Job(self.open_run(mode)) for mode in ("streamed", "resident"))
+        for stage in STAGES:
+            for way in WAYS:
+                run = self.open_run(way, stage)
+                if stage == "evaluate":
+                    save_child(run)
+                peak = self.peak_bytes(stage, way) - idle
+                planned = formula(run, stage, way)
+                share = peak / parent_bytes
+                row = {"stage": stage, "way": way, "peak_bytes": peak, "formula_bytes": planned}
+                rows.append(row | {"share": share})
+                figures = (f"{planned / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{share:.0%}")
+                common.print_row(stage, way, *figures)
+        streamed, resident = (Job(self.open_run(way)) for way in WAYS)
         worst = compare(streamed.folder(LIBRARY), resident.folder(LIBRARY))
         files = {record.file for record in read_index(streamed) if record.file is not None}
         assert files == {path.name for path in resident.folder(LIBRARY).glob("*.safetensors")}
-        return {"idle_bytes": idle, "modes": rows, "largest_difference": worst}
+        one, other = (
+            read_records(j.folder(SCORE) / SCORES, BlockScore) for j in (streamed, resident)
+        )
+        shown = [
+            [ModelQuality.read(quality_path(self._evaluated(way), model)) for model in MODELS]
+            for way in WAYS
+        ]
+        print(f"scores equal: {one == other}; evaluations equal: {shown[0] == shown[1]}")
+        return {
+            "idle_bytes": idle,
+            "stages": rows,
+            "largest_difference": worst,
+            "scores_equal": one == other,
+            "evaluations_equal": shown[0] == shown[1],
+        }
+
+    def _evaluated(self, way: str) -> Path:
+        return self.open_run(way).child_job("main").folder(EVALUATE)
 
 
 def compare(streamed: Path, resident: Path) -> float:
