@@ -2,12 +2,12 @@
 
     python benchmarks/memory.py [--json] [--quick] [--bfloat16]
 
-Makes a parent of random weights (2 GB: 27 layers, float32; with --bfloat16 half the bytes on disk, the
-same in memory, for layers are computed in float32 on a CPU), then trains a library, scores it, and
-evaluates a child of it (quality, without serving), each in new processes: an idle one that imports
-the same modules, one streamed, and one resident. Peak resident set size is the kernel's (`VmHWM`),
-above the idle process's; the formula is what `puzzle plan` prints. At the end the files of both
-ways are compared.
+Makes a parent of random weights (2 GB: 27 layers, float32; with --bfloat16 half the bytes on disk,
+the same in memory, for layers are computed in float32 on a CPU), then trains a library, scores it,
+and evaluates a child of it (quality, without serving), each in new processes: an idle one that
+imports the same modules, one streamed, and one resident. Peak resident set size is the kernel's
+(`VmHWM`), above the idle process's; the formula is what `puzzle plan` prints. At the end what both
+ways have made is compared.
 """
 
 import json

@@ -7,7 +7,7 @@ only.
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +37,7 @@ class Task:
         self.owner, self.name, self.total, self.unit = owner, name, total, unit
         self.done = 0.0
         self.resumed = 0.0  # work found finished on disk: counts as done, not as speed
+        self.waited_s = 0.0  # for other processes: counts as time, not as this one's speed
         self.started = self.last_line = time.perf_counter()
         self.bar: TaskID | None = None
 
@@ -57,9 +58,15 @@ class Task:
         if self.owner.bars is not None and self.bar is not None:
             self.owner.bars.update(self.bar, completed=self.done, note=note)
         now = time.perf_counter()
-        if self.owner.plain and now - self.last_line >= LINE_EVERY_S and self.done > self.resumed:
-            self.last_line = now
-            rate = (self.done - self.resumed) / (now - self.started)
+        if now - self.last_line < LINE_EVERY_S or self.done <= self.resumed:
+            return
+        self.last_line, done = now, self.done - self.resumed
+        others = self.owner.others(self.name, done / (now - self.started - self.waited_s))
+        note = ", ".join([note] * bool(note) + [f"{name} {r:,.4g}/s" for name, r in others.items()])
+        if self.owner.bars is not None and self.bar is not None and others:
+            self.owner.bars.update(self.bar, note=note)
+        if self.owner.plain:
+            rate = done / (now - self.started)
             left = duration(max(0.0, self.total - self.done) / rate)
             share = min(1.0, self.done / self.total) if self.total else 1.0
             detail = f", {note}" if note else ""
@@ -76,6 +83,12 @@ class Progress:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self.plain = not quiet and not self.console.is_terminal
         self.bars: Bars | None = None
+        # told this process's rate at a task, it gives the rates of processes that are slow at it
+        self.slow: Callable[[str, float], dict[int, float]] = lambda task, rate: {}
+
+    def others(self, task: str, rate: float) -> dict[str, float]:
+        """Rates of the processes of a group that are slow at a task, by name."""
+        return {f"process {number}:": r for number, r in self.slow(task, rate).items()}
 
     def say(self, line: str) -> None:
         """Print a line, whether a bar is open or not; nothing when quiet."""

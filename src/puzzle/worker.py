@@ -39,8 +39,9 @@ def main() -> None:
         sys.stderr = sys.stdout  # torchrun's own log goes to a file; people see process 0
     keep_freed_memory()
     try:
-        with launch.group():
+        with launch.group() as rates:
             progress = Progress(arguments.quiet or sharding.rank() > 0)
+            progress.slow = rates.slow
             if arguments.order is not None:
                 follow(launch.Order.parse(arguments.order, "order"), progress)
             elif sharding.rank() == 0:

@@ -1,8 +1,10 @@
-"""One of several processes of an uptraining dies, twice in a run, at seeded checkpoints."""
+"""Processes that die: of an uptraining, and of a run that goes on with other numbers of them."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,15 +12,27 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "uptrain"))
+sys.path += [str(Path(__file__).parents[1] / "uptrain"), str(Path(__file__).parents[1])]
+from alike import assert_same_run
+from conftest import tiny_recipe, write_recipe
 from test_launch import SEVERAL, last_checkpoint, processes_of, read_process
 from uptrainings import assembled, uptrained
 
-from puzzle import pipeline
+from puzzle import config, pipeline
 from puzzle.errors import UserError
+from puzzle.progress import Progress
+from puzzle.run import Run
 from puzzle.uptrain import UPTRAIN
 
 pytestmark = [pytest.mark.training, pytest.mark.slow]
+
+
+def kill_process(run: Run, rank: int) -> None:
+    """SIGKILL for a process of a group, by its number."""
+    for number in processes_of(run):
+        if f"RANK={rank}".encode() in read_process(number, "environ").split(b"\0"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(number), signal.SIGKILL)
 
 
 def kill_rank(job, rank: int, checkpoints: int) -> None:
@@ -28,9 +42,7 @@ def kill_rank(job, rank: int, checkpoints: int) -> None:
         if last_checkpoint(job).exists():
             times.add(last_checkpoint(job).stat().st_mtime_ns)
         time.sleep(0.005)
-    for number in processes_of(job.run):
-        if f"RANK={rank}".encode() in read_process(number, "environ").split(b"\0"):
-            os.kill(int(number), signal.SIGKILL)
+    kill_process(job.run, rank)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -51,3 +63,57 @@ def test_a_rank_that_dies_costs_no_more_than_the_steps_since_its_checkpoint(
         pipeline.execute_stage(UPTRAIN, job)
         ours, expected = (j.folder(UPTRAIN) / "model.safetensors" for j in (job, reference))
         assert ours.read_bytes() == expected.read_bytes()
+
+
+def written_to(folder: Path) -> set[tuple[str, int]]:
+    """Names and times of a stage's checkpoints and units."""
+    found = set()
+    for path in folder.glob("training/*"):
+        with contextlib.suppress(FileNotFoundError):  # just replaced
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def kill_in(recipe: Path, run: Run, processes: int, stage: str, draw: random.Random) -> None:
+    """`puzzle run`, of which one process is killed after a seeded number of writes of a stage."""
+    command = [sys.executable, "-m", "puzzle.cli", "run", str(recipe), "--quiet"]
+    started = subprocess.Popen(
+        [*command, "--set", f"processes={processes}"], stderr=subprocess.PIPE, text=True
+    )
+    at, rank, folder = draw.randint(1, 5), draw.randrange(processes), run.folder / stage
+    before, seen = written_to(folder), set()
+    while len(seen) < at:
+        assert started.poll() is None, (stage, started.stderr.read())
+        seen |= written_to(folder) - before
+        time.sleep(0.002)
+    if processes == 1:
+        started.kill()
+    else:
+        kill_process(run, rank)
+    _, said = started.communicate(timeout=120)
+    if processes > 1:
+        assert started.returncode == 2, said
+        assert f"process {rank} was killed (SIGKILL); the same command goes on (log: " in said
+        assert len(said.splitlines()) == 1, said
+    assert not processes_of(run)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_uninterrupted_one(
+    tiny_folder, text_folder, tmp_path, tally, seed
+):
+    draw = random.Random(seed)
+    settings = tiny_recipe(tiny_folder, text_folder, tmp_path / "run")
+    settings["uptrain"] |= {"batch_sequences": 12, "tokens": 12 * 12 * 32}
+    expected = Run(config.parse(settings), tmp_path / "expected", Progress(quiet=True))
+    pipeline.execute(expected)
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    run = Run(config.parse(settings), tmp_path / "run", Progress(quiet=True))
+    kills = [(2, "library"), (1, "library"), (3, "library"), (2, "score"), (3, "score")]
+    kills += [(2, "children/main/uptrained"), (3, "children/main/uptrained")]
+    with tally.fault("process of a group that dies", len(kills)):
+        for processes, stage in kills:
+            kill_in(recipe, run, processes, stage, draw)
+        arguments = ["run", str(recipe), "--quiet", "--set", f"processes={draw.choice([1, 2, 3])}"]
+        subprocess.run([sys.executable, "-m", "puzzle.cli", *arguments], check=True)
+        assert_same_run(Run.open(tmp_path / "run", Progress(quiet=True)), expected)

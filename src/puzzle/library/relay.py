@@ -6,6 +6,7 @@ variants compute of them. An owner runs its own layers of the parent once ahead 
 outputs on before it trains, so that the next one need not wait for that.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class Relay:
     previous: int | None
     following: int | None
     on_their_way: list[tuple[distributed.Work, torch.Tensor]] = field(default_factory=list)
+    waited_s: float = 0.0  # for the neighbours
 
     @classmethod
     def of(cls, run: Run) -> "Relay":
@@ -65,7 +67,9 @@ class Relay:
 
     def hand_on(self, states: Sequence[torch.Tensor]) -> None:
         """Send the inputs of the next owner's first layer; what was sent before must be there."""
+        began = time.perf_counter()
         self.finish()
+        self.waited_s += time.perf_counter() - began
         if self.run.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # what is on its way to the host is there
         for x_BSD in states:
@@ -79,8 +83,10 @@ class Relay:
         placement, width = self.run.placement, self.run.parent.shape.hidden_size
         empty = (torch.empty(*shape, width, dtype=placement.dtype) for shape in shapes)
         states = [pinned(x_BSD, placement.device) for x_BSD in empty]
+        began = time.perf_counter()
         for x_BSD in states:
             distributed.recv(x_BSD, self.previous)
+        self.waited_s += time.perf_counter() - began
         return states
 
     def finish(self) -> None:

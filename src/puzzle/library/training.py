@@ -182,6 +182,7 @@ class LibraryTraining:
             return
         batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
         tokens = sum(last - first for first, last in chunks) * batch_tokens
+        waited_s = self.relay.waited_s
         with run.progress.task(f"BLD of {sum(counts)} variants", tokens, "tokens") as task:
             for number, (first, last) in enumerate(chunks):
                 pending = self._pending(first, last)
@@ -193,7 +194,7 @@ class LibraryTraining:
                 activations = self._enter([self._tokens(step) for step in range(first, last)])
                 if is_waited_for:
                     self._hand_on(activations)
-                done = 0.0
+                task.waited_s, done = self.relay.waited_s - waited_s, 0.0
                 for layer in self._layers_of(pending):
                     trainers = [t for t in pending if t.layer == layer]
                     self._train_layer(layer, trainers, activations)

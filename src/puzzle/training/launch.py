@@ -29,12 +29,12 @@ from puzzle.errors import UserError
 from puzzle.run import Run
 from puzzle.stage import Job, Stage
 from puzzle.training import sharding
+from puzzle.training.pulse import Pulse, Rates
 
 LAUNCHED = "PUZZLE_LAUNCHED"  # set for processes that a command of ours has started
 LOOK_EVERY_S = 0.2  # for the next order
-# A process that has died closes its connections, which ends the others at once. What is waited for
-# so long is one that is there and writes, or computes its share.
-LONGEST_WAIT = timedelta(hours=12)
+# For tensors of a process that lives, and computes or writes; whether it lives: pulse.py.
+LONGEST_WAIT = timedelta(days=7)
 
 
 def processes(run: Run) -> int:
@@ -99,8 +99,8 @@ def execute(stage: Stage, job: Job, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def group() -> Iterator[None]:
-    """Join the processes that torchrun has started."""
+def group() -> Iterator[Rates]:
+    """Join the processes that torchrun has started; gives what tells which of them are slow."""
     if "RANK" not in os.environ:
         raise UserError("puzzle.worker: start it with `puzzle run RECIPE`, or through torchrun")
     end_with_parent_process()
@@ -109,10 +109,21 @@ def group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(*place, is_master=False)  # not in turn with waits for tensors
+    pulse = Pulse(store, sharding.rank(), sharding.size(), _leave_the_dead)
+    pulse.start()
     try:
-        yield
+        yield Rates(store, sharding.rank(), sharding.size())
+        sharding.barrier()
     finally:
+        pulse.stop()
         distributed.destroy_process_group()
+
+
+def _leave_the_dead(what: str) -> None:
+    print(f"puzzle: {what}", file=sys.__stderr__)
+    sharding.leave(1)
 
 
 class _Orders:
@@ -218,13 +229,15 @@ def what_failed(summary: str, logs: Path) -> str:
     dead, code = (refused or killed or failures[-1:])[0]
     written = sorted(logs.glob(f"*/attempt_0/{dead}/stderr.log"), key=lambda p: p.stat().st_mtime)
     log = written[-1] if written else logs
-    if refused and written:
-        said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if said and said[-1].startswith("puzzle: "):
-            return said[-1].removeprefix("puzzle: ")
+    text = log.read_text(encoding="utf-8", errors="replace") if written else ""
+    said = [line for line in text.splitlines() if line.startswith("puzzle: ")]
+    if refused and said:
+        return said[-1].removeprefix("puzzle: ")
     how = f"ended with exit code {code}"
     if int(code) < 0:
         how = f"was killed ({signal.Signals(-int(code)).name})"
+    elif said:
+        how += f", {said[-1].removeprefix('puzzle: ')}"
     return f"process {dead} {how}; the same command goes on (log: {log})"
 
 

@@ -1,21 +1,22 @@
 """Several processes on one run: the results of one, whatever their number, also after deaths."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from alike import assert_same_run, library_of, scores_of
+from conftest import write_recipe
 
-from puzzle import artifacts, config, pipeline
+from puzzle import config, pipeline
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate.results import MODELS, ModelQuality, quality_path
 from puzzle.library import LIBRARY
-from puzzle.library.records import VariantRecord, read_index
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
-from puzzle.score.results import SCORES, BlockScore
 from puzzle.stage import Job
 
 pytestmark = pytest.mark.training
@@ -30,16 +31,26 @@ def copied(finished_run: Run, folder: Path, *later: str, **settings) -> Run:
     return run
 
 
-def scores_of(run: Run) -> list[BlockScore]:
-    return artifacts.read_records(Job(run).folder(SCORE) / SCORES, BlockScore)
+def torchrun(arguments: list[str], processes: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "puzzle.worker", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
-def library_of(run: Run) -> tuple[dict[str, torch.Tensor], list[VariantRecord]]:
-    folder = Job(run).folder(LIBRARY)
-    weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
-    return weights, read_index(Job(run))
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_group_of_torchruns_does_a_whole_run(finished_run, tmp_path, processes):
+    recipe = finished_run.recipe.model_dump(mode="json") | {"out": str(tmp_path / "run")}
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    done = torchrun([str(path), "--quiet"], processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(Run.open(tmp_path / "run", Progress(quiet=True)), finished_run)
+
+
+def test_what_is_wrong_under_torchrun_is_one_line(tmp_path):
+    done = torchrun([str(tmp_path / "none.yaml"), "--quiet"], 2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("puzzle: ")]
+    assert done.returncode and len(lines) == 1 and "none.yaml" in lines[0]
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
