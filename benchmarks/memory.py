@@ -1,6 +1,6 @@
 """Peak memory of stages on a parent that is large for what may be held: streamed against resident.
 
-    python benchmarks/memory.py [--json] [--quick] [--bfloat16]
+    python benchmarks/memory.py [--json] [--quick] [--bfloat16] [--streamed]
 
 Makes a parent of random weights (2 GB: 27 layers, float32; with --bfloat16 half the bytes on disk,
 the same in memory, for layers are computed in float32 on a CPU), then trains a library, scores it,
@@ -12,6 +12,7 @@ ways have made is compared.
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,26 @@ LIBRARY_SETTINGS = {
     "chunk_steps": 2,
     "calibration_sequences": 4,
     "validation_sequences": 4,
+    "initialization": "training_free",  # least squares takes a minute a layer
 }
 
 
 CORPUS = {"train_tokens": 40_000, "held_out_tokens": 32_768, "sequence_length": 128}
 SCORE_SETTINGS = {
-    "sequences": 8,
-    "shard_sequences": 4,
+    "granularity": "subblock",
+    "sequences": 2,
+    "shard_sequences": 2,
     "tokens_per_pass": 2048,
     "assembled": 0,
 }
-EVALUATE_SETTINGS = {"sequences": 16, "context": 512, "questions": 2, "samples": 1}
+EVALUATE_SETTINGS = {
+    "sequences": 4,
+    "context": 256,
+    "questions": 1,
+    "samples": 1,
+    "sample_tokens": 8,
+}
 STAGES = ("library", "score", "evaluate")
-WAYS = ("streamed", "resident")
 
 
 def work(recipe: str, folder: str, stage: str, way: str) -> None:
@@ -131,10 +139,11 @@ def difference(a: Path, b: Path) -> float:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The parent in `root / "parent"`, and where the two libraries are made."""
+    """The parent in `root / "parent"`, and where everything is made in each way."""
 
     root: Path
     corpus: common.Settings
+    ways: Sequence[str]
 
     @property
     def recipe(self) -> common.Settings:
@@ -166,7 +175,7 @@ class Benchmark:
         common.print_header("stage", "way", "formula", "peak above idle", "of the parent's size")
         rows = []
         for stage in STAGES:
-            for way in WAYS:
+            for way in self.ways:
                 run = self.open_run(way, stage)
                 if stage == "evaluate":
                     save_child(run)
@@ -175,23 +184,26 @@ class Benchmark:
                 share = peak / parent_bytes
                 row = {"stage": stage, "way": way, "peak_bytes": peak, "formula_bytes": planned}
                 rows.append(row | {"share": share})
-                figures = (f"{planned / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{share:.0%}")
-                common.print_row(stage, way, *figures)
-        streamed, resident = (Job(self.open_run(way)) for way in WAYS)
+                cells = (f"{planned / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{share:.0%}")
+                common.print_row(stage, way, *cells)
+        figures = {"idle_bytes": idle, "stages": rows}
+        return figures | (self.compared() if len(self.ways) == 2 else {})
+
+    def compared(self) -> dict[str, Any]:
+        """How what both ways have made differs."""
+        streamed, resident = (Job(self.open_run(way)) for way in self.ways)
         worst = compare(streamed.folder(LIBRARY), resident.folder(LIBRARY))
         files = {record.file for record in read_index(streamed) if record.file is not None}
         assert files == {path.name for path in resident.folder(LIBRARY).glob("*.safetensors")}
         one, other = (
-            read_records(j.folder(SCORE) / SCORES, BlockScore) for j in (streamed, resident)
+            read_records(job.folder(SCORE) / SCORES, BlockScore) for job in (streamed, resident)
         )
         shown = [
             [ModelQuality.read(quality_path(self._evaluated(way), model)) for model in MODELS]
-            for way in WAYS
+            for way in self.ways
         ]
         print(f"scores equal: {one == other}; evaluations equal: {shown[0] == shown[1]}")
         return {
-            "idle_bytes": idle,
-            "stages": rows,
             "largest_difference": worst,
             "scores_equal": one == other,
             "evaluations_equal": shown[0] == shown[1],
@@ -221,6 +233,7 @@ def main() -> None:
         return
     parser = common.parser(__doc__, quick="a parent of 4 layers of width 256")
     parser.add_argument("--bfloat16", action="store_true", help="the dtype of the parent's weights")
+    parser.add_argument("--streamed", action="store_true", help="not the resident way")
     args = common.start(parser)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     sizes, corpus = (SMALL, common.TINY_CORPUS) if args.quick else (LARGE, CORPUS)
@@ -230,7 +243,8 @@ def main() -> None:
             f"parent: {sizes.num_hidden_layers} layers of width {sizes.hidden_size}, "
             f"{parent_bytes / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}"
         )
-        figures = Benchmark(Path(root), corpus).measure(parent_bytes)
+        ways = ("streamed",) if args.streamed else ("streamed", "resident")
+        figures = Benchmark(Path(root), corpus, ways).measure(parent_bytes)
     common.print_json(args, {"parent_bytes": parent_bytes} | figures)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import TCPStore
 
 from puzzle.artifacts import Record
 from puzzle.errors import UserError
@@ -110,7 +111,7 @@ def group() -> Iterator[Rates]:
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = distributed.TCPStore(*place, is_master=False)  # not in turn with waits for tensors
+    store = TCPStore(*place, is_master=False)  # not in turn with waits for tensors
     pulse = Pulse(store, sharding.rank(), sharding.size(), _leave_the_dead)
     pulse.start()
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 BEAT_S = 10.0
 DEAD_AFTER_S = 900.0  # longer than any write that keeps an interpreter from running its threads
