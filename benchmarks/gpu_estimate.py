@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from puzzle import config, settings
-from puzzle.device import Device, Memory
+from puzzle.commands import planning
 from puzzle.library import memory as library_memory
 from puzzle.library.bld import ParentBatch, VariantTrainer
 from puzzle.library.records import LossPoint
@@ -51,12 +51,11 @@ from puzzle.score.modules import LayerBlocks
 from puzzle.uptrain import memory as uptrain_memory
 from puzzle.uptrain.gkd import Pair
 
-PLANS = Path(__file__).parents[1] / "tests" / "plans"
+PLANS = Path(__file__).parents[1] / "examples" / "cluster"
 CUDA = torch.device("cuda")
 FLOPS_PER_S = {torch.bfloat16: 650e12, torch.float32: 350e12}
 BYTES_PER_S, LINK_BYTES_PER_S, LAUNCH_S = 2.7e12, 50e9, 5e-6
 HOST_BYTES_PER_S = 100e9  # of AdamW on the host
-H100, H200 = Memory(80 << 30, 256 << 30), Memory(141 << 30, 256 << 30)
 GOALS = {"library": 120.0, "score": 35 / 60, "uptrain": 35.0}  # hours
 
 
@@ -168,11 +167,11 @@ def counted(do: Callable[[], object]) -> Work:
 # ------------------------------------------------------------------------------------------ parts
 
 
-def open_run(memory: Memory, root: Path) -> Run:
+def open_run(name: str, root: Path) -> Run:
     """The recipe of the paper's space, planned for such a GPU."""
     values = settings.read_yaml(PLANS / "llama-3.1-8b.yaml", "recipe")
     values["parent"] = str(PLANS / "llama-3.1-8b")
-    return Run(config.parse(values), root, Progress(quiet=True), device=Device.gpu(memory))
+    return Run(config.parse(values), root, Progress(quiet=True), device=planning.device(name))
 
 
 def model(run: Run, blocks: list[Block], dtype: torch.dtype) -> PuzzleForCausalLM:
@@ -337,8 +336,8 @@ def main() -> None:
     figures = {}
     root = Path("unused")
     with as_on_a_gpu():
-        for part, memory in ((library, H100), (score, H100), (uptrain, H200)):
-            figures[part.__name__] = part(open_run(memory, root))
+        for part, name in ((library, "H100"), (score, "H100"), (uptrain, "H200")):
+            figures[part.__name__] = part(open_run(name, root))
     common.print_json(args, figures)
 
 

@@ -1,7 +1,6 @@
 """`puzzle plan` for a GPU that is not here, from the config.json of Llama-3.1-8B alone."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from puzzle.run import Run
 from puzzle.stage import Job
 from puzzle.uptrain import memory
 
-PLANS = Path(__file__).parent / "plans"
+PLANS = Path(__file__).parents[1] / "examples" / "cluster"
 SMALL_GPU = ("search.parameters=4.8B", "uptrain.lora_rank=16", "cost.scenario.batch_size=8")
 
 
@@ -30,7 +29,7 @@ def recipe_8b(*assignments: str) -> Recipe:
 
 
 def run_8b(folder: Path, gpu_memory: str, *assignments: str) -> Run:
-    device = planning.gpu(gpu_memory, "256GiB")
+    device = planning.device("H100", device_memory=gpu_memory, host_memory="256GiB")
     return Run(recipe_8b(*assignments), folder, Progress(quiet=True), device=device)
 
 
@@ -81,7 +80,7 @@ def test_the_change_that_a_refusal_names_is_enough(tmp_path, gpu_memory, assignm
     kept = [one for one in assignments if one.split("=")[0] not in named]
     gpus = next((int(t.split("=")[1]) for t in changed if "processes" in t), 1)
     run = run_8b(tmp_path, gpu_memory, *kept, *changed)
-    run.given_device = replace(run.device, planned=replace(run.device.memory, devices=gpus))
+    run.given_device = planning.device(device_memory=gpu_memory, host_memory="256GiB", devices=gpus)
     changed_job = run.child_job("main")
     assert not memory.need(changed_job).refusal(run.device.memory), need.instead
 
@@ -124,7 +123,7 @@ def test_a_plan_says_where_and_how_each_stage_is_done_or_why_not(tmp_path, capsy
     run = run_8b(tmp_path, "24GiB")
     planning.print_plan(planning.plan(run), run.device)
     shown = capsys.readouterr().out
-    assert "on a GPU of 24 GiB in a machine of 256 GiB" in shown.replace("\n", " ")
+    assert "on H100 of 24 GiB in a machine of 256 GiB" in shown.replace("\n", " ")
     done, refused = shown.split("how it is done:\n")[1].split("what does not fit:\n")
     assert "  library: layer by layer from disk (streamed)" in done and "uptrain" not in done
     assert "  uptrain: 5" in refused and "library" not in refused
@@ -133,4 +132,4 @@ def test_a_plan_says_where_and_how_each_stage_is_done_or_why_not(tmp_path, capsy
 @pytest.mark.parametrize("text", ["80", "2x", "lots"])
 def test_a_memory_without_a_unit_is_refused(text):
     with pytest.raises(UserError, match="--device-memory: got .*80GiB"):
-        planning.gpu(text, "256GiB")
+        planning.device(device_memory=text)

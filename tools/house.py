@@ -27,6 +27,7 @@ PARAMETERS = 6
 MORE_PARAMETERS = {
     "commands/children.py:child": "a command's parameters are its options",
     "cli.py:cost": "a command's parameters are its options",
+    "cli.py:plan": "a command's parameters are its options",
     "commands/serving.py:measure": "a command's parameters are its options",
     "commands/questions.py:search": "a command's parameters are its options",
     "model/modeling_puzzle.py:Puzzle*.forward": "transformers calls it by these names",

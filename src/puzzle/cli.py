@@ -78,27 +78,38 @@ def run(
 @app.command()
 def plan(
     recipe: RecipeArgument = "pocket",
-    device_memory: Annotated[
+    device: Annotated[
         str | None,
-        typer.Option(help="Plan for a GPU of this memory, e.g. 80GiB, that need not be here."),
+        typer.Option(
+            help="Plan for this device, that need not be here: H100, H200, B200, A100, L40S, "
+            "RTX-4090, this-cpu, or a YAML file with the same keys."
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="For so many of them, in one machine or several.")
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of each, e.g. 80GiB, instead of the device's own.")
     ] = None,
     host_memory: Annotated[
-        str, typer.Option(help="With --device-memory: of the machine that the GPU is in.")
-    ] = "256GiB",
+        str | None, typer.Option(help="Of each machine, e.g. 256GiB, instead of the usual.")
+    ] = None,
     set_: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """What each stage will need, and what is chosen to make it fit, before anything is spent.
 
-    With --device-memory the parent's config.json is enough.
+    With --device, --devices, --device-memory or --host-memory the parent's config.json is enough.
     """
     made = read_recipe(recipe, None, set_)
     from puzzle.commands import planning
 
-    device = planning.gpu(device_memory, host_memory) if device_memory else None
-    this = Run(made, Path(made.out), Progress(quiet), device=device)
-    if device is None:
+    asked = planning.device(
+        device, devices=devices, device_memory=device_memory, host_memory=host_memory
+    )
+    this = Run(made, Path(made.out), Progress(quiet), device=asked)
+    if asked is None:
         pipeline.preflight(this)
     planned = planning.plan(this)
     if not quiet:

@@ -19,7 +19,10 @@ from puzzle.errors import UserError, reason
 EAGER_UP_TO_TOKENS = 128
 EFFICIENCY = 0.4  # the share of the rate of matrix products that whole training steps reach
 USABLE = 0.92  # of memory: contexts of drivers, gaps between allocations and others take the rest
-PLANNED_FLOPS_PER_S = 650e12  # of bf16 products, where a GPU that is not here is planned for
+# What matrix products reach of the peak of a data sheet: 650 of an H100's 989 TFLOP/s.
+PRODUCTS = 0.66
+# What transfers reach of a link's peak, for large messages.
+TRANSFERS = 0.7
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -38,8 +41,9 @@ class Memory:
     """What one device has, and its host; with `is_shared` they are the same memory."""
 
     device_bytes: int
-    host_bytes: int
-    devices: int = 1  # of this kind
+    host_bytes: int  # of one machine
+    devices: int = 1  # of this kind, on all machines together
+    machines: int = 1
     is_shared: bool = False
 
     def lacks(self, device_bytes: float, host_bytes: float) -> str:
@@ -60,17 +64,29 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """Devices that need not be here, to plan for: peaks by `engines/devices.yaml`, per second."""
+
+    name: str
+    memory: Memory
+    flops: float  # of bf16 products
+    network_bytes: float  # sent by a device to others, of its machine or of several
+    link_bytes: float  # between a device and its host, one direction
+    disk_bytes: float  # of the machine's disk, for each device
+
+
+@dataclass(frozen=True)
 class Device:
     """A torch device, and whether matrix products run in bfloat16 over float32 weights."""
 
     torch_device: torch.device
     bfloat16: bool
-    planned: "Memory | None" = None  # of a device that is only planned for
+    planned: "Sheet | None" = None  # of a device that is only planned for
 
     @classmethod
-    def gpu(cls, memory: "Memory") -> "Device":
-        """A GPU that need not be here, to plan for."""
-        return cls(torch.device("cuda"), True, memory)
+    def of_sheet(cls, sheet: "Sheet") -> "Device":
+        """A device that need not be here, to plan for."""
+        return cls(torch.device("cpu" if sheet.memory.is_shared else "cuda"), True, sheet)
 
     @classmethod
     def choose(cls, name: str, precision: Precision) -> "Device":
@@ -155,7 +171,7 @@ class Device:
     def memory(self) -> "Memory":
         """What one device and its host have; the same all the time, whatever is in use."""
         if self.planned is not None:
-            return self.planned
+            return self.planned.memory
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.type == "cuda":
             gpu = torch.cuda.get_device_properties(self.torch_device).total_memory
@@ -169,9 +185,12 @@ class Device:
 
     @cached_property
     def training_flops_per_s(self) -> float:
-        """What training steps reach, from a square matrix product measured now (best of four)."""
-        if self.planned is not None and self.type == "cuda":
-            return EFFICIENCY * PLANNED_FLOPS_PER_S
+        """What training steps reach, from a square matrix product measured now (best of four).
+
+        For a device that is not here, from the peak on its sheet.
+        """
+        if self.planned is not None:
+            return EFFICIENCY * PRODUCTS * self.planned.flops
         size = 1024 if self.type == "cpu" else 8192
         dtype = torch.bfloat16 if self.bfloat16 else torch.float32
         a = torch.randn(size, size, device=self.torch_device, dtype=dtype)

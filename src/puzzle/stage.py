@@ -138,6 +138,9 @@ class Effort:
     training: float = 0.0  # the same, forward and backward
     judged: float = 0.0  # tokens whose metrics are computed over the vocabulary
     loss: float = 0.0  # tokens whose losses are, forward and backward
+    network: float = 0.0  # bytes that a process sends to others
+    link: float = 0.0  # bytes between a device and its host
+    files: float = 0.0  # bytes that a process reads and writes while it computes
     beside_s: float = 0.0  # engines, searches
 
     def times(self, factor: float) -> "Effort":
@@ -145,9 +148,35 @@ class Effort:
         return Effort(**{name: factor * amount for name, amount in vars(self).items()})
 
     def seconds(self, speed: "Speed") -> float:
-        """At that speed."""
+        """At that speed: what is slowest of computing and moving, which go on together."""
         computing = self.forward * speed.forward_s + self.training * speed.training_s
-        return computing + self.judged * speed.judged_s + self.loss * speed.loss_s + self.beside_s
+        computing += self.judged * speed.judged_s + self.loss * speed.loss_s
+        sent, moved = self.network * speed.network_s, self.link * speed.link_s
+        return max(computing, sent, moved, self.files * speed.file_s) + self.beside_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Peaks of memory: of one device, by what it is for, and of its machine beside that."""
+
+    weights: float = 0.0  # of models, in the dtype of products
+    optimizer: float = 0.0  # what learning takes: float32 weights, moments, gradients
+    activations: float = 0.0  # and logits, and what kernels need
+    cache: float = 0.0  # keys and values of what is served
+    host: float = 0.0  # of the machine's memory, all its processes together
+
+    @property
+    def device(self) -> float:
+        """All that one device holds."""
+        return self.weights + self.optimizer + self.activations + self.cache
+
+    def times(self, factor: float) -> "Bytes":
+        """So many times as much."""
+        return Bytes(**{name: factor * size for name, size in vars(self).items()})
+
+    def lacking(self, memory: "Memory") -> str:
+        """What is too small for it in machines with this memory; empty where it fits."""
+        return memory.lacks(self.device, self.host)
 
 
 @dataclass(frozen=True)
@@ -155,17 +184,21 @@ class Need:
     """What a stage will take, estimated before anything is spent."""
 
     tokens: int = 0
-    flops: float = 0.0
-    memory_bytes: float = 0.0  # of one device at the peak
-    host_bytes: float = 0.0  # of the host's memory beside that
-    disk_bytes: float = 0.0
-    effort: Effort = Effort()
+    flops: float = 0.0  # of all processes together
+    memory: Bytes = Bytes()
+    disk_bytes: float = 0.0  # what stays, and checkpoints
+    effort: Effort = Effort()  # of the process that has most to do
     chosen: str = ""  # what was chosen so that it fits
     instead: str = ""  # where it does not fit: the smallest change with which it would
 
+    @property
+    def memory_bytes(self) -> float:
+        """Of one device at the peak."""
+        return self.memory.device
+
     def refusal(self, memory: "Memory") -> str:
         """Why a machine with this memory cannot do it, and what could; empty where it can."""
-        lack = memory.lacks(self.memory_bytes, self.host_bytes)
+        lack = self.memory.lacking(memory)
         return f"{lack}; {self.instead or 'use a larger machine'}" if lack else ""
 
 

@@ -4,6 +4,12 @@ import json
 
 from case import Case
 
+SHEET = (
+    "{flops_per_s: 1e12, bytes_per_s: 1e9, step_overhead_s: 0, memory_bytes: 1e9, host_bytes: 1e9, "
+    "devices: 1, interconnect_bytes_per_s: 1e9, network_bytes_per_s: 1e9, "
+    "host_link_bytes_per_s: 1e9, disk_bytes_per_s: 1e9}"
+)
+
 
 def variant(kl: float, ms: float) -> dict[str, dict[str, float]]:
     return {"stats": {"runtime_ms": ms}, "metrics": {"kl_div": kl}}
@@ -42,6 +48,12 @@ def sheet(name: str, content: str | bytes, message: str) -> Case:
     """A device sheet of the user's own."""
     command = ["run", "good.yaml", "--set", "cost.device_sheet=mine.yaml"]
     return Case(f"device sheet: {name}", command, message, {"mine.yaml": content})
+
+
+def plan(name: str, message: str, *arguments: str, content: str | None = None) -> Case:
+    """A plan for devices that are not here."""
+    files = {} if content is None else {"mine.yaml": content}
+    return Case(f"plan: {name}", ["plan", "good.yaml", *arguments], message, files)
 
 
 def architecture(name: str, content: str | bytes, message: str) -> Case:
@@ -299,7 +311,7 @@ CASES = [
     sheet(
         "empty",
         "",
-        "cost.device_sheet: got 'mine.yaml'; expected one of this-cpu, H100, H200, B200, A100, L40S, RTX-4090, or a YAML file with the keys flops_per_s, bytes_per_s, step_overhead_s",
+        "cost.device_sheet mine.yaml: no flops_per_s, bytes_per_s, step_overhead_s; expected the keys flops_per_s, bytes_per_s, step_overhead_s",
     ),
     sheet(
         "a list",
@@ -314,7 +326,12 @@ CASES = [
     sheet(
         "a figure that is missing",
         "flops_per_s: 1e12\n",
-        "cost.device_sheet: got 'mine.yaml'; expected one of this-cpu, H100, H200, B200, A100, L40S, RTX-4090, or a YAML file with the keys flops_per_s, bytes_per_s, step_overhead_s",
+        "cost.device_sheet mine.yaml: no bytes_per_s, step_overhead_s; expected the keys flops_per_s, bytes_per_s, step_overhead_s",
+    ),
+    sheet(
+        "a figure that nobody knows",
+        "{flops_per_s: 1e12, bytes_per_s: 1e9, step_overhead_s: 0, speed: 1}",
+        "cost.device_sheet mine.yaml: unknown key 'speed'; expected the keys flops_per_s, bytes_per_s, step_overhead_s",
     ),
     sheet(
         "a figure that is a text",
@@ -330,6 +347,55 @@ CASES = [
         "an endless speed",
         "{flops_per_s: .inf, bytes_per_s: 1e9, step_overhead_s: 0}",
         "cost.device_sheet mine.yaml: flops_per_s: got inf; expected a number above 0",
+    ),
+    # ------------------------------------------------------------------- devices that are not here
+    plan(
+        "an unknown device",
+        "--device: got 'H1000'; expected one of this-cpu, H100, H200, B200, A100, L40S, RTX-4090, or a YAML file with the keys flops_per_s, bytes_per_s, step_overhead_s, memory_bytes, host_bytes, devices, interconnect_bytes_per_s, network_bytes_per_s, host_link_bytes_per_s, disk_bytes_per_s",
+        *("--device", "H1000"),
+    ),
+    plan(
+        "a sheet for costs alone",
+        "--device mine.yaml: no memory_bytes, host_bytes, devices, interconnect_bytes_per_s, network_bytes_per_s, host_link_bytes_per_s, disk_bytes_per_s; expected the keys flops_per_s, …",
+        *("--device", "mine.yaml"),
+        content="{flops_per_s: 1e12, bytes_per_s: 1e9, step_overhead_s: 0}",
+    ),
+    plan(
+        "a device without memory",
+        "--device mine.yaml: memory_bytes: got 0; expected a number above 0",
+        *("--device", "mine.yaml"),
+        content=SHEET.replace("memory_bytes: 1e9", "memory_bytes: 0"),
+    ),
+    plan(
+        "half a device",
+        "--device mine.yaml: devices: got 1.5; expected a whole number",
+        *("--device", "mine.yaml"),
+        content=SHEET.replace("devices: 1", "devices: 1.5"),
+    ),
+    plan(
+        "no devices",
+        "--devices: got 0; expected 1 to 8, or a multiple of 8, which is how many H100 are in a machine",
+        *("--device", "H100", "--devices", "0"),
+    ),
+    plan(
+        "a machine and a half",
+        "--devices: got 12; expected 1 to 8, or a multiple of 8, which is how many H100 are in a machine",
+        *("--devices", "12"),
+    ),
+    plan(
+        "a number of devices that is none",
+        "plan: Invalid value for '--devices': …integer; see `puzzle plan --help`",
+        *("--devices", "many"),
+    ),
+    plan(
+        "memory without a unit",
+        "--device-memory: got '80'; expected bytes with a unit, such as 80GiB",
+        *("--device-memory", "80"),
+    ),
+    plan(
+        "the host's memory of a machine without devices of its own",
+        "--host-memory: this-cpu is the host's own device; use --device-memory",
+        *("--device", "this-cpu", "--host-memory", "8GiB"),
     ),
     # -------------------------------------------------------------------------------- architectures
     Case(

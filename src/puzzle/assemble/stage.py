@@ -24,7 +24,7 @@ from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
 from puzzle.run import Run
 from puzzle.search import answers
-from puzzle.stage import Effort, Job, Need, Work
+from puzzle.stage import Bytes, Effort, Job, Need, Work
 
 ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
 BATCHES_PER_START = 1.5  # of each side, about: the turns that one start of the engines shows
@@ -92,13 +92,17 @@ def serving_need(job: Job) -> Need:
     batch_s = BATCH_OVERHEAD * 2 * parameters * tokens / run.device.training_flops_per_s
     cache = Architecture.of_parent(run.parent.shape).kv_elements_per_token(run.parent.shape)
     cache_bytes = cache * tokens * run.parent.dtype.itemsize
-    served = (model_bytes + cache_bytes) / scenario.tensor_parallel + ENGINE_OVERHEAD_BYTES
-    is_beside = not run.device.memory.lacks(2.0 * served, 0.0)
+    served = Bytes(
+        weights=model_bytes / scenario.tensor_parallel,
+        activations=ENGINE_OVERHEAD_BYTES,
+        cache=cache_bytes / scenario.tensor_parallel,
+    )
+    is_beside = not served.times(2).lacking(run.device.memory)
     served_s = ENGINE_START_S
     served_s += job.place.cost.starts * (ENGINE_RESTART_S + 2 * BATCHES_PER_START * batch_s)
     is_modelled = job.place.cost.engine == "roofline" or table.are_from_elsewhere(job)
     return Need(
-        memory_bytes=0.0 if is_modelled else served * (2 if is_beside else 1),
+        memory=Bytes() if is_modelled else served.times(2 if is_beside else 1),
         chosen="" if is_modelled else f"both served {'side by side' if is_beside else 'in turn'}",
         instead="raise cost.scenario.tensor_parallel or lower cost.scenario.batch_size",
         disk_bytes=model_bytes,

@@ -2,17 +2,21 @@
 
 Every stage estimates its own need from config and shapes alone, without loading weights, and says
 what it chooses so that it fits the memory. Time is its effort at the speed of the parent's layers,
-timed now on this machine (training/speed.py), or at a rate assumed for a GPU that is not here, for
-which it is an order of magnitude. benchmarks/plan.py compares it with what stages took.
+timed now on this machine (training/speed.py), or by the sheet of devices that are not here
+(engines/devices.yaml), for which it is an order of magnitude. benchmarks/plan.py compares it with
+what stages took.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
-from puzzle.device import Device, Memory
+from puzzle.device import Device, Memory, Sheet
+from puzzle.engines import roofline_engine
 from puzzle.errors import UserError
 from puzzle.pipeline import STAGES
 from puzzle.progress import duration
@@ -36,9 +40,27 @@ class PlannedStage:
         """As JSON values, every figure with its unit in the key."""
         owner = {"child": self.child, "place": self.place}
         named = {key: name for key, name in owner.items() if name is not None}
-        need = {key: value for key, value in asdict(self.need).items() if key != "effort"}
-        found = {"stage": self.stage, **named, **need, "seconds": self.seconds}
-        return found | {"refusal": self.refusal}
+        need, memory = self.need, self.need.memory
+        return {
+            "stage": self.stage,
+            **named,
+            "tokens": need.tokens,
+            "flops": need.flops,
+            "memory_bytes": need.memory_bytes,
+            "weights_bytes": memory.weights,
+            "optimizer_bytes": memory.optimizer,
+            "activations_bytes": memory.activations,
+            "cache_bytes": memory.cache,
+            "host_bytes": memory.host,
+            "disk_bytes": need.disk_bytes,
+            "network_bytes": need.effort.network,
+            "link_bytes": need.effort.link,
+            "file_bytes": need.effort.files,
+            "seconds": self.seconds,
+            "chosen": need.chosen,
+            "instead": need.instead,
+            "refusal": self.refusal,
+        }
 
     @property
     def name(self) -> str:
@@ -47,18 +69,72 @@ class PlannedStage:
         return f"{self.stage} ({owner})" if owner else self.stage
 
 
-def gpu(device_memory: str, host_memory: str) -> Device:
-    """A GPU of so much memory, in a machine of so much. Raises `UserError` for other texts."""
-    sizes = []
-    for name, text in (("device-memory", device_memory), ("host-memory", host_memory)):
-        try:
-            asked = parse_quantity("memory", text)
-        except UserError:
-            asked = None
-        if asked is None or asked.is_relative:
-            raise UserError(f"--{name}: got {text!r}; expected bytes with a unit, such as 80GiB")
-        sizes.append(int(asked.number))
-    return Device.gpu(Memory(device_bytes=sizes[0], host_bytes=sizes[1]))
+def device(
+    name: str | None = None,
+    *,
+    devices: int | None = None,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+) -> Device | None:
+    """Devices that need not be here, to plan for; None where nothing is given.
+
+    Raises `UserError` for an unknown device, a sheet that lacks a figure, and unclear sizes.
+
+    Args:
+        name: in `engines/devices.yaml`, or of a file with the same keys; by default an H100.
+        devices: how many; more than are in one machine are on several.
+        device_memory: with a unit, of each, instead of the sheet's.
+        host_memory: with a unit, of each machine, instead of the sheet's.
+    """
+    if all(given is None for given in (name, devices, device_memory, host_memory)):
+        return None
+    name, count = name or "H100", 1 if devices is None else devices
+    figures = roofline_engine.sheet(name, roofline_engine.PLAN_KEYS, "--device")
+    in_machine = int(figures["devices"])
+    if in_machine != figures["devices"]:
+        raise UserError(
+            f"--device {name}: devices: got {figures['devices']:g}; expected a whole number"
+        )
+    if count < 1 or (count > in_machine and count % in_machine):
+        several = "1" if in_machine == 1 else f"1 to {in_machine}"
+        raise UserError(
+            f"--devices: got {count}; expected {several}, or a multiple of {in_machine}, which is "
+            f"how many {name} are in a machine"
+        )
+    is_shared, machines = figures["host_bytes"] == 0, -(-count // in_machine)
+    if is_shared and host_memory is not None:
+        raise UserError(f"--host-memory: {name} is the host's own device; use --device-memory")
+    memory = Memory(
+        device_bytes=_bytes("device-memory", device_memory) or int(figures["memory_bytes"]),
+        host_bytes=_bytes("host-memory", host_memory)
+        or int(figures["host_bytes"] or figures["memory_bytes"]) * (count // machines),
+        devices=count,
+        machines=machines,
+        is_shared=is_shared,
+    )
+    network = "interconnect_bytes_per_s" if machines == 1 else "network_bytes_per_s"
+    sheet = Sheet(
+        name=Path(name).stem,
+        memory=memory,
+        flops=figures["flops_per_s"],
+        network_bytes=figures[network],
+        link_bytes=figures["host_link_bytes_per_s"],
+        disk_bytes=figures["disk_bytes_per_s"],
+    )
+    return Device.of_sheet(sheet)
+
+
+def _bytes(option: str, text: str | None) -> int:
+    """A memory; 0 where it is not given."""
+    if text is None:
+        return 0
+    try:
+        asked = parse_quantity("memory", text)
+    except UserError:
+        asked = None
+    if asked is None or asked.is_relative:
+        raise UserError(f"--{option}: got {text!r:.80}; expected bytes with a unit, such as 80GiB")
+    return int(asked.number)
 
 
 def plan(run: Run) -> list[PlannedStage]:
@@ -97,10 +173,13 @@ def total_seconds(planned: list[PlannedStage]) -> float:
 
 
 def print_plan(planned: list[PlannedStage], device: Device) -> None:
-    """The table, on standard output, then what is chosen and what does not fit."""
-    table = Table(title=f"what each stage will need{_where(device)}", title_justify="left")
-    for name in ("stage", "tokens", "FLOPs", "device memory", "host memory", "disk", "time"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    """The tables, on standard output, then what is chosen and what does not fit."""
+    # one width everywhere, so that what a page quotes is what everyone sees
+    console = Console(highlight=False, width=110)
+    table = _table(
+        f"what each stage will need{_where(device)}",
+        ("tokens", "FLOPs", "device", "host", "disk", "network", "time"),
+    )
     for one in planned:
         need = one.need
         table.add_row(
@@ -108,12 +187,19 @@ def print_plan(planned: list[PlannedStage], device: Device) -> None:
             f"{need.tokens:,}" if need.tokens else "",
             f"{need.flops:.1e}" if need.flops else "",
             _size(need.memory_bytes),
-            _size(need.host_bytes),
+            _size(need.memory.host),
             _size(need.disk_bytes),
+            _size(need.effort.network),
             duration(one.seconds),
         )
-    table.add_row("all", "", "", "", "", "", duration(total_seconds(planned)))
-    Console(highlight=False).print(table)
+    table.add_row("all", "", "", "", "", "", "", duration(total_seconds(planned)))
+    console.print(table)
+    parts = ("weights", "optimizer", "activations", "cache")
+    table = _table("what is in the memory of a device at the peak", parts)
+    for one in planned:
+        if one.need.memory_bytes:
+            table.add_row(one.name, *(_size(getattr(one.need.memory, part)) for part in parts))
+    console.print(table)
     told = {
         "how it is done": {one.name: one.need.chosen for one in planned if not one.refusal},
         "what does not fit": {one.name: one.refusal for one in planned},
@@ -123,20 +209,30 @@ def print_plan(planned: list[PlannedStage], device: Device) -> None:
             print("\n".join([f"{title}:", *lines]))
 
 
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("stage", *columns):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    return table
+
+
 def _where(device: Device) -> str:
-    """Of a GPU that is not here: its memory, and what the times assume."""
-    if device.planned is None:
+    """Of devices that are not here: how many, their memory, and what the times assume."""
+    if (sheet := device.planned) is None:
         return " (estimates)"
-    gpu_gib, host_gib = (n / 2**30 for n in (device.memory.device_bytes, device.memory.host_bytes))
-    rate = device.training_flops_per_s / 1e12
+    memory, rate = sheet.memory, device.training_flops_per_s / 1e12
+    count = f"{memory.devices} x " if memory.devices > 1 else ""
+    machines = f"{memory.machines} machines" if memory.machines > 1 else "a machine"
+    where = "" if memory.is_shared else f" in {machines} of {memory.host_bytes / 2**30:,.4g} GiB"
     return (
-        f" on a GPU of {gpu_gib:.4g} GiB in a machine of {host_gib:.4g} GiB "
-        f"(estimates; times at {rate:.0f} TFLOP/s)"
+        f" on {count}{sheet.name} of {memory.device_bytes / 2**30:.4g} GiB{where} "
+        f"(estimates; times at {rate:.3g} TFLOP/s a device)"
     )
 
 
 def _size(number: float) -> str:
     """Bytes as a reader wants them; empty for none."""
-    if not number:
-        return ""
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+    for power, unit in ((50, "PiB"), (40, "TiB"), (30, "GiB")):
+        if number >= 2**power:
+            return f"{number / 2**power:,.1f} {unit}"
+    return f"{number / 2**20:,.0f} MiB" if number else ""

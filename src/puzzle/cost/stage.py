@@ -25,7 +25,7 @@ from puzzle.cost.table import COSTS, FITS, HEADER, CostHeader, ScenarioFit, Vari
 from puzzle.engines import ENGINE_OVERHEAD_BYTES
 from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture
-from puzzle.stage import Effort, Job, Need, Work
+from puzzle.stage import Bytes, Effort, Job, Need, Work
 
 PROBE, REFERENCE = "probe", "reference"  # checkpoints to be served, removed at the end
 
@@ -175,8 +175,9 @@ def _need(job: Job) -> Need:
     model_bytes *= parent.dtype.itemsize
     scenarios, is_modelled = len(job.place.cost.measured), job.place.cost.engine == "roofline"
     shared = model_bytes / job.place.cost.scenario.tensor_parallel  # the probe is about as large
+    served = Bytes(weights=shared, activations=ENGINE_OVERHEAD_BYTES)
     return Need(
-        memory_bytes=0.0 if is_modelled else shared + ENGINE_OVERHEAD_BYTES,
+        memory=Bytes() if is_modelled else served,
         disk_bytes=model_bytes,
         effort=Effort(beside_s=0.0 if is_modelled else scenarios * job.place.cost.seconds),
     )

@@ -2,8 +2,9 @@
 
 A step over T tokens takes, per subblock, max(FLOPs / peak, bytes / bandwidth); bytes are the
 weights once and the KV cache read by attention, of which a sliding window reads and keeps its own
-tokens only. The sheets are in `devices.yaml` beside this file;
-`cost.device_sheet` may also be the path of a user's own file with the same keys.
+tokens only. The sheets are in `devices.yaml` beside this file, with what `puzzle plan` needs
+besides; `cost.device_sheet` may also be the path of a user's own file with the same keys for one
+device.
 """
 
 import math
@@ -25,6 +26,17 @@ from puzzle.model.modeling_puzzle import PuzzleConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KEYS = ("flops_per_s", "bytes_per_s", "step_overhead_s")
+PLAN_KEYS = (
+    *KEYS,
+    "memory_bytes",
+    "host_bytes",
+    "devices",
+    "interconnect_bytes_per_s",
+    "network_bytes_per_s",
+    "host_link_bytes_per_s",
+    "disk_bytes_per_s",
+)
+MAY_BE_ZERO = ("step_overhead_s", "host_bytes")
 
 
 def make(device_sheet: str) -> Engine:
@@ -38,25 +50,37 @@ def make(device_sheet: str) -> Engine:
     return Engine("roofline", measured=False, facts=facts, serve=serve, probe=serve)
 
 
-def sheet(name: str) -> dict[str, float]:
-    """The figures of a device. Raises `UserError` for an unknown one."""
+def sheet(
+    name: str, keys: Sequence[str] = KEYS, setting: str = "cost.device_sheet"
+) -> dict[str, float]:
+    """The figures of a device by its name, or by the path of a file.
+
+    Raises `UserError` for an unknown one, and for a file without these keys.
+
+    Args:
+        name: of a device in `devices.yaml`, or of a user's own file.
+        keys: which figures are wanted: `KEYS` for the engine, `PLAN_KEYS` for plans.
+        setting: what is named where the file is wrong.
+    """
     text = (files("puzzle") / "engines" / "devices.yaml").read_text(encoding="utf-8")
     sheets: dict[str, dict[str, float]] = yaml.safe_load(text)
-    if name in sheets:
-        return sheets[name]
     path = Path(name)
-    values = settings.read_yaml(path, "cost.device_sheet") if path.is_file() else None
-    if values is None or set(values) != set(KEYS):
+    if name not in sheets and not path.is_file():
         raise UserError(
-            f"cost.device_sheet: got {name!r}; expected one of {', '.join(sheets)}, or a YAML file "
-            f"with the keys {', '.join(KEYS)}"
+            f"{setting}: got {name!r:.80}; expected one of {', '.join(sheets)}, or a YAML file "
+            f"with the keys {', '.join(keys)}"
         )
-    figures = {key: _figure(values[key]) for key in KEYS}
+    values = sheets[name] if name in sheets else settings.read_yaml(path, setting)
+    missing = [key for key in keys if key not in values]
+    unknown = [key for key in values if key not in PLAN_KEYS]
+    if missing or unknown:
+        wrong = f"no {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r:.80}"
+        raise UserError(f"{setting} {name}: {wrong}; expected the keys {', '.join(keys)}")
+    figures = {key: _figure(values[key]) for key in keys}
     for key, figure in figures.items():
-        if not math.isfinite(figure) or figure < 0 or (figure == 0 and key != "step_overhead_s"):
+        if not math.isfinite(figure) or figure < 0 or (figure == 0 and key not in MAY_BE_ZERO):
             raise UserError(
-                f"cost.device_sheet {name}: {key}: got {values[key]!r:.80}; expected a number "
-                "above 0"
+                f"{setting} {name}: {key}: got {values[key]!r:.80}; expected a number above 0"
             )
     return figures
 

@@ -5,13 +5,14 @@ each on the device in its turn. At last the layers of both are read from their f
 compute (`model/layers.py`).
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from puzzle.assemble.stage import serving_need
 from puzzle.evaluate import context, skills
 from puzzle.evaluate.results import MODELS
 from puzzle.model.architecture import Architecture
-from puzzle.stage import Effort, Job, Need
+from puzzle.stage import Bytes, Effort, Job, Need
 from puzzle.training import launch
 from puzzle.training.losses import CHUNK_ELEMENTS
 from puzzle.uptrain.memory import most_parameters
@@ -31,11 +32,11 @@ def way(job: Job) -> Way:
     if asked != "auto":
         return asked
     ways: list[Way] = ["resident", "streamed"] if memory.is_shared else ["resident", "host"]
-    return next((way for way in ways if not memory.lacks(*taken(job, way))), "streamed")
+    return next((way for way in ways if not taken(job, way).lacking(memory)), "streamed")
 
 
-def taken(job: Job, way: Way) -> tuple[float, float]:
-    """Peak memory of judging a child, in bytes: (of the device, of the host beside it).
+def taken(job: Job, way: Way) -> Bytes:
+    """Peak memory of judging a child.
 
     Both models, or what is there of them (with `host` the parent's layers count once more on the
     host; streamed, embeddings and heads, and a layer with its pages on disk), and a batch. Every
@@ -52,8 +53,8 @@ def taken(job: Job, way: Way) -> tuple[float, float]:
         stored = run.parent.dtype.itemsize
         parent = ends * element
         child = ends * element + max(layer * (element + stored), float(ends * stored))
-    device = parent + child + _batch_bytes(job)
-    return device * (beside if run.device.memory.is_shared else 1), host * beside
+    peak = Bytes(weights=parent + child, activations=_batch_bytes(job))
+    return replace(peak.times(beside if run.device.memory.is_shared else 1), host=host * beside)
 
 
 def batch_tokens(job: Job, length: int) -> int:
@@ -69,7 +70,7 @@ def _batch_bytes(job: Job) -> float:
     tokens = batch_tokens(job, context.planned(run, job.child.evaluate.context))
     passing = shape.passing_elements * run.placement.dtype.itemsize
     judged = 5 * 4 * shape.hidden_size
-    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
+    logits = 4.0 * 4 * min(tokens * shape.vocab_size, CHUNK_ELEMENTS[run.device.type])
     return max(tokens * passing, tokens * judged + logits)
 
 
@@ -83,19 +84,23 @@ def need(job: Job) -> Need:
     tokens = text + settings.questions * skills.tokens_per_question(row, length)
     read = len(MODELS) * tokens + (len(MODELS) - 1) * text  # the parent beside each child
     written = len(MODELS) * settings.samples * settings.sample_tokens * shape.num_hidden_layers
-    device, host = taken(job, chosen)
+    judging = taken(job, chosen)
+    # what is not on the device comes with every batch, from the host or from disk
+    passes = read / batch_tokens(job, length)
+    moved = 0.0 if chosen == "resident" else passes * parameters * run.parent.dtype.itemsize
     # side by side on GPUs; processes on a CPU share its cores
     share = 1 / launch.processes(run) if run.device.type == "cuda" else 1.0
     effort = Effort(
         forward=share * read * (parameters - shape.constant_parameters),
         judged=share * len(MODELS) * tokens,
+        link=share * moved,
+        files=share * moved if chosen == "streamed" else 0.0,
         beside_s=serving.effort.beside_s + written * WRITTEN_LAYER_S,
     )
     return Need(
         tokens=tokens,
         flops=2.0 * read * parameters,
-        memory_bytes=max(device, serving.memory_bytes),
-        host_bytes=host,
+        memory=max(judging, serving.memory, key=lambda peak: peak.device),
         disk_bytes=1e6,
         effort=effort,
         chosen=CHOSEN[chosen],

@@ -1,9 +1,11 @@
 """What the library takes: trained parameters, memory resident and streamed, FLOPs, disk, time."""
 
+from dataclasses import replace
+
 from puzzle.model import variants
 from puzzle.model.architecture import FFN, Architecture, Attention, Block, Subblock
 from puzzle.run import Run
-from puzzle.stage import Effort, Job, Need
+from puzzle.stage import Bytes, Effort, Job, Need
 from puzzle.training import launch
 
 OPTIMIZER_BYTES = 12  # per trained parameter, between its steps: weight, two moments
@@ -33,11 +35,12 @@ def trained_variants(run: Run) -> list[tuple[int, Subblock | Block]]:
 
 def memory_bytes(run: Run, *, streamed: bool) -> float:
     """Peak memory of BLD beside the process itself, where device and host share theirs."""
-    return sum(taken(run, _largest(run) if streamed else None))
+    peak = taken(run, _largest(run) if streamed else None)
+    return peak.device + peak.host
 
 
-def taken(run: Run, together: int | None) -> tuple[float, float]:
-    """Peak memory of BLD, in bytes: (of the device, of the host beside it).
+def taken(run: Run, together: int | None) -> Bytes:
+    """Peak memory of BLD, where layers are shared out, of the process that has most of them.
 
     Resident (`together` None): the parent, and `OPTIMIZER_BYTES` per trained parameter of all
     variants, and the chunk's activations. Streamed: one layer of the parent (and its pages on disk
@@ -64,17 +67,20 @@ def taken(run: Run, together: int | None) -> tuple[float, float]:
     passing = batch * shape.passing_elements * product
     step = probabilities + passing + max(passing, 16 * max(trained, default=0))
     first = _least_squares(run) if settings.initialization == "least_squares" else 0.0
-    sharing = launch.processes_beside(run) if run.device.memory.is_shared else 1
+    beside, shared = launch.processes_beside(run), run.device.memory.is_shared
     if together is None:
-        parent = Architecture.of_parent(shape).parameters(shape) * element / others
-        own = sum(trained) / others
-        most = parent + chunk + max(OPTIMIZER_BYTES * own + step, 4 * own + first)
-        return sharing * most, 0.0
-    layer = shape.parameters(shape.widest_block) * (element + stored)
-    parent = max(layer, shape.vocab_size * D * stored)
-    largest = max(trained, default=0)
-    most = parent + max(OPTIMIZER_BYTES * together + step, 4 * largest + first)
-    return sharing * most, float(launch.processes_beside(run) * chunk)
+        weights = Architecture.of_parent(shape).parameters(shape) * element / others
+        learning = begun = sum(trained) / others
+        waiting, host = chunk, 0
+    else:
+        layer = shape.parameters(shape.widest_block) * (element + stored)
+        weights = float(max(layer, shape.vocab_size * D * stored))
+        learning, begun = float(together), float(max(trained, default=0))
+        waiting, host = 0, beside * chunk
+    optimizer, working = max((OPTIMIZER_BYTES * learning, step), (4 * begun, first), key=sum)
+    peak = Bytes(weights=weights, optimizer=optimizer, activations=working + waiting)
+    # where processes share one memory it is that of all
+    return replace(peak.times(beside if shared else 1), host=float(host))
 
 
 def _least_squares(run: Run) -> float:
@@ -100,7 +106,7 @@ def is_streamed(run: Run) -> bool:
     """Whether BLD holds one layer at a time: as the recipe says, or where all would not fit."""
     if run.recipe.library.memory != "auto":
         return run.recipe.library.memory == "streamed"
-    return bool(run.device.memory.lacks(*taken(run, None)))
+    return bool(taken(run, None).lacking(run.device.memory))
 
 
 def together(run: Run) -> int:
@@ -114,7 +120,7 @@ def together(run: Run) -> int:
         by_layer[layer] = by_layer.get(layer, 0) + run.parent.shape.parameters(variant)
     whole = max(by_layer.values(), default=0)
     sizes = [whole * share // 8 for share in range(8, 0, -1)]
-    return next((n for n in sizes if n > most and not memory.lacks(*taken(run, n))), most)
+    return next((n for n in sizes if n > most and not taken(run, n).lacking(memory)), most)
 
 
 def chunk_steps(run: Run, *, streamed: bool) -> int:
@@ -151,12 +157,10 @@ def need(job: Job) -> Need:
     run = job.run
     settings, streamed = run.recipe.library, is_streamed(run)
     at_a_time = together(run) if streamed else None
-    device, host = taken(run, at_a_time)
+    peak = taken(run, at_a_time)
     shape, tokens = run.parent.shape, settings.tokens
     forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
     training = trained_per_token(run)
-    # side by side on GPUs; processes on a CPU share its cores
-    share = 1 / launch.processes(run) if run.device.type == "cuda" else 1.0
     steps = chunk_steps(run, streamed=streamed)
     chosen = f"parent and variants in memory (resident), {steps} batches a layer (chunk_steps)"
     if at_a_time is not None:
@@ -167,25 +171,49 @@ def need(job: Job) -> Need:
     return Need(
         tokens=settings.tokens,
         flops=tokens * (2.0 * forward + 6.0 * training),
-        memory_bytes=device,
-        host_bytes=host,
+        memory=peak,
         disk_bytes=OPTIMIZER_BYTES * sum(trained_parameters(run)),
-        effort=Effort(forward=tokens * forward, training=tokens * training).times(share),
+        effort=_effort(run, tokens * forward, tokens * training, streamed=streamed),
         chosen=chosen,
-        instead=_smallest_change(run, device, host),
+        instead=_smallest_change(run, peak),
     )
 
 
-def _smallest_change(run: Run, device: float, host: float) -> str:
+def _effort(run: Run, forward: float, training: float, *, streamed: bool) -> Effort:
+    """Of the process with most layers, and what it moves; `forward` and `training` are of all.
+
+    With every layer of every chunk what was learnt goes to disk, and streamed it comes from there,
+    through the host, as the parent's layer does; the chunk crosses to the device and back. Several
+    processes run the parent's layers once more, ahead, and send their outputs on.
+    """
+    settings, shape, processes = run.recipe.library, run.parent.shape, launch.processes(run)
+    layers = -(-shape.num_hidden_layers // processes)
+    share = layers / shape.num_hidden_layers
+    batch = settings.batch_sequences * run.recipe.corpus.sequence_length
+    chunks = -(-settings.tokens // (batch * chunk_steps(run, streamed=streamed)))
+    states = float(settings.tokens * shape.hidden_size * run.placement.dtype.itemsize)
+    written = OPTIMIZER_BYTES * share * sum(trained_parameters(run))
+    read = written + layers * shape.parameters(shape.widest_block) * run.parent.dtype.itemsize
+    at_once = share if run.device.type == "cuda" else 1.0  # processes on a CPU share its cores
+    return Effort(
+        forward=at_once * forward * (2 if processes > 1 else 1),
+        training=at_once * training,
+        network=states if processes > 1 else 0.0,
+        link=chunks * (written + read) + 2 * layers * states if streamed else chunks * written,
+        files=chunks * (written + read if streamed else written),
+    )
+
+
+def _smallest_change(run: Run, peak: Bytes) -> str:
     """What would make the library fit where it does not."""
     memory, settings = run.device.memory, run.recipe.library
-    if not memory.lacks(device, host):
+    if not peak.lacking(memory):
         return ""
-    if not is_streamed(run) and not memory.lacks(*taken(run, _largest(run))):
+    if not is_streamed(run) and not taken(run, _largest(run)).lacking(memory):
         return "leave out library.memory"
     fewer = settings.model_copy(update={"chunk_steps": 1, "batch_sequences": 1, "memory": "auto"})
     recipe = run.recipe.model_copy(update={"library": fewer})
     least = Run(recipe, run.folder, run.progress, device=run.device)
-    if not memory.lacks(*taken(least, _largest(run))):
+    if not taken(least, _largest(run)).lacking(memory):
         return "lower library.batch_sequences or library.chunk_steps"
     return ""

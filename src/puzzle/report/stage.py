@@ -17,7 +17,7 @@ from puzzle.report import REPORT, card, charts, strip
 from puzzle.report import page as pages
 from puzzle.score import SCORE
 from puzzle.search import SEARCH, validate
-from puzzle.stage import Effort, Job, Need, Work
+from puzzle.stage import Bytes, Effort, Job, Need, Work
 from puzzle.uptrain import UPTRAIN
 
 TIMED = (LIBRARY, SCORE, COST, SEARCH, ASSEMBLE, UPTRAIN, EVALUATE)
@@ -59,7 +59,7 @@ def _title(results: evaluation.Results) -> str:
 
 
 def _need(job: Job) -> Need:
-    return Need(memory_bytes=3e8, disk_bytes=2e6, effort=Effort(beside_s=0.5))
+    return Need(memory=Bytes(host=3e8), disk_bytes=2e6, effort=Effort(beside_s=0.5))
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need)

@@ -10,7 +10,7 @@ from puzzle.library.memory import trained_parameters
 from puzzle.model.architecture import Architecture
 from puzzle.run import Run
 from puzzle.score.candidates import scored_blocks
-from puzzle.stage import Effort, Job, Need
+from puzzle.stage import Bytes, Effort, Job, Need
 from puzzle.training import launch
 from puzzle.training.losses import CHUNK_ELEMENTS
 
@@ -26,7 +26,7 @@ def is_streamed(run: Run) -> bool:
     """Whether one layer of the parent is in memory: as the recipe says, or where all do not fit."""
     if run.recipe.score.memory != "auto":
         return run.recipe.score.memory == "streamed"
-    return bool(run.device.memory.lacks(*taken(run, streamed=False)))
+    return bool(taken(run, streamed=False).lacking(run.device.memory))
 
 
 def keeps_library(run: Run) -> bool:
@@ -47,8 +47,8 @@ def passing_blocks(run: Run, shard_tokens: int, *, streamed: bool) -> int:
     return max(1, run.recipe.score.tokens_per_pass // shard_tokens, most)
 
 
-def taken(run: Run, *, streamed: bool) -> tuple[float, float]:
-    """Peak memory of scoring, in bytes: (of the device, of the host beside it).
+def taken(run: Run, *, streamed: bool) -> Bytes:
+    """Peak memory of scoring.
 
     On the device the parent and the library (streamed a layer of each, the parent's pages on disk
     while they are read, and the head), and the larger of two. Exact: outputs of blocks on their
@@ -71,21 +71,25 @@ def taken(run: Run, *, streamed: bool) -> tuple[float, float]:
         layer = shape.parameters(shape.widest_block) * (element + stored)
         parent = max(layer, float(head * stored)) + head * element
     state, of_token = tokens * shape.hidden_size, shape.passing_elements * element
-    logits = 4.0 * 4 * CHUNK_ELEMENTS[run.device.type]
+    logits = 4.0 * 4 * min(tokens * shape.vocab_size, CHUNK_ELEMENTS[run.device.type])
     exact = fisher = 0.0
     if settings.method != "fisher":
         of_layers = [len(layer.blocks) for layer in run.space.layers]
         most = sum(of_layers) if streamed else max(of_layers)
         waiting = 2.0 * state * element
         waiting *= min(most, passing_blocks(run, tokens, streamed=streamed))
-        passing = max(tokens, settings.tokens_per_pass) * of_token
+        passing = min(max(tokens, settings.tokens_per_pass), most * tokens) * of_token
         exact = waiting + 4.0 * 3 * state + max(passing, logits)
     if settings.method != "exact":
         both_ways = 2.0 * tokens * of_token
         fisher = 4.0 * settings.fisher_samples * state + max(logits + 4.0 * head, both_ways)
-    host = float((shape.num_hidden_layers + 1) * state * element)
-    device, beside = parent + library + max(exact, fisher), launch.processes_beside(run)
-    return device * (beside if run.device.memory.is_shared else 1), host * beside
+    beside = launch.processes_beside(run)
+    sharing = beside if run.device.memory.is_shared else 1
+    return Bytes(
+        weights=sharing * (parent + library),
+        activations=sharing * max(exact, fisher),
+        host=float(beside * (shape.num_hidden_layers + 1) * state * element),
+    )
 
 
 def need(job: Job) -> Need:
@@ -99,38 +103,53 @@ def need(job: Job) -> Need:
     counts = [len(blocks) for blocks in layers]
     suffix = sum(n * (len(counts) - i) for i, n in enumerate(counts)) * per_layer
     head = shape.vocab_size * shape.hidden_size
-    device, host = taken(run, streamed=streamed)
     chosen = f"the parent in memory, the library {'too' if keeps_library(run) else 'by layer'}"
     if streamed:
         row = min(settings.sequences, settings.shard_sequences) * run.recipe.corpus.sequence_length
         together = passing_blocks(run, row, streamed=True)
         chosen = f"parent and library layer by layer from disk (streamed), {together} blocks a pass"
-    # side by side on GPUs; processes on a CPU share its cores
-    share = 1 / launch.processes(run) if run.device.type == "cuda" else 1.0
-    effort = Effort(forward=tokens * suffix, judged=JUDGED * tokens * sum(counts))
+    effort = Effort(
+        forward=tokens * suffix,
+        judged=JUDGED * tokens * sum(counts),
+        files=_read(run, sum(counts)) if streamed else 0.0,
+    )
+    if run.device.type == "cuda":  # side by side; processes on a CPU share its cores
+        effort = effort.times(1 / launch.processes(run))
     return Need(
         tokens=tokens,
         flops=2.0 * tokens * (suffix + sum(counts) * head),
-        memory_bytes=device,
-        host_bytes=host,
+        memory=taken(run, streamed=streamed),
         disk_bytes=1e6,
-        effort=effort.times(share),
+        effort=effort,
         chosen=chosen,
         instead=_smallest_change(run),
     )
 
 
+def _read(run: Run, blocks: int) -> float:
+    """Bytes of a streamed parent that are read: for a shard's activations the whole of it.
+
+    Then for each group of blocks what comes after them: half of it, on average.
+    """
+    settings, shape = run.recipe.score, run.parent.shape
+    parent = Architecture.of_parent(shape).parameters(shape) * run.parent.dtype.itemsize
+    sequences = min(settings.sequences, settings.shard_sequences)
+    tokens = sequences * run.recipe.corpus.sequence_length
+    groups = -(-blocks // passing_blocks(run, tokens, streamed=True))
+    return -(-settings.sequences // sequences) * parent * (1 + groups / 2)
+
+
 def _smallest_change(run: Run) -> str:
     """What would make scoring fit where it does not."""
     memory = run.device.memory
-    if not memory.lacks(*taken(run, streamed=is_streamed(run))):
+    if not taken(run, streamed=is_streamed(run)).lacking(memory):
         return ""
-    if not memory.lacks(*taken(run, streamed=True)):
+    if not taken(run, streamed=True).lacking(memory):
         return "leave out score.memory"
     least = {"shard_sequences": 1, "tokens_per_pass": 1, "fisher_samples": 4, "memory": "streamed"}
     score = run.recipe.score.model_copy(update=least)
     recipe = run.recipe.model_copy(update={"score": score})
     smaller = Run(recipe, run.folder, run.progress, device=run.device)
-    if not memory.lacks(*taken(smaller, streamed=True)):
+    if not taken(smaller, streamed=True).lacking(memory):
         return "lower score.shard_sequences and score.tokens_per_pass"
     return ""

@@ -51,7 +51,7 @@ from puzzle.search.space_program import (
     for_target,
     homogeneous,
 )
-from puzzle.stage import Effort, Job, Need, Work
+from puzzle.stage import Bytes, Effort, Job, Need, Work
 
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
 # left undecided.
@@ -398,12 +398,11 @@ def _given(
 def _need(job: Job) -> Need:
     """A refinement scores the blocks that a search could choose, in a smaller model."""
     if not _is_refined(job):
-        return Need(memory_bytes=2e8, disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
+        return Need(memory=Bytes(host=2e8), disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
     scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * job.child.search.refinements
     return Need(
         flops=share * scoring.flops,
-        memory_bytes=scoring.memory_bytes,
-        host_bytes=scoring.host_bytes,
+        memory=scoring.memory,
         instead=scoring.instead,
         disk_bytes=1e6,
         effort=replace(scoring.effort.times(share), beside_s=PROGRAM_S),

@@ -58,7 +58,8 @@ def processes(run: Run) -> int:
 
 def processes_beside(run: Run) -> int:
     """How many of them share this machine and its memory."""
-    return min(processes(run), int(os.environ.get("LOCAL_WORLD_SIZE", processes(run))))
+    count = -(-processes(run) // run.device.memory.machines)  # several only where it is planned for
+    return min(count, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
 
 
 class Order(Record):

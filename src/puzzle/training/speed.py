@@ -3,17 +3,18 @@
 Small layers reach a small share of the rate of large matrix products: what surrounds the products
 takes the time, and over a large vocabulary the softmax does. So one layer of the parent's shape,
 with random weights, and the losses over its vocabulary are timed on a batch, which takes about two
-seconds. What has more than `MEASURED_PARAMETERS` is mostly products, and a GPU that is only planned
-for cannot be timed: for these it is `Device.training_flops_per_s`.
+seconds. What has more than `MEASURED_PARAMETERS` is mostly products, and a device that is only
+planned for cannot be timed: for these it is `Device.training_flops_per_s`, and the rates on its
+sheet for what moves.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from puzzle.device import Device
+from puzzle.device import TRANSFERS, Device
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleModel
@@ -34,6 +35,10 @@ class Speed:
     training_s: float  # the same, forward and backward
     judged_s: float  # per token: `token_metrics` of one candidate
     loss_s: float  # per token: `distillation_losses`, forward and backward
+    # Per byte; 0 where it is not known: what computes is timed here, what moves is not.
+    network_s: float = 0.0
+    link_s: float = 0.0
+    file_s: float = 0.0
 
 
 def measure(parent: Parent, device: Device, sequence_length: int) -> Speed:
@@ -42,15 +47,20 @@ def measure(parent: Parent, device: Device, sequence_length: int) -> Speed:
     head = parent.shape.vocab_size * parent.shape.hidden_size
     # A parameter's product with an activation is 2 FLOPs; the loss is of two models, one trains.
     speed = Speed(2 / rate, 6 / rate, 4 * head / rate, 8 * head / rate)
-    if device.planned is not None:
-        return speed
+    if (sheet := device.planned) is not None:
+        return replace(
+            speed,
+            network_s=1 / (TRANSFERS * sheet.network_bytes),
+            link_s=1 / (TRANSFERS * sheet.link_bytes),
+            file_s=1 / sheet.disk_bytes,
+        )
     rows = max(1, TOKENS // sequence_length)
     if parent.shape.parameters(parent.shape.parent_blocks[0]) <= MEASURED_PARAMETERS:
         forward_s, training_s = _time_layer(parent, device, rows, sequence_length)
-        speed = Speed(forward_s, training_s, speed.judged_s, speed.loss_s)
+        speed = replace(speed, forward_s=forward_s, training_s=training_s)
     if head <= MEASURED_PARAMETERS:
         judged_s, loss_s = _time_head(parent, device, rows * sequence_length)
-        speed = Speed(speed.forward_s, speed.training_s, judged_s, loss_s)
+        speed = replace(speed, judged_s=judged_s, loss_s=loss_s)
     return speed
 
 

@@ -19,7 +19,7 @@ from puzzle.config import UptrainConfig
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.search.constraints import parse_quantity
-from puzzle.stage import Effort, Job, Need
+from puzzle.stage import Bytes, Effort, Job, Need
 from puzzle.training import launch
 from puzzle.training.losses import LOSS_ELEMENTS
 
@@ -53,13 +53,6 @@ class _Chosen(Record):
 
     asked: dict[str, str]
     choice: Choice
-
-
-class Bytes(Record):
-    """Peaks: of one device, and of the host beside that, all processes together."""
-
-    device: float
-    host: float
 
 
 def choose(job: Job, folder: Path | None = None) -> Choice:
@@ -138,8 +131,7 @@ class Case:
 
     def fits(self, choice: Choice) -> bool:
         """Whether device and host have as much."""
-        taken = self.taken(choice)
-        return not self.job.run.device.memory.lacks(taken.device, taken.host)
+        return not self.taken(choice).lacking(self.job.run.device.memory)
 
     def choices(self) -> list[Choice]:
         """What the settings allow, from the fastest to the smallest."""
@@ -184,7 +176,7 @@ class Case:
         shape = run.parent.shape
         parent = Architecture.of_parent(shape).parameters(shape)
         frozen, product = run.placement.dtype.itemsize, self._product
-        learning, host = float(self.parameters), 0.0
+        learning, host, optimizer = float(self.parameters), 0.0, 0.0
         models: float = frozen * parent / self.processes
         if choice.parent == "host":
             layer = shape.parameters(shape.widest_block)
@@ -197,7 +189,7 @@ class Case:
             models += product * learning
             host += 12.0 * learning
         else:
-            models += 12.0 * learning / self.processes
+            optimizer = 12.0 * learning / self.processes
         if self.processes > 1:
             head = shape.vocab_size * shape.hidden_size
             largest = max(shape.parameters(shape.widest_block), head)
@@ -209,8 +201,40 @@ class Case:
         passing = self._micro_batch(choice) * ALLOCATED[run.device.type]
         rows = settings.batch_sequences // self.processes
         is_whole = self._tokens(choice) >= rows * run.recipe.corpus.sequence_length
-        step = max(gradients, passing) if is_whole else gradients + passing
-        return Bytes(device=models + step, host=host)
+        if is_whole:  # the one is gone when the other is there
+            gradients, passing = (gradients, 0.0) if gradients > passing else (0.0, passing)
+        return Bytes(
+            weights=models,
+            optimizer=optimizer + gradients,
+            activations=passing,
+            host=host / self.job.run.device.memory.machines,
+        )
+
+    def sent(self, choice: Choice, tokens: int) -> float:
+        """Bytes that each process sends to the others.
+
+        With every micro-batch the layers' weights are gathered twice, forward and backward, those
+        of embedding and head once, the parent's once, and float32 gradients are added up; of all
+        that a process sends its share to every other one (ring).
+        """
+        run, constant = self.job.run, self.job.run.parent.shape.constant_parameters
+        parent = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
+        child = self._product * (2.0 * self.parameters - constant) + 4.0 * self.parameters
+        passed = child + run.placement.dtype.itemsize * parent
+        micro_batches = tokens / (self._tokens(choice) * self.processes)
+        return micro_batches * passed * (self.processes - 1) / self.processes
+
+    def crossing(self, choice: Choice, tokens: int) -> float:
+        """Bytes between device and host: what each step, and each micro-batch, brings over."""
+        run, settings = self.job.run, self.job.child.uptrain
+        shape, total = run.parent.shape, 0.0
+        if choice.optimizer == "host":  # float32 gradients there, weights for products back
+            steps = tokens / (settings.batch_sequences * run.recipe.corpus.sequence_length)
+            total += steps * (4.0 + self._product) * self.parameters
+        if choice.parent == "host":
+            layers = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
+            total += tokens / self._tokens(choice) * run.placement.dtype.itemsize * layers
+        return total
 
     @property
     def _product(self) -> int:
@@ -320,7 +344,7 @@ def need(job: Job) -> Need:
     """What the stage will take, for the child that there is or the largest that may come."""
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
     case, choice = Case.of(job), choose(job)
-    taken, parameters = case.taken(choice), case.parameters
+    parameters = case.parameters
     tokens = sum(stage.tokens for stage in settings.stages) or settings.tokens
     forward = Architecture.of_parent(shape).parameters(shape)
     per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
@@ -331,15 +355,15 @@ def need(job: Job) -> Need:
         loss=1.0,
     ).times(tokens)
     if run.device.type == "cuda":  # side by side; processes on a CPU share its cores
-        flops, effort = flops / case.processes, effort.times(1 / case.processes)
+        effort = effort.times(1 / case.processes)
+    effort = replace(effort, network=case.sent(choice, tokens), link=case.crossing(choice, tokens))
     checkpoints = (12.0 + 4.0 * (settings.keep == "best")) * parameters
     if settings.lora_rank:
         checkpoints *= 0.02
     return Need(
         tokens=tokens,
         flops=flops,
-        memory_bytes=taken.device,
-        host_bytes=taken.host,
+        memory=case.taken(choice),
         disk_bytes=parameters * run.parent.dtype.itemsize + checkpoints,
         effort=effort,
         chosen=f"for a child of up to {parameters / 1e6:,.0f}M parameters: {choice}",
