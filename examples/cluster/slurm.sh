@@ -15,7 +15,7 @@
 set -euo pipefail
 
 recipe=${1:?expected a recipe: sbatch slurm.sh RECIPE.yaml}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export OMP_NUM_THREADS=8        # 64 cores for 8 processes
 export HF_HUB_OFFLINE=1         # machines that compute often reach no hub
 
@@ -25,5 +25,5 @@ srun --kill-on-bad-exit=1 torchrun \
   --nproc-per-node 8 \
   --rdzv-id "$SLURM_JOB_ID" \
   --rdzv-backend c10d \
-  --rdzv-endpoint "$first:29500" \
+  --rdzv-endpoint "${machines[0]}:29500" \
   -m puzzle.worker "$recipe"

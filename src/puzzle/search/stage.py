@@ -52,6 +52,7 @@ from puzzle.search.space_program import (
     homogeneous,
 )
 from puzzle.stage import Bytes, Effort, Job, Need, Work
+from puzzle.training import launch
 
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
 # left undecided.
@@ -400,8 +401,10 @@ def _need(job: Job) -> Need:
     if not _is_refined(job):
         return Need(memory=Bytes(host=2e8), disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
     scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * job.child.search.refinements
+    if job.run.device.type == "cuda":  # one process does what scoring shares out
+        share *= launch.processes(job.run)
     return Need(
-        flops=share * scoring.flops,
+        flops=REFINEMENT_SHARE * job.child.search.refinements * scoring.flops,
         memory=scoring.memory,
         instead=scoring.instead,
         disk_bytes=1e6,
