@@ -106,9 +106,11 @@ def formula(run: Run, stage: str, way: str) -> float:
     if stage == "library":
         return library_memory.memory_bytes(run, streamed=way == "streamed")
     if stage == "score":
-        return sum(score_memory.taken(run, streamed=way == "streamed"))
+        peak = score_memory.taken(run, streamed=way == "streamed")
+        return peak.device + peak.host
     place: evaluate_memory.Way = "streamed" if way == "streamed" else "resident"
-    return sum(evaluate_memory.taken(run.child_job("main"), place))
+    peak = evaluate_memory.taken(run.child_job("main"), place)
+    return peak.device + peak.host
 
 
 def save_child(run: Run) -> None:

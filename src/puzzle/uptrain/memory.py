@@ -203,12 +203,11 @@ class Case:
         is_whole = self._tokens(choice) >= rows * run.recipe.corpus.sequence_length
         if is_whole:  # the one is gone when the other is there
             gradients, passing = (gradients, 0.0) if gradients > passing else (0.0, passing)
-        return Bytes(
-            weights=models,
-            optimizer=optimizer + gradients,
-            activations=passing,
-            host=host / self.job.run.device.memory.machines,
-        )
+        peak = Bytes(weights=models, optimizer=optimizer + gradients, activations=passing)
+        memory = self.job.run.device.memory
+        # where processes share one memory it is that of all
+        beside = self.processes if memory.is_shared else 1
+        return replace(peak.times(beside), host=host / memory.machines)
 
     def sent(self, choice: Choice, tokens: int) -> float:
         """Bytes that each process sends to the others.
