@@ -1,21 +1,26 @@
 """`puzzle plan` for a GPU that is not here, from the config.json of Llama-3.1-8B alone."""
 
 import re
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from puzzle import config, settings
 from puzzle.assemble import ASSEMBLE
 from puzzle.commands import planning
 from puzzle.config import Recipe
 from puzzle.device import USABLE
+from puzzle.engines import roofline_engine
 from puzzle.errors import UserError
 from puzzle.library import memory as library_memory
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.stage import Job
+from puzzle.stage import Effort, Job
+from puzzle.training.speed import Speed
 from puzzle.uptrain import memory
 
 PLANS = Path(__file__).parents[1] / "examples" / "cluster"
@@ -133,3 +138,66 @@ def test_a_plan_says_where_and_how_each_stage_is_done_or_why_not(tmp_path, capsy
 def test_a_memory_without_a_unit_is_refused(text):
     with pytest.raises(UserError, match="--device-memory: got .*80GiB"):
         planning.device(device_memory=text)
+
+
+# ------------------------------------------------------------------------ devices and their sheets
+
+
+def known_devices() -> dict[str, dict[str, float]]:
+    text = (files("puzzle") / "engines" / "devices.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", known_devices())
+def test_every_known_device_has_a_whole_sheet(name):
+    device, figures = planning.device(name), known_devices()[name]
+    assert set(figures) == set(roofline_engine.PLAN_KEYS)
+    assert device.memory.device_bytes == figures["memory_bytes"]
+    assert device.type == ("cpu" if name == "this-cpu" else "cuda")
+    assert device.training_flops_per_s < figures["flops_per_s"] / 3
+
+
+def test_costs_take_three_figures_of_a_sheet_wherever_it_comes_from(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text(yaml.safe_dump(known_devices()["A100"] | {"memory_bytes": 40e9}))
+    assert roofline_engine.sheet(str(own)) == roofline_engine.sheet("A100")
+    assert set(roofline_engine.sheet("A100")) == set(roofline_engine.KEYS)
+    device = planning.device(str(own), devices=2)
+    assert (device.planned.name, device.memory.device_bytes) == ("mine", 40_000_000_000)
+
+
+def test_more_devices_than_a_machine_has_are_on_several():
+    eight, sixteen = (planning.device("H100", devices=n) for n in (8, 16))
+    assert (sixteen.memory.devices, sixteen.memory.machines) == (16, 2)
+    assert sixteen.memory.host_bytes == eight.memory.host_bytes == 8 * 256 * 2**30
+    assert sixteen.planned.network_bytes < eight.planned.network_bytes
+    given = planning.device("H100", devices=16, device_memory="64GiB", host_memory="1TiB")
+    assert (given.memory.device_bytes, given.memory.host_bytes) == (64 * 2**30, 2**40)
+
+
+def test_several_devices_share_weights_work_and_what_they_send(tmp_path):
+    """Sharded, all that does not pass a device with the text is divided."""
+    needs = {}
+    for devices in (1, 4, 8):
+        run = Run(
+            recipe_8b("uptrain.activation_checkpointing=true", "uptrain.micro_batch_sequences=1"),
+            tmp_path,
+            Progress(quiet=True),
+            device=planning.device("B200", devices=devices),
+        )
+        needs[devices] = memory.need(run.child_job("main"))
+    one, four, eight = needs.values()
+    assert one.effort.network == 0
+    assert four.memory.optimizer == pytest.approx(one.memory.optimizer / 4)
+    assert eight.memory.optimizer == pytest.approx(one.memory.optimizer / 8)
+    assert eight.effort.training == pytest.approx(one.effort.training / 8)
+    assert one.flops == four.flops == eight.flops
+    # as many micro-batches in each of twice as many, of which all but one's share is sent
+    assert eight.effort.network == pytest.approx(four.effort.network * (7 / 8) / (3 / 4) / 2)
+
+
+@pytest.mark.parametrize("slowest", ["network", "link", "files", "forward"])
+def test_a_stage_takes_as_long_as_the_slowest_of_what_goes_on_together(slowest):
+    speed = Speed(forward_s=1, training_s=1, judged_s=1, loss_s=1, network_s=1, link_s=1, file_s=1)
+    effort = Effort(network=1, link=1, files=1, forward=1, beside_s=5)
+    assert replace(effort, **{slowest: 3}).seconds(speed) == 3 + 5

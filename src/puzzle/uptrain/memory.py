@@ -213,13 +213,14 @@ class Case:
         """Bytes that each process sends to the others.
 
         With every micro-batch the layers' weights are gathered twice, forward and backward, those
-        of embedding and head once, the parent's once, and float32 gradients are added up; of all
+        of embedding and head once, and float32 gradients are added up. So are the parent's weights,
+        which no gradient needs: FSDP2 fetches ahead what came before in the forward pass. Of all
         that a process sends its share to every other one (ring).
         """
         run, constant = self.job.run, self.job.run.parent.shape.constant_parameters
         parent = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
         child = self._product * (2.0 * self.parameters - constant) + 4.0 * self.parameters
-        passed = child + run.placement.dtype.itemsize * parent
+        passed = child + run.placement.dtype.itemsize * (2.0 * parent - constant)
         micro_batches = tokens / (self._tokens(choice) * self.processes)
         return micro_batches * passed * (self.processes - 1) / self.processes
 
