@@ -158,6 +158,15 @@ class RandomText(Sequences):
         return torch.ones(count, self.sequence_length, dtype=torch.bool)
 
 
+class OpenedWeights(child.RandomWeights):
+    """Random weights that are read as those in a parent's files are: inside a `with` block."""
+
+    def __enter__(self) -> "OpenedWeights":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 class MadeParent(Parent):
     """A parent whose weights are drawn on a device whenever they are read."""
 
@@ -165,7 +174,7 @@ class MadeParent(Parent):
 
     def weights(self) -> Any:
         architecture = Architecture.of_parent(self.shape)
-        return child.RandomWeights(self.child_config(architecture), self.on)
+        return OpenedWeights(self.child_config(architecture), self.on)
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
