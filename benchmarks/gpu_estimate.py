@@ -43,10 +43,12 @@ from puzzle.library.bld import ParentBatch, VariantTrainer
 from puzzle.library.records import LossPoint
 from puzzle.model import child, modeling_puzzle, variants
 from puzzle.model.architecture import FFN, Architecture, Block
+from puzzle.model.layers import ParentLayers
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.score.exact import HELD_SHARE, Suffix
+from puzzle.score import memory as score_memory
+from puzzle.score.exact import Suffix
 from puzzle.score.modules import LayerBlocks
 from puzzle.uptrain import memory as uptrain_memory
 from puzzle.uptrain.gkd import Pair
@@ -249,12 +251,11 @@ def score(run: Run) -> dict[str, Any]:
             module = variants.block_module(run.parent, 0, half.alone, "sdpa")
         modules[half] = module.to(torch.bfloat16).to_empty(device=CUDA).requires_grad_(False)
     halves = {block: (modules[block.attention], modules[block.ffn]) for block in blocks}
-    outputs, suffix = (
-        LayerBlocks(halves),
-        Suffix(parent, [parent.model.layers[1]], context, x_BSD, tokens),
-    )
+    of_parent = ParentLayers(parent)
+    outputs, suffix = LayerBlocks(halves), Suffix(of_parent, of_parent, context, x_BSD, tokens)
     final_TD = x_BSD[:, :-1].flatten(0, 1)
-    held = min(len(blocks), max(1, int(HELD_SHARE * run.device.memory_bytes / x_BSD.nbytes)))
+    most = score_memory.passing_blocks(run, tokens.numel(), streamed=False)
+    held = min(len(blocks), most)
     with torch.no_grad():
         of_blocks = counted(lambda: list(outputs.outputs(x_BSD, context)))
         of_layer = counted(lambda: parent.model.layers[1](x_BSD, **context))

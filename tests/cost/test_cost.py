@@ -135,6 +135,22 @@ def test_standard_errors_are_as_large_as_the_errors():
     assert off.std(axis=0) == pytest.approx(errors.mean(axis=0), rel=0.35)  # 60 fits: 9 %
 
 
+def test_a_series_needs_fewer_samples_than_any_widths_however_short_they_take():
+    """Six widths on a straight line, of a microsecond each; 24 samples."""
+    sizes, rng = np.array([1.0, 2, 3, 4, 5, 6]), np.random.default_rng(2)
+    true = 1e-6 * np.append(1 + 0.2 * sizes, 5.0)
+    series, off = [list(enumerate(sizes))], {"alone": [], "series": []}
+    for _ in range(40):
+        samples = Samples()
+        for _ in range(24):
+            counts = [*rng.integers(0, 4, size=6), 1]
+            samples.add(counts, float(counts @ true * rng.normal(1, 0.1)))
+        off["alone"].append(samples.fit()[0][:6] / true[:6] - 1)
+        off["series"].append(samples.fit(series)[0][:6] / true[:6] - 1)
+    spread = {name: np.std(values) for name, values in off.items()}
+    assert spread["series"] < 0.6 * spread["alone"]
+
+
 def test_outliers_beyond_three_standard_deviations_are_discarded():
     """One in ten takes a quarter more: five deviations."""
     off, errors = fitted_often(outliers=0.1, factor=1.25)

@@ -15,6 +15,7 @@ from puzzle.data.packing import Tokenised
 from puzzle.data.sequences import Split
 from puzzle.errors import UserError
 from puzzle.progress import Progress
+from puzzle.run import Run
 
 BUDGET = {"held_out_fraction": 0.5, "train_tokens": 10**6, "held_out_tokens": 10**6}
 SIDES = get_args(Split)
@@ -217,3 +218,14 @@ def test_a_build_interrupted_between_the_sides_ends_with_the_same_files(
 def test_a_token_counts_where_its_first_character_lies_in_a_span():
     offsets = [(0, 3), (3, 5), (5, 8), (8, 9)]
     assert packing._counted(offsets, [(3, 5), (8, 9)]) == [False, True, False, True]
+
+
+def test_held_out_sides_have_their_shares_of_the_tokens(tiny_run):
+    """A quarter to score, a quarter to validate, half to report."""
+    asked, settings = 1024, tiny_run.recipe.corpus
+    few = settings.model_copy(update={"held_out_tokens": asked})
+    recipe = tiny_run.recipe.model_copy(update={"corpus": few})
+    corpus = Run(recipe, tiny_run.folder, tiny_run.progress).corpus
+    for split, share in (("score", 0.25), ("validation", 0.25), ("test", 0.5)):
+        tokens = len(corpus[split]) * settings.sequence_length
+        assert share * asked - settings.sequence_length < tokens <= share * asked

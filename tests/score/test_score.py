@@ -3,6 +3,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,3 +405,21 @@ def test_only_attention_has_a_share_in_the_cache(finished_run):
     assert (none[:, 1] == half[:, 1]).all()
     parent = blocks.index(shape.parent_blocks[0])
     assert none[parent].tolist() == half[parent].tolist() == [1.0, 1.0]
+
+
+def test_gradients_of_drawn_predictions_are_those_of_autograd_with_soft_caps():
+    """log p(y) of logits cap * tanh(z / cap), for the very tokens that were drawn."""
+    cap, shape = 3.0, (2, 4, 6)
+    torch.manual_seed(0)
+    head_VD, normed_BSD = torch.randn(9, 6), 2 * torch.randn(shape)
+    estimator = object.__new__(fisher.Estimator)
+    estimator.parent = SimpleNamespace(soft_cap=cap, head_VD=head_VD)
+    drawn = estimator._head_gradients(normed_BSD, 3, torch.Generator().manual_seed(1))
+
+    hidden = normed_BSD.clone().requires_grad_()
+    logits = (cap * torch.tanh(hidden[:, :-1].flatten(0, 1) @ head_VD.T / cap)).log_softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    for gradient in drawn:
+        tokens = torch.multinomial(logits.exp().detach(), 1, generator=generator)
+        (expected,) = torch.autograd.grad(logits.gather(1, tokens).sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
