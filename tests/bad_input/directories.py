@@ -101,7 +101,7 @@ CASES = [
     Case(
         "a run.yaml with an unknown key",
         ["status", "run"],
-        "run/run.yaml: unknown key 'a'; expected one of: parent, out, device, precision, deploy, corpus, library, score, cost, search, uptrain, evaluate, places, children",
+        "run/run.yaml: unknown key 'a'; expected one of: parent, out, device, precision, processes, deploy, corpus, library, score, cost, search, uptrain, evaluate, places, children",
         {"run/run.yaml": "a: 1\n"},
     ),
     Case(
