@@ -1,5 +1,7 @@
 """Several processes on one run: the results of one, whatever their number, also after deaths."""
 
+import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 from alike import assert_same_run, library_of, scores_of
 from conftest import write_recipe
 
-from puzzle import config, pipeline
+from puzzle import artifacts, config, pipeline
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate.results import MODELS, ModelQuality, quality_path
 from puzzle.library import LIBRARY
@@ -18,6 +20,7 @@ from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import SCORE
 from puzzle.stage import Job
+from puzzle.training import launch
 
 pytestmark = pytest.mark.training
 
@@ -45,6 +48,46 @@ def test_a_group_of_torchruns_does_a_whole_run(finished_run, tmp_path, processes
     done = torchrun([str(path), "--quiet"], processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(Run.open(tmp_path / "run", Progress(quiet=True)), finished_run)
+
+
+@pytest.mark.parametrize(
+    ("exits", "said", "words"),
+    [
+        ({0: 1, 1: -9}, "", "process 1 was killed (SIGKILL); the same command goes on (log: "),
+        ({0: 2, 1: -15}, "puzzle: score: no", "score: no"),
+        ({1: -15, 0: 1}, "Traceback\nboom", "process 0 ended with exit code 1; the same"),
+        ({0: 1}, "puzzle: process 3 has gone", "exit code 1, process 3 has gone; the same"),
+    ],
+)
+def test_the_process_that_died_first_is_named_with_what_it_said(tmp_path, exits, said, words):
+    for rank in exits:
+        log = tmp_path / "run_1" / "attempt_0" / str(rank) / "stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(said)
+    lines = [
+        f"  rank      : {n} (local_rank: {n})\n  exitcode  : {e} (pid: 7)" for n, e in exits.items()
+    ]
+    failure = launch.what_failed("\n".join(lines), tmp_path)
+    assert failure.startswith(words) or words in failure
+    assert "\n" not in failure
+
+
+def append_lines(path: Path, number: int) -> None:
+    for index in range(200):
+        artifacts.append_line(path, {"of": number, "index": index})
+
+
+def test_several_processes_append_to_one_file(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    processes = [multiprocessing.Process(target=append_lines, args=(path, n)) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted((line["of"], line["index"]) for line in lines) == [
+        (n, index) for n in range(3) for index in range(200)
+    ]
 
 
 def test_what_is_wrong_under_torchrun_is_one_line(tmp_path):

@@ -11,6 +11,7 @@ it among its own inputs, which chains the run. Who reads a stage's files asks `d
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -170,9 +171,15 @@ def _checked(record: Record) -> dict[str, JsonValue]:
 
 
 def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
-    """Append one line of JSON and force it to disk; a line torn by an interruption is cut off."""
+    """Append one line of JSON and force it to disk; a line torn by an interruption is cut off.
+
+    Several processes may append to one file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), path.open("ab") as lines:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lines, fcntl.LOCK_EX)  # until it is closed
+        lines.seek(0, os.SEEK_END)  # where the one before has left it
         if lines.tell() and not _ends_with_newline(path):
             lines.truncate(len(_complete_lines(path)))
         lines.write((json.dumps(value) + "\n").encode())
