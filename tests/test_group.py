@@ -1,10 +1,12 @@
 """Several processes on one run: the results of one, whatever their number, also after deaths."""
 
+import fcntl
 import json
 import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,22 +74,20 @@ def test_the_process_that_died_first_is_named_with_what_it_said(tmp_path, exits,
     assert "\n" not in failure
 
 
-def append_lines(path: Path, number: int) -> None:
-    for index in range(200):
-        artifacts.append_line(path, {"of": number, "index": index})
-
-
-def test_several_processes_append_to_one_file(tmp_path):
+def test_what_another_process_is_about_to_append_is_not_cut_off(tmp_path):
+    """A line that has no end yet is torn only if nobody is writing it."""
     path = tmp_path / "lines.jsonl"
-    processes = [multiprocessing.Process(target=append_lines, args=(path, n)) for n in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sorted((line["of"], line["index"]) for line in lines) == [
-        (n, index) for n in range(3) for index in range(200)
-    ]
+    with path.open("ab") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.write(b'{"of": ')
+        lines.flush()
+        other = multiprocessing.Process(target=artifacts.append_line, args=(path, {"of": 2}))
+        other.start()
+        time.sleep(0.5)
+        assert path.read_bytes() == b'{"of": '
+        lines.write(b"1}\n")
+    other.join()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"of": 1}, {"of": 2}]
 
 
 def test_what_is_wrong_under_torchrun_is_one_line(tmp_path):
