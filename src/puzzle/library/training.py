@@ -318,9 +318,9 @@ class LibraryTraining:
         device = self.run.device.torch_device
         rows = [*batches, *self._validation_tokens()]
         with torch.no_grad(), self.run.device.autocast():
-            _, context = self.parent.embed(batches[0][:1].to(device))
+            _, context = self.parent.embed(batches[0][:1])
             if self.relay.is_first:
-                embedded = (self.parent.embed(tokens_BS.to(device))[0] for tokens_BS in rows)
+                embedded = (self.parent.embed(tokens_BS)[0] for tokens_BS in rows)
                 states = [self._kept(x_BSD) for x_BSD in embedded]
             else:
                 taken = self.relay.take([tokens_BS.shape for tokens_BS in rows])

@@ -27,8 +27,11 @@ class ParentLayers:
         self.model = model
 
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
-        """Layer 0's input [B, S, D] and the keyword arguments that every layer takes."""
-        return self.model.model.embed(tokens_BS)
+        """Layer 0's input [B, S, D] and the keyword arguments that every layer takes.
+
+        The tokens are on the host.
+        """
+        return self.model.model.embed(tokens_BS.to(self.model.device))
 
     def __len__(self) -> int:
         return len(self.model.model.layers)
@@ -70,7 +73,7 @@ class StreamedLayers(ParentLayers):
     def embed(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, LayerContext]:
         """As above; of the embedding only the rows of these tokens are read."""
         with self.weights() as weights:
-            rows_BSD = weights["model.embed_tokens.weight"][tokens_BS.cpu()]
+            rows_BSD = weights["model.embed_tokens.weight"][tokens_BS]
         rows_BSD = pinned(rows_BSD.to(self.dtype), self.device).to(self.device, non_blocking=True)
         return self.model.model.embed(inputs_embeds=self.model.model.embed_tokens.scaled(rows_BSD))
 

@@ -76,7 +76,7 @@ class AssembledKL:
         with torch.no_grad(), run.device.autocast():
             for shard in shards:
                 states, context = parent_states(run, self.parent, shard.tokens_BS)
-                embedded_BSD, _ = self.parent.embed(shard.tokens_BS.to(device))
+                embedded_BSD, _ = self.parent.embed(shard.tokens_BS)
                 final_BSD = self.parent.norm(states[-1].to(device, non_blocking=True))
                 tokens_BS = shard.tokens_BS.to(device)
                 self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context))

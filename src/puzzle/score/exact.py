@@ -47,15 +47,14 @@ def parent_states(
     On a GPU they are on their way there when this returns: only the same device may read them. The
     context is that of a batch of one, which fits any other.
     """
-    device = run.device.torch_device
     with run.device.autocast():
-        hidden, context = parent.embed(tokens_BS.to(device))
+        hidden, context = parent.embed(tokens_BS)
         states = [run.device.to_host(hidden)]
         for index in range(len(parent)):
             with parent.layer(index) as module:
                 hidden = module(hidden, **context)
             states.append(run.device.to_host(hidden))
-        _, context = parent.embed(tokens_BS[:1].to(device))
+        _, context = parent.embed(tokens_BS[:1])
         return states, context
 
 
