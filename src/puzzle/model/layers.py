@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from puzzle.device import Placement, pinned
+from puzzle.device import Placement, pinned, return_freed_memory
 from puzzle.model import child
 from puzzle.model.modeling_puzzle import (
     LayerContext,
@@ -115,6 +115,7 @@ class StreamedLayers(ParentLayers):
 
     def _drop(self, index: int) -> None:
         self.here.pop(index).to("meta")
+        return_freed_memory()
 
     @cached_property
     def norm(self) -> nn.Module:

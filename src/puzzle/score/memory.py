@@ -17,7 +17,7 @@ from puzzle.training.losses import CHUNK_ELEMENTS
 RESIDENT_SHARE = 0.125  # of the memory: a library up to this size is held while it is scored
 HELD_SHARE = 0.05  # of the memory: outputs of blocks on their way to the head
 # Tokens of blocks on their way, streamed: with so many a layer computes for longer than it is read.
-STREAMED_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 19}
+STREAMED_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 19}
 # Of `Speed.judged_s`, for a block: the parent's side is computed once for all blocks that wait.
 JUDGED = 0.5
 
