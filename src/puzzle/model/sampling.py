@@ -21,10 +21,13 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits over the temperature, [B, V], with the noise of one step."""
-        noise_BV = torch.empty_like(scores, dtype=torch.float32)
-        for noise_V, generator in zip(noise_BV, self.generators, strict=True):
-            noise_V.exponential_(generator=generator)
-        return scores.float() / self.temperature - noise_BV.log()
+        uniform_BV = torch.stack(
+            [
+                torch.rand(scores.shape[1], generator=g, device=scores.device)
+                for g in self.generators
+            ]
+        )
+        return scores.float() / self.temperature - (-uniform_BV.log()).log()
 
 
 @torch.no_grad()
