@@ -187,7 +187,7 @@ def test_the_page_shows_a_plan_of_every_recipe_and_quotes_the_scripts():
         device, count = named_devices(recipe)
         plan = f"puzzle plan {recipe.relative_to(ROOT)} --device {device} --devices {count}"
         assert f"$ {plan}" in quoted()
-    for script, kind in ((SLURM, "sh"), (KUBERNETES, "yaml")):
+    for script, kind in ((SLURM, "sh"), (KUBERNETES, "text")):
         (content,) = [content for after, content in BLOCK.findall(text) if after == kind]
         assert content in script.read_text(encoding="utf-8")
         assert str(script.relative_to(ROOT)) in text

@@ -81,12 +81,14 @@ def test_what_another_process_is_about_to_append_is_not_cut_off(tmp_path):
         fcntl.flock(lines, fcntl.LOCK_EX)
         lines.write(b'{"of": ')
         lines.flush()
-        other = multiprocessing.Process(target=artifacts.append_line, args=(path, {"of": 2}))
+        spawned = multiprocessing.get_context("spawn")  # a fork would hold the lock, too
+        other = spawned.Process(target=artifacts.append_line, args=(path, {"of": 2}))
         other.start()
-        time.sleep(0.5)
+        time.sleep(2.0)  # until it waits
         assert path.read_bytes() == b'{"of": '
         lines.write(b"1}\n")
-    other.join()
+    other.join(60)
+    assert other.exitcode == 0
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"of": 1}, {"of": 2}]
 
 
