@@ -17,6 +17,7 @@ from puzzle.model import child
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, ModelShape
 from puzzle.model.parent import Parent
 
+LEAST_LAYERS = 4  # of a random model, also where the parent has fewer: its first one never changes
 PROBE_BYTES = 256 << 20  # a probe may always have so many; beyond it, no more than the parent
 
 
@@ -99,7 +100,9 @@ class Probe:
                 again, so that a few models have had all of them.
         """
         reference = self.parts(self.reference)
-        halves = [(reference[2::2], Part(NO_ATTENTION)), (reference[3::2], Part(NO_FFN))]
+        spare = LEAST_LAYERS - len(reference) // 2
+        replaceable = reference[2:] + reference[:2] * max(0, spare)
+        halves = [(replaceable[::2], Part(NO_ATTENTION)), (replaceable[1::2], Part(NO_FFN))]
         attentions, ffns = (
             self._random_half(rng, parents, no_op, unused.setdefault(no_op, []))
             for parents, no_op in halves
