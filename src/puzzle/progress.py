@@ -62,7 +62,8 @@ class Task:
             return
         self.last_line, done = now, self.done - self.resumed
         others = self.owner.others(self.name, done / (now - self.started - self.waited_s))
-        note = ", ".join([note] * bool(note) + [f"{name} {r:,.4g}/s" for name, r in others.items()])
+        slow = [f"{name} {r:,.4g} {self.unit}/s" for name, r in others.items()]
+        note = ", ".join([note] * bool(note) + slow)
         if self.owner.bars is not None and self.bar is not None and others:
             self.owner.bars.update(self.bar, note=note)
         if self.owner.plain:

@@ -259,8 +259,10 @@ class Run:
         layers = self.parent_layers(streamed=True)
         assert isinstance(layers, StreamedLayers)
         self.__dict__["parent_model"] = layers.whole()
-        yield
-        self.__dict__.pop("parent_model", None)
+        try:
+            yield
+        finally:
+            self.__dict__.pop("parent_model", None)
 
     @cached_property
     def speed(self) -> "Speed":

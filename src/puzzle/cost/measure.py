@@ -261,9 +261,10 @@ class ScenarioMeasurement:
         )
 
     def _inter_token(self) -> Percentiles:
-        steps = np.array(self.parent["step"])[:, None]
-        phase = Phase(1, steps, np.array(self.positions, dtype=float))
-        return step_percentiles([[phase, phase]])[0] if len(steps) else Percentiles()
+        if not self.positions:
+            return Percentiles()
+        steps, positions = np.array(self.parent["step"]), np.array(self.positions, dtype=float)
+        return step_percentiles([Phase(1, steps[:, None], positions)])[0]
 
     def _fit_record(self, scales: tuple[float, float]) -> ScenarioFit:
         of_parent = self.parent["step"] or self.parent["prefill"]

@@ -179,15 +179,12 @@ def disturbed(starts: Sequence[Start]) -> float:
     return float((np.concatenate([phase.slowness for phase in phases]) > DISTURBED).mean())
 
 
-def step_percentiles(starts: Sequence[Start]) -> list[Percentiles]:
+def step_percentiles(phases: Sequence[Phase]) -> list[Percentiles]:
     """Of the steps after the first token, by side: they take longer as the context grows.
 
     On a quiet machine: from the straight line that is expected in the turns' positions. It goes
     through the fastest turns of both halves, so it is moved to where the median turn is.
     """
-    phases = [phase for start in starts for phase in start[1:]]
-    if not phases:
-        return []
     turns = np.concatenate([phase.turns for phase in phases])
     positions = np.concatenate([phase.positions for phase in phases])
     line = Phase(1, turns, positions).expected()

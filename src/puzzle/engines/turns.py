@@ -295,7 +295,8 @@ def _measurement(
         figures |= _figures_of(one, side, served)
     known = intervals(shown, figures, looks)
 
-    steps = step_percentiles(shown) or [Percentiles()] * len(sides)
+    decode = [phase for start in shown for phase in start[1:]]
+    steps = step_percentiles(decode) if decode else [Percentiles()] * len(sides)
 
     def side_figures(one: str, number: int) -> ServedFigures:
         side = sides[number]

@@ -42,6 +42,11 @@ def attention_names(model: Any) -> list[str | None]:
     return [getattr(attention, "layer_name", None) for attention in attentions]
 
 
+def scheduler_of(engine: Any) -> Any:
+    """What shares out the KV cache: in this process, whatever the workers are in."""
+    return engine.engine_core.engine_core.scheduler
+
+
 def list_pages(llm: Any, devices: int) -> list[Page]:
     """The page of every layer's KV cache, as the engine allocates it on all devices together.
 
@@ -49,7 +54,7 @@ def list_pages(llm: Any, devices: int) -> list[Page]:
     in those of narrow ones. Of a window it holds the pages that it touches.
     """
     specs: dict[str, Any] = {}
-    for group in llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups:
+    for group in scheduler_of(llm.llm_engine).kv_cache_config.kv_cache_groups:
         of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {})
         specs |= {name: of_layers.get(name, group.kv_cache_spec) for name in group.layer_names}
     pages = []
@@ -271,8 +276,8 @@ class Batch:
 
     def preemptions(self) -> int:
         """How often a sequence of the batch that runs lost its KV cache to others."""
-        scheduler = self.engine.engine_core.engine_core.scheduler
-        return sum(request.num_preemptions for request in scheduler.requests.values())
+        requests = scheduler_of(self.engine).requests.values()
+        return sum(request.num_preemptions for request in requests)
 
     def begin(self, scenario: ScenarioConfig) -> None:
         """Drop the batch that runs, and let the next step be the prefill of another."""

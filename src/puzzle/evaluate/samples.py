@@ -43,6 +43,6 @@ def written(run: Run, model: PuzzleForCausalLM, count: int, tokens: int) -> list
     if not asked:
         return []
     with run.device.autocast():
-        written = sample(model, asked, tokens, TEMPERATURE, [SEED] * len(asked))
+        texts = sample(model, asked, tokens, TEMPERATURE, [SEED] * len(asked))
     tokenizer = run.parent.tokenizer
-    return [str(tokenizer.decode(new, skip_special_tokens=True)) for new in written]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]

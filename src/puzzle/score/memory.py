@@ -47,6 +47,13 @@ def passing_blocks(run: Run, shard_tokens: int, *, streamed: bool) -> int:
     return max(1, run.recipe.score.tokens_per_pass // shard_tokens, most)
 
 
+def _shard_tokens(run: Run) -> int:
+    """Of the largest shard."""
+    settings = run.recipe.score
+    sequences = min(settings.sequences, settings.shard_sequences)
+    return sequences * run.recipe.corpus.sequence_length
+
+
 def taken(run: Run, *, streamed: bool) -> Bytes:
     """Peak memory of scoring.
 
@@ -60,8 +67,7 @@ def taken(run: Run, *, streamed: bool) -> Bytes:
     """
     settings, shape = run.recipe.score, run.parent.shape
     element, stored = run.placement.dtype.itemsize, run.parent.dtype.itemsize
-    sequences = min(settings.sequences, settings.shard_sequences)
-    tokens = sequences * run.recipe.corpus.sequence_length
+    tokens = _shard_tokens(run)
     parent = float(Architecture.of_parent(shape).parameters(shape) * element)
     library = float(element * sum(trained_parameters(run)))
     head = shape.vocab_size * shape.hidden_size
@@ -105,8 +111,7 @@ def need(job: Job) -> Need:
     head = shape.vocab_size * shape.hidden_size
     chosen = f"the parent in memory, the library {'too' if keeps_library(run) else 'by layer'}"
     if streamed:
-        row = min(settings.sequences, settings.shard_sequences) * run.recipe.corpus.sequence_length
-        together = passing_blocks(run, row, streamed=True)
+        together = passing_blocks(run, _shard_tokens(run), streamed=True)
         chosen = f"parent and library layer by layer from disk (streamed), {together} blocks a pass"
     effort = Effort(
         forward=tokens * suffix,
@@ -133,10 +138,8 @@ def _read(run: Run, blocks: int) -> float:
     """
     settings, shape = run.recipe.score, run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape) * run.parent.dtype.itemsize
-    sequences = min(settings.sequences, settings.shard_sequences)
-    tokens = sequences * run.recipe.corpus.sequence_length
-    groups = -(-blocks // passing_blocks(run, tokens, streamed=True))
-    return -(-settings.sequences // sequences) * parent * (1 + groups / 2)
+    groups = -(-blocks // passing_blocks(run, _shard_tokens(run), streamed=True))
+    return -(-settings.sequences // settings.shard_sequences) * parent * (1 + groups / 2)
 
 
 def _smallest_change(run: Run) -> str:

@@ -11,6 +11,7 @@ started them dies, the kernel ends them all (Linux).
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -150,13 +151,9 @@ class _Orders:
         return text
 
 
-_GIVEN: list[_Orders] = []
-
-
+@functools.cache
 def _orders() -> _Orders:
-    if not _GIVEN:
-        _GIVEN.append(_Orders())
-    return _GIVEN[0]
+    return _Orders()
 
 
 def dismiss() -> None:
