@@ -41,7 +41,7 @@ def print_budget(shop: Workshop) -> None:
     run = shop.run
     score = SCORE.work().need(Job(run)).flops
     print(
-        "training FLOPs: BLD = tokens x (2 x the parent's layers + 6 x all variants) = "
+        "training FLOPs: BLD = tokens x 2 x the parent's layers + 6 x every variant x its tokens = "
         f"{standings.library_flops(run):.3g}; distillation = tokens x (6 x child + 2 x parent); "
         f"scoring, beside it: {score:.3g}"
     )

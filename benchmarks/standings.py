@@ -22,6 +22,7 @@ from puzzle.config import ChildConfig, UptrainConfig
 from puzzle.engines.intervals import Interval
 from puzzle.evaluate.bootstrap import UnitSums, bootstrap
 from puzzle.evaluate.quality import Text, unit_sums
+from puzzle.library import memory as library_memory
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
@@ -38,16 +39,14 @@ COLOURS, DASHES = ("attention", "ffn", "good", "extra", "parent"), ("", "6 3", "
 
 
 def library_flops(run: Run) -> float:
-    """BLD: the parent's layers once, and 6 FLOPs a parameter of each variant, for every token."""
+    """BLD: the parent's layers once, and 6 FLOPs a parameter of a variant, for every token."""
     shape = run.parent.shape
     parent = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
     trained = sum(
-        shape.parameters(variant)
-        for index, layer in enumerate(run.space.layers)
-        for variant in layer.subblocks
-        if variant not in shape.parent_blocks[index].subblocks
+        shape.parameters(variant) * library_memory.budget(run, variant)
+        for _, variant in library_memory.trained_variants(run)
     )
-    return float(run.recipe.library.tokens * (2 * parent + 6 * trained))
+    return float(2 * parent * library_memory.longest_budget(run) + 6 * trained)
 
 
 def token_flops(run: Run, parameters: int) -> float:

@@ -376,7 +376,7 @@ CASES = [
     ),
     setting(
         "library.budgets={lienar: 10}",
-        "library.budgets: got 'lienar', expected a variant of the space: attention.gqa_1, attention.gqa_2, attention.linear, attention.no_op, ffn.gated_64, ffn.gated_96, ffn.linear, ffn.no_op, gated_64, gated_96, gqa_1, gqa_2, linear, no_op",
+        "library.budgets: got 'lienar', expected attention, ffn or a variant of the space: attention.gqa_1, attention.gqa_2, attention.linear, attention.no_op, ffn.gated_64, ffn.gated_96, ffn.linear, ffn.no_op, gated_64, gated_96, gqa_1, gqa_2, linear, no_op",
     ),
     setting(
         "corpus.held_out_fraction=1.5",

@@ -245,6 +245,23 @@ def test_a_variant_has_its_own_budget(tiny_run):
     }
 
 
+def test_a_budget_of_all_attentions_and_what_it_is_planned_to_take(tiny_run):
+    run = with_library(tiny_run, budgets={"attention": 512, "ffn.linear": 1024})
+    planned = memory.need(Job(run))
+    train_library(run)
+    tokens = {(r.slot, r.variant): r.tokens for r in trained_of(run)}
+    assert tokens == {
+        ("attention", "gqa_1"): 512,
+        ("attention", "linear"): 512,
+        ("ffn", "gated_64"): 2048,
+        ("ffn", "linear"): 1024,
+    }
+    assert planned.tokens == max(tokens.values())
+    all_alike = memory.need(Job(with_library(tiny_run)))
+    few = with_library(tiny_run, tokens=512)
+    assert memory.need(Job(few)).flops < planned.flops < all_alike.flops
+
+
 def test_a_variant_whose_validation_loss_is_flat_stops(tiny_run):
     # nothing gains 90 % a chunk
     run = with_library(tiny_run, stop_when_flat=0.9, stop_patience=1)

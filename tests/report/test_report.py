@@ -87,6 +87,12 @@ CHANGES = {  # file, where in it, the new value, what the page then says
         {"value": 1.777, "low": 1.76, "high": 1.79},
         "1.78x",
     ),
+    "percentile": (
+        RESULTS,
+        ["served", "scenarios", "main", "measurement", "child", "inter_token", "p95"],
+        1e6,
+        None,
+    ),
     "score": ("score/scores.jsonl", ["result", "sums", "kl"], 123.456, None),
     "frontier": (f"{CHILD}/search/frontier.jsonl", ["objective"], 0.456789, "0.4568"),
     "baseline": (f"{CHILD}/search/baselines.jsonl", ["objective"], 0.876543, "0.8765"),

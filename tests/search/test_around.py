@@ -16,6 +16,7 @@ from puzzle.score.assembled import AssembledKL
 from puzzle.score.stage import all_shards
 from puzzle.search import SEARCH, answers, around, stage
 from puzzle.search.answers import Solution
+from puzzle.search.interactions import Interactions
 from puzzle.search.program import Program, starts_of
 from puzzle.search.space_program import Choices
 from puzzle.training.losses import METRICS, token_metrics
@@ -146,12 +147,13 @@ def test_proposals_differ_in_few_layers_first_and_keep_the_limits():
         Choices(layers, costs),
         ["gqa_2+gated_96", "gqa_2+gated_32", "gqa_2+gated_32"],
     )
+    form = Interactions(costs, np.zeros(9))
     solved = around._solved(program, choices, incumbent)
     assert solved == [["gqa_2+gated_32", "gqa_2+gated_96", "gqa_2+gated_32"]]
-    for blocks in (*solved, *around._exchanges_of_two(program, choices, incumbent)):
+    for blocks in (*solved, *around._exchanges_of_two(program, form, choices, incumbent)):
         columns = choices.columns(blocks)
         assert program.feasible(columns) and blocks != incumbent
-    best, *_ = around._exchanges_of_two(program, choices, incumbent)
+    best, *_ = around._exchanges_of_two(program, form, choices, incumbent)
     by_hand = min(
         (
             sum(costs[columns])

@@ -150,7 +150,8 @@ class LibraryConfig(Section):
     coupled: int = Field(default=0, ge=0)
     initialization: Literal["training_free", "least_squares"] = "least_squares"
     tokens: Positive = 600_000
-    # Tokens by variant name where they differ, e.g. {linear: 1_000_000}.
+    # Tokens where they differ: of all attentions or FFNs, or by variant name, e.g.
+    # {attention: 400_000, ffn.linear: 1_000_000}.
     budgets: dict[str, Positive] = {}
     # Stop below this relative gain of validation loss in each of `stop_patience` chunks; 0: never.
     stop_when_flat: float = Field(default=0.0, ge=0, lt=1)

@@ -33,6 +33,18 @@ def trained_variants(run: Run) -> list[tuple[int, Subblock | Block]]:
     return trained
 
 
+def budget(run: Run, variant: Subblock | Block) -> int:
+    """Tokens that a variant learns from."""
+    settings = run.recipe.library
+    names = (f"{variant.slot}.{variant.name}", variant.name, variant.slot)
+    return next((settings.budgets[n] for n in names if n in settings.budgets), settings.tokens)
+
+
+def longest_budget(run: Run) -> int:
+    """Tokens that pass the parent's layers: those of the variant that learns from most."""
+    return max((budget(run, variant) for _, variant in trained_variants(run)), default=0)
+
+
 def memory_bytes(run: Run, *, streamed: bool) -> float:
     """Peak memory of BLD beside the process itself, where device and host share theirs."""
     peak = taken(run, _largest(run) if streamed else None)
@@ -139,28 +151,32 @@ def chunk_steps(run: Run, *, streamed: bool) -> int:
     if launch.processes(run) > 1:
         batch_bytes *= PASSED_ON * launch.processes_beside(run)
     fitting = int(CHUNK_SHARE * run.device.memory.host_bytes / batch_bytes)
-    return min(max(CHUNK_STEPS, fitting), -(-settings.tokens // batch))
+    return min(max(CHUNK_STEPS, fitting), max(1, -(-longest_budget(run) // batch)))
 
 
-def trained_per_token(run: Run) -> float:
-    """Parameters that go forward and backward for a token; where they are frozen, two thirds."""
+def trained_parameter_tokens(run: Run) -> float:
+    """Parameters that go forward and backward for a token, times tokens.
+
+    Where they are frozen, under an attention that learns, they count for two thirds.
+    """
     shape, total = run.parent.shape, 0.0
     for index, variant in trained_variants(run):
-        total += shape.parameters(variant)
+        passed = float(shape.parameters(variant))
         if isinstance(variant, Attention):
-            total += 2 / 3 * shape.parameters(shape.parent_blocks[index].ffn)
+            passed += 2 / 3 * shape.parameters(shape.parent_blocks[index].ffn)
+        total += budget(run, variant) * passed
     return total
 
 
 def need(job: Job) -> Need:
     """What the stage will take."""
     run = job.run
-    settings, streamed = run.recipe.library, is_streamed(run)
+    streamed = is_streamed(run)
     at_a_time = together(run) if streamed else None
     peak = taken(run, at_a_time)
-    shape, tokens = run.parent.shape, settings.tokens
-    forward = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
-    training = trained_per_token(run)
+    shape, tokens = run.parent.shape, longest_budget(run)
+    parent = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
+    forward, training = float(tokens * parent), trained_parameter_tokens(run)
     steps = chunk_steps(run, streamed=streamed)
     chosen = f"parent and variants in memory (resident), {steps} batches a layer (chunk_steps)"
     if at_a_time is not None:
@@ -169,11 +185,11 @@ def need(job: Job) -> Need:
             f"of up to {at_a_time / 1e6:,.0f}M parameters together"
         )
     return Need(
-        tokens=settings.tokens,
-        flops=tokens * (2.0 * forward + 6.0 * training),
+        tokens=tokens,
+        flops=2 * forward + 6 * training,
         memory=peak,
         disk_bytes=OPTIMIZER_BYTES * sum(trained_parameters(run)),
-        effort=_effort(run, tokens * forward, tokens * training, streamed=streamed),
+        effort=_effort(run, forward, training, streamed=streamed),
         chosen=chosen,
         instead=_smallest_change(run, peak),
     )
@@ -187,11 +203,12 @@ def _effort(run: Run, forward: float, training: float, *, streamed: bool) -> Eff
     processes run the parent's layers once more, ahead, and send their outputs on.
     """
     settings, shape, processes = run.recipe.library, run.parent.shape, launch.processes(run)
+    tokens = longest_budget(run)
     layers = -(-shape.num_hidden_layers // processes)
     share = layers / shape.num_hidden_layers
     batch = settings.batch_sequences * run.recipe.corpus.sequence_length
-    chunks = -(-settings.tokens // (batch * chunk_steps(run, streamed=streamed)))
-    states = float(settings.tokens * shape.hidden_size * run.placement.dtype.itemsize)
+    chunks = -(-tokens // (batch * chunk_steps(run, streamed=streamed)))
+    states = float(tokens * shape.hidden_size * run.placement.dtype.itemsize)
     written = OPTIMIZER_BYTES * share * sum(trained_parameters(run))
     read = written + layers * shape.parameters(shape.widest_block) * run.parent.dtype.itemsize
     at_once = share if run.device.type == "cuda" else 1.0  # processes on a CPU share its cores

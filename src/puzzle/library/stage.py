@@ -96,9 +96,8 @@ def make_trainers(run: Run) -> list[VariantTrainer]:
     batch_tokens = settings.batch_sequences * run.recipe.corpus.sequence_length
     trainers = []
     for layer, variant in memory.trained_variants(run):
-        budget = settings.budgets.get(variant.name, settings.tokens)
-        budget = settings.budgets.get(f"{variant.slot}.{variant.name}", budget)
-        trainers.append(VariantTrainer(layer, variant, steps=-(-budget // batch_tokens)))
+        steps = -(-memory.budget(run, variant) // batch_tokens)
+        trainers.append(VariantTrainer(layer, variant, steps=steps))
     return trainers
 
 

@@ -220,17 +220,17 @@ def _check_layers(overrides: Mapping[int, LayerOverride], num_hidden_layers: int
 def _check_budgets(
     budgets: Mapping[str, int], variants: Sequence[tuple[Sequence[Attention], Sequence[FFN]]]
 ) -> None:
-    """A budget is of a variant's name, or of `attention.NAME` or `ffn.NAME`."""
+    """A budget is of all attentions or FFNs, of a variant's name, or of `attention.NAME`."""
     attention_names = {variant.name for attention, _ in variants for variant in attention}
     ffn_names = {variant.name for _, ffn in variants for variant in ffn}
     names = attention_names | ffn_names
     names |= {f"attention.{name}" for name in attention_names}
     names |= {f"ffn.{name}" for name in ffn_names}
     for name in budgets:
-        if name not in names:
+        if name not in names | {"attention", "ffn"}:
             raise UserError(
                 f"library.budgets: got {name!r}, "
-                f"expected a variant of the space: {', '.join(sorted(names))}"
+                f"expected attention, ffn or a variant of the space: {', '.join(sorted(names))}"
             )
 
 

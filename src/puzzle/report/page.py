@@ -1,6 +1,7 @@
 """What the page shows, read from the run's files: words, tables, and data for its script."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -13,7 +14,6 @@ from puzzle.assemble import measured
 from puzzle.cost import table as costs
 from puzzle.cost.table import CostTable
 from puzzle.engines.intervals import Interval
-from puzzle.engines.turns import ServedFigures
 from puzzle.evaluate import EVALUATE
 from puzzle.evaluate import results as evaluation
 from puzzle.evaluate.results import Results
@@ -135,23 +135,20 @@ def served_rows(results: Results) -> list[tuple[str, list[tuple[str, str, str, s
     for name, scenario in results.served.scenarios.items():
         measurement = scenario.measurement
         parent, child = measurement.parent, measurement.child
-        rows = [
-            _served("output tokens/s", parent, child, "throughput_tok_per_s", ",.0f", 1),
-            _served("latency of a batch, s", parent, child, "latency_s", ".3f", 1),
-            _served("time to first token, ms", parent, child, "time_to_first_token_s", ",.1f", 1e3),
-            _served("between tokens, ms", parent, child, "inter_token_latency_s", ",.2f", 1e3),
-        ]
-        ratios = (
-            measurement.speedup,
-            measurement.latency_ratio,
-            measurement.time_to_first_token_ratio,
-            measurement.decode_ratio,
-        )
+        tokens_per_s = (parent.throughput_tok_per_s, child.throughput_tok_per_s)
+        batch_s = (parent.latency_s, child.latency_s)
         lines = [
-            (*row, ratio.with_unit(".2f", "x"))
-            for row, ratio in zip(rows, ratios, strict=True)
-            if ratio is not None and row[1]
+            _served("output tokens/s", tokens_per_s, measurement.speedup, ",.0f"),
+            _served("latency of a batch, s", batch_s, measurement.latency_ratio, ".3f"),
         ]
+        for p, of in ((None, ""), (95, ", 95th percentile")):
+            first_ms = [side.time_to_first_token(p).times(1e3) for side in (parent, child)]
+            ratio = measurement.first_token_ratio(p)
+            lines.append(_served(f"time to first token{of}, ms", first_ms, ratio, ",.1f"))
+        for p, of in ((None, ""), (95, ", 95th percentile")) if measurement.decode_ratio else ():
+            steps_ms = [side.inter_token_latency(p).times(1e3) for side in (parent, child)]
+            ratio = measurement.inter_token_latency_ratio(p)
+            lines.append(_served(f"between tokens{of}, ms", steps_ms, ratio, ",.2f"))
         memory = (parent.memory_bytes or 0, child.memory_bytes or 0)
         cache = (parent.kv_cache_bytes, child.kv_cache_bytes)
         named = (("memory at the peak, MiB", memory), ("KV cache of the batch, MiB", cache))
@@ -164,16 +161,10 @@ def served_rows(results: Results) -> list[tuple[str, list[tuple[str, str, str, s
 
 
 def _served(
-    name: str, parent: ServedFigures, child: ServedFigures, field: str, form: str, unit: float
-) -> tuple[str, str, str]:
-    words = []
-    for side in (parent, child):
-        value: Interval | None = getattr(side, field)
-        if value is None:
-            return name, "", ""
-        low, middle, high = (unit * one for one in (value.low, value.value, value.high))
-        words.append(Interval(value=middle, low=low, high=high).with_unit(form, ""))
-    return name, words[0], words[1]
+    name: str, sides: Sequence[Interval], ratio: Interval, form: str
+) -> tuple[str, str, str, str]:
+    parent, child = (side.with_unit(form, "") for side in sides)
+    return name, parent, child, ratio.with_unit(".2f", "x")
 
 
 class _Layers:

@@ -4,10 +4,12 @@ Replace-1-block scores are made at the parent and added up, which is right for l
 far off for heavy. So, once a search has found the best sum: every block that a search could choose
 is put into that child in the place of its own, and the KL is measured in the company of the other
 chosen blocks, on a part of the text. Around the child these differences add up as well as they ever
-do. They propose further children within the same limits: those that the program, solved again with
-them, takes when 1, 2, 3, ... layers may change, and the most promising exchanges of two. Of these
-the one with the least KL when it is assembled, on all of the text, is the next incumbent; and so on
-until none is better, `search.refinements` times with new differences.
+do, and together with the scores at the parent they make a form with interactions
+(`interactions.py`). They propose further children within the same limits: those that the program,
+solved again with the differences, takes when 1, 2, 3, ... layers may change, the optimum of the
+form, which is proven, and the exchanges of two that promise most by the form. Of these the one with
+the least KL when it is assembled, on all of the text, is the next incumbent; and so on until none
+is better, `search.refinements` times with new differences.
 
 What is measured is remembered in `assembled.jsonl` in the child's folder, so an interrupted search
 goes on, and the next search of the same child knows it too.
@@ -26,7 +28,8 @@ from puzzle.errors import UserError
 from puzzle.model.architecture import Architecture, Block
 from puzzle.score import SCORE
 from puzzle.score.candidates import candidates
-from puzzle.search import mip
+from puzzle.search import interactions, mip
+from puzzle.search.interactions import Interactions
 from puzzle.search.program import Program, Row
 from puzzle.search.space_program import Choices, Limit, build
 from puzzle.stage import Job
@@ -41,6 +44,7 @@ EXCHANGES = 48  # of two layers, that are tried on a part of the text
 TRIED = 6  # of those, on all of it
 LEAST_GAIN = 0.002  # of the KL, for which there is another step
 SOLVE_S, SOLVE_GAP = 10.0, 1e-3
+FORM_GAP = 1e-2  # of the KL
 
 
 class AssembledScore(Record):
@@ -53,6 +57,15 @@ class AssembledScore(Record):
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """The child at the optimum of a form with interactions."""
+
+    kl: float  # as it predicts
+    bound: float  # it predicts nothing below within the limits: proven
+    assembled_kl: float
+
+
+@dataclass(frozen=True)
 class Refined:
     """What the search around an incumbent has found."""
 
@@ -60,6 +73,7 @@ class Refined:
     kl: float
     first_kl: float  # of the best sum of scores
     steps: int  # that were better than the one before
+    form: Predicted | None  # the last one
 
 
 class Measurement:
@@ -141,28 +155,28 @@ def refine(
     feasible = [blocks for blocks in starts if program.feasible(near.columns(blocks))]
     best = min(feasible or [starts[0]], key=measurement.kl)
     first_kl, steps = measurement.kl(starts[0]), 0
+    predicted = None
     for _ in range(job.child.search.refinements):
-        before = best
-        costs = measurement.exchanged(best, near.layers)
+        before, own = best, near.columns(best)
+        exchanged = measurement.exchanged(best, near.layers)
+        form = Interactions.between(program, own, float(exchanged[own[0]]), exchanged)
+        optimum = interactions.solve(program, form, gap=FORM_GAP, time_limit_s=SOLVE_S)
+        proposed = []
+        if optimum is not None:
+            proposed = [near.names(optimum.columns)]
+            kl = measurement.kl(proposed[0])
+            predicted = Predicted(optimum.objective, optimum.bound, kl)
         while True:
-            following = _step(measurement, replace(program, costs=costs), near, best)
+            around_it = _solved(replace(program, costs=exchanged), near, best)
+            pairs = _exchanges_of_two(program, form, near, best)
+            promising = sorted(pairs, key=lambda b: measurement.kl(b, whole=False))[:TRIED]
+            following = min([*proposed, *around_it, *promising], key=measurement.kl, default=best)
             if measurement.kl(following) > (1 - LEAST_GAIN) * measurement.kl(best):
                 break
             best, steps = following, steps + 1
         if best == before:
             break
-    return Refined(best, measurement.kl(best), first_kl, steps)
-
-
-def _step(
-    measurement: Measurement, program: Program, choices: Choices, incumbent: list[str]
-) -> list[str]:
-    """The best of what the differences propose; the incumbent where they propose nothing."""
-    proposed = _solved(program, choices, incumbent)
-    pairs = _exchanges_of_two(program, choices, incumbent)
-    pairs = [blocks for blocks in pairs if blocks not in proposed]
-    proposed += sorted(pairs, key=lambda b: measurement.kl(b, whole=False))[:TRIED]
-    return min(proposed, key=measurement.kl, default=incumbent)
+    return Refined(best, measurement.kl(best), first_kl, steps, predicted)
 
 
 def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choices:
@@ -201,20 +215,24 @@ def _solved(program: Program, choices: Choices, incumbent: list[str]) -> list[li
     return found
 
 
-def _exchanges_of_two(program: Program, choices: Choices, incumbent: list[str]) -> list[list[str]]:
+def _exchanges_of_two(
+    program: Program, form: Interactions, choices: Choices, incumbent: list[str]
+) -> list[list[str]]:
     """The exchanges of two layers that keep the limits and promise most, the best first."""
     own, groups = choices.columns(incumbent), program.groups
-    gain = program.costs - program.costs[own][groups]
+    shared = form.shared - form.shared[own][groups]
+    gain = form.private - form.private[own][groups]
+    gain = gain + shared * (shared + 2 * form.shared[own].sum())
     slack = program.limits - program.resources[:, own].sum(axis=1)
     change = program.resources - program.resources[:, own[groups]]
     promised: list[tuple[float, int, int]] = []
     for first, start in enumerate(program.starts[1:][groups]):
         others = np.arange(start, len(gain))
-        both = gain[first] + gain[others]
+        both = gain[first] + gain[others] + 2 * shared[first] * shared[others]
         fits = (change[:, first, None] + change[:, others] <= slack[:, None]).all(axis=0)
-        worth = others[fits & (both < 0) & (others != own[groups[others]])]
+        worth = np.flatnonzero(fits & (both < 0) & (others != own[groups[others]]))
         if first != own[groups[first]]:
-            promised += [(float(gain[first] + gain[c]), first, int(c)) for c in worth]
+            promised += [(float(both[k]), first, int(others[k])) for k in worth]
     found = []
     for _, first, second in sorted(promised)[:EXCHANGES]:
         columns = own.copy()

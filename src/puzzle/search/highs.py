@@ -38,12 +38,10 @@ class Model:
 
     def run(self, options: Mapping[str, float]) -> Answer:
         """Solve with these options of HiGHS, by their names there."""
-        highs = highspy.Highs()
-        highs.setOptionValue("output_flag", False)
-        for option, value in options.items():
-            highs.setOptionValue(option, value)
-        highs.passModel(self._linear_program())
-        highs.run()
+        highs = self._solved(options)
+        if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError:
+            # 1 of 5,000 small programs: what presolve leaves, it cannot take back to the program.
+            highs = self._solved({**options, "presolve": "off"})
         solution = highs.getSolution()
         return Answer(
             infeasible=highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible,
@@ -51,6 +49,15 @@ class Model:
             row_duals=np.array(solution.row_dual),
             bound=float(highs.getInfo().mip_dual_bound),
         )
+
+    def _solved(self, options: Mapping[str, float | str]) -> highspy.Highs:
+        highs = highspy.Highs()
+        highs.setOptionValue("output_flag", False)
+        for option, value in options.items():
+            highs.setOptionValue(option, value)
+        highs.passModel(self._linear_program())
+        highs.run()
+        return highs
 
     def _linear_program(self) -> highspy.HighsLp:
         """The model with its rows in compressed form, without zeros."""

@@ -234,6 +234,11 @@ def _refined(job: Job, one: Searched, choices: Choices, tries: tried.Tries) -> S
     steps = "1 step" if found.steps == 1 else f"{found.steps} steps"
     improved = f"{found.first_kl:.4f} at the optimum, {found.kl:.4f} after {steps} around it"
     job.run.progress.say(f"  assembled KL {improved}")
+    if found.form is not None:
+        job.run.progress.say(
+            f"  with interactions: {found.form.kl:.4f} predicted at the optimum, nothing below "
+            f"{found.form.bound:.4f} (proven); {found.form.assembled_kl:.4f} when assembled"
+        )
     return replace(one, solutions=[solution.model_copy(update=updates), *others])
 
 
