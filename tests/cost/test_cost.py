@@ -7,7 +7,7 @@ import pytest
 
 from puzzle import pipeline
 from puzzle.config import PlaceConfig
-from puzzle.cost import COST, measure, table
+from puzzle.cost import COST, measure, regression, table
 from puzzle.cost.measure import ScenarioMeasurement
 from puzzle.cost.parts import Part
 from puzzle.cost.probe import Probe, write_checkpoint
@@ -133,6 +133,36 @@ def fitted_often(outliers, factor):
 def test_standard_errors_are_as_large_as_the_errors():
     off, errors = fitted_often(outliers=0.0, factor=1.0)
     assert off.std(axis=0) == pytest.approx(errors.mean(axis=0), rel=0.35)  # 60 fits: 9 %
+
+
+def test_disturbances_that_last_are_taken_off_and_standard_errors_say_so(monkeypatch):
+    """Errors with a correlation of 0.7, as vLLM's turns have."""
+    true, rng = np.array([0.3, 0.1, 0.05, 1.0]), np.random.default_rng(3)
+    found = {"plain": [], "ours": []}
+    for _ in range(60):
+        samples, lasting = Samples(), 0.0
+        for _ in range(200):
+            lasting = 0.7 * lasting + rng.normal(0, 0.04)
+            counts = [*rng.integers(0, 6, size=3), 1]
+            samples.add(counts, float(counts @ true * (1 + lasting)))
+        found["ours"].append(samples.fit())
+        with monkeypatch.context() as patch:
+            patch.setattr(regression, "LEAST_FOR_ORDER", 10**9)
+            found["plain"].append(samples.fit())
+    spread = {name: np.std([beta for beta, _ in fits], axis=0) for name, fits in found.items()}
+    assert (spread["ours"][:3] < 0.85 * spread["plain"][:3]).all()
+    errors = np.mean([error for _, error in found["ours"]], axis=0)
+    assert spread["ours"][:3] == pytest.approx(errors[:3], rel=0.35)  # 60 fits: 9 %
+
+
+def test_the_parents_turns_stand_anywhere_in_an_output(costed):
+    """Contexts grow along an output: turns at two places of it would not be the parent's mean."""
+    probe = Probe.of(table.distinct_parts(costed), costed.run.parent.shape, [], element_bytes=4)
+    scenario = costed.place.cost.scenario
+    measurement = ScenarioMeasurement("main", probe, None, scenario, 4)
+    is_parent = [measurement._model("step") is measurement.reference for _ in range(1600)]
+    by_place = np.array(is_parent).reshape(200, 8).sum(axis=0)
+    assert by_place.min() > 25 and by_place.sum() == pytest.approx(400, rel=0.15)
 
 
 def test_a_series_needs_fewer_samples_than_any_widths_however_short_they_take():

@@ -11,7 +11,7 @@ counts of variants gives
   line through the region between the parent and a third of it, so the constant is that line's and
   may come out below zero.
 
-Both are scaled so that the parent's own prefills and turns, every fourth, come out as measured; or
+Both are scaled so that the parent's own prefills and turns, one in four, come out as measured; or
 as they are served, where the engine serves otherwise than a probe runs.
 """
 
@@ -37,7 +37,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.progress import Task
 
 WARM_UPS = 2  # batches that do not count
-PARENT_EVERY = 4  # prefills and turns
+PARENT_SHARE = 0.25  # of prefills and turns
 LEAST_OF_THE_PARENT = 8  # prefills and turns
 LEAST_SAMPLES = 4  # of each phase, for each unknown
 # The same once the time is up, where a sample takes long because it begins with capturing a graph
@@ -137,9 +137,12 @@ class ScenarioMeasurement:
         for _ in range(min(MOST_PREFILLS, int(decode_s / prefill_s))):
             self._prefill()
 
-    def _model(self, phase: str, samples: Samples) -> list[Part]:
-        """A random one, or now and then the parent, by which all are scaled."""
-        if len(samples.seconds) % PARENT_EVERY == 0:
+    def _model(self, phase: str) -> list[Part]:
+        """A random one, or now and then the parent, by which all are scaled.
+
+        At random, for every so many turns would be the same places in every output.
+        """
+        if self.rng.random() < PARENT_SHARE:
             return self.reference
         return self.probe.random_model(self.rng, self.unused.setdefault(phase, {}))
 
@@ -149,14 +152,14 @@ class ScenarioMeasurement:
         return self.probe.parts(self.probe.reference)
 
     def _prefill(self) -> float:
-        model = self._model("prefill", self.prefills)
+        model = self._model("prefill")
         self.session.begin(self.scenario)
         (seconds,) = self.session.advance(1, self.probe.layers_of(model, self.rng))
         self._add("prefill", self.prefills, model, seconds)
         return seconds
 
     def _turn(self, position: int, count: int) -> float:
-        model = self._model("step", self.steps)
+        model = self._model("step")
         steps_s = self.session.advance(count, self.probe.layers_of(model, self.rng))
         self._add("step", self.steps, model, settled(steps_s))
         if model == self.reference:
