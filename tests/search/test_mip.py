@@ -6,11 +6,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from highspy import HighsModelStatus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import brute_force, every_choice, programs, uneven_programs
 
 from puzzle.search import mip
+from puzzle.search.highs import Model
 from puzzle.search.program import Program
 
 
@@ -46,6 +48,41 @@ def test_the_proof_is_in_the_scale_of_the_objective_however_large_other_costs_ar
         assert optimum.bound <= expected * (1 + 1e-7)
         assert expected * (1 - 1e-7) <= optimum.objective <= expected * (1 + gap + 1e-6)
         assert optimum.gap <= gap + 1e-6
+
+
+@settings(max_examples=500, deadline=None)
+@given(programs(), st.floats(-30, 0), st.sampled_from([0.0, 0.02, 0.2]))
+def test_a_gap_is_kept_whatever_the_objectives_sign_and_however_small_the_core(program, shift, gap):
+    """A core of one column a group must grow; the shift makes all objectives lower."""
+    unit = np.abs(program.costs).max(initial=1e-9)
+    shifted = np.where(program.groups == 0, program.costs + shift * unit, program.costs)
+    program = dataclasses.replace(program, costs=shifted)
+    with mock.patch.multiple(mip, CORE_PER_GROUP=1, CORE_SPARE=0):
+        optimum = mip.solve(program, gap=gap)
+    expected = brute_force(program)
+    assert (optimum is None) == (expected is None)
+    if optimum is not None:
+        assert optimum.bound <= expected + 1e-7 * unit
+        assert optimum.objective <= expected + gap * abs(optimum.objective) + 1e-7 * unit
+
+
+def test_a_program_on_which_presolve_fails_is_solved_without_it(monkeypatch):
+    program = Program(np.array([0, 2, 4]), np.array([2.0, 1, 1, 3]), np.zeros((0, 4)), np.zeros(0))
+    expected, asked = mip.solve(program, gap=0.0), []
+    real = Model._solved
+
+    def fails(self, options):
+        asked.append(options.get("presolve", "on"))
+        highs = real(self, options)
+        if asked[-1] == "on":
+            failed = mock.Mock(wraps=highs)
+            failed.getModelStatus.side_effect = lambda: HighsModelStatus.kSolveError
+            return failed
+        return highs
+
+    monkeypatch.setattr(Model, "_solved", fails)
+    found = mip.solve(program, gap=0.0)
+    assert "off" in asked and found.objective == expected.objective == 2.0
 
 
 @settings(max_examples=100, deadline=None)
