@@ -86,6 +86,9 @@ def write_costs(job: Job, path: Path) -> None:
         noise=0.0,
         first_token=Percentiles(),
         inter_token=Percentiles(),
+        unknowns=[],
+        prefill_covariance=[],
+        decode_covariance=[],
     )
     artifacts.write_records(path.with_name(table.FITS), [fit])
 

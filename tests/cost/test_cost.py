@@ -103,6 +103,12 @@ def test_models_of_one_other_variant_say_more_than_mixed_ones(tiny):
     assert (ours[3:7] < theirs[3:7] / 1.8).all()  # of the other widths
 
 
+def with_errors(fit):
+    """(coefficients [U], their standard errors [U])."""
+    beta, covariance = fit
+    return beta, np.sqrt(covariance.diagonal())
+
+
 def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
     rng = np.random.default_rng(0)
     true = np.array([0.3, 0.1, 0.05, 1.0])
@@ -111,7 +117,7 @@ def test_the_fit_finds_the_true_costs_through_noise_and_outliers():
         counts = [*rng.integers(0, 6, size=3), 1]
         noise = 3.0 if rng.random() < 0.05 else rng.normal(1, 0.05)  # one in twenty is disturbed
         samples.add(counts, float(counts @ true * noise))
-    fitted, error = samples.fit()
+    fitted, error = with_errors(samples.fit())
     assert np.abs(fitted - true).max() < 0.03 and (np.abs(fitted - true) < 5 * error).all()
 
 
@@ -125,7 +131,7 @@ def fitted_often(outliers, factor):
             counts = [*rng.integers(0, 6, size=3), 1]
             noise = factor if rng.random() < outliers else rng.normal(1, 0.05)
             samples.add(counts, float(counts @ true * noise))
-        fits.append(samples.fit())
+        fits.append(with_errors(samples.fit()))
     betas, errors = (np.array(each) for each in zip(*fits, strict=True))
     return betas - true, errors
 
@@ -145,10 +151,10 @@ def test_disturbances_that_last_are_taken_off_and_standard_errors_say_so(monkeyp
             lasting = 0.7 * lasting + rng.normal(0, 0.04)
             counts = [*rng.integers(0, 6, size=3), 1]
             samples.add(counts, float(counts @ true * (1 + lasting)))
-        found["ours"].append(samples.fit())
+        found["ours"].append(with_errors(samples.fit()))
         with monkeypatch.context() as patch:
             patch.setattr(regression, "LEAST_FOR_ORDER", 10**9)
-            found["plain"].append(samples.fit())
+            found["plain"].append(with_errors(samples.fit()))
     spread = {name: np.std([beta for beta, _ in fits], axis=0) for name, fits in found.items()}
     assert (spread["ours"][:3] < 0.85 * spread["plain"][:3]).all()
     errors = np.mean([error for _, error in found["ours"]], axis=0)
@@ -163,6 +169,53 @@ def test_the_parents_turns_stand_anywhere_in_an_output(costed):
     is_parent = [measurement._model("step") is measurement.reference for _ in range(1600)]
     by_place = np.array(is_parent).reshape(200, 8).sum(axis=0)
     assert by_place.min() > 25 and by_place.sum() == pytest.approx(400, rel=0.15)
+
+
+def test_what_a_model_takes_is_surer_than_its_parts():
+    """Where samples lie, errors of the constant and of the variants make up for each other."""
+    true, rng = np.array([0.3, 0.1, 0.05, 1.0]), np.random.default_rng(4)
+    model, off, sure, apart = np.array([4, 2, 6, 1]), [], [], []
+    for _ in range(60):
+        samples = Samples()
+        for _ in range(200):
+            counts = [*rng.integers(2, 7, size=3), 1]
+            samples.add(counts, float(counts @ true * rng.normal(1, 0.05)))
+        beta, covariance = samples.fit()
+        off.append(model @ (beta - true))
+        sure.append(float(model @ covariance @ model) ** 0.5)
+        apart.append(float(model**2 @ covariance.diagonal()) ** 0.5)
+    assert np.std(off) == pytest.approx(np.mean(sure), rel=0.35)  # 60 fits: 9 %
+    assert np.mean(sure) < 0.5 * np.mean(apart)
+
+
+def test_the_table_keeps_the_covariance_of_its_fit(costed, monkeypatch):
+    made = []
+    real = ScenarioMeasurement._fit_record
+
+    def kept(self, fit, scales):
+        noise = np.random.default_rng(5).normal(size=fit.prefill_covariance.shape)
+        fit = dataclasses.replace(fit, prefill_covariance=noise @ noise.T)
+        made.append((list(self.probe.places), fit))
+        return real(self, fit, scales)
+
+    monkeypatch.setattr(ScenarioMeasurement, "_fit_record", kept)
+    costed.run.write_place("other", PlaceConfig(deploy=costed.place.deploy, cost=costed.place.cost))
+    other = costed.run.place_job("other")
+    pipeline.execute_stage(COST, other)
+    (parts, fit), found = made[0], table.read(other).covariance
+    keys = [part.key for part in parts]
+    asked = [("attention", "no_op"), *reversed(keys), ("constant", "constant")]
+    matrix = found.among(asked, "prefill")
+    order = [*reversed(range(len(keys))), len(keys)]
+    assert np.allclose(matrix[1:, 1:], fit.prefill_covariance[np.ix_(order, order)])
+    assert not matrix[0].any() and not matrix[:, 0].any()  # a no-op costs nothing, surely
+    path = other.folder(COST) / FITS
+    record = json.loads(path.read_text())
+    record["prefill_covariance"][0].append(1.0)
+    record.pop("checksum", None)
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match="expected covariances of"):
+        table.read(other)
 
 
 def test_a_series_needs_fewer_samples_than_any_widths_however_short_they_take():

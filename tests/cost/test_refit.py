@@ -29,8 +29,12 @@ def costs(job):
     """The modelled table, as if it had been measured with an error of 3 % of each variant."""
     modelled = table.read(job)
     header = modelled.header.model_copy(update={"measured": True})
-    errors = {variant: 0.03 * cost.total_s for variant, cost in modelled.variants.items()}
-    return dataclasses.replace(modelled, header=header, errors=errors)
+    variances = [
+        np.diag([(0.03 * getattr(cost, phase)) ** 2 for cost in modelled.variants.values()])
+        for phase in ("prefill_s", "decode_s")
+    ]
+    covariance = table.Covariance(list(modelled.variants), *variances)
+    return dataclasses.replace(modelled, header=header, covariance=covariance)
 
 
 def seconds(costs, names):

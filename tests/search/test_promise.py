@@ -3,7 +3,7 @@
 import pytest
 from served import SERVED, answer, give_or_take
 
-from puzzle.engines.intervals import Percentiles
+from puzzle.engines.intervals import Interval, Percentiles
 from puzzle.search import promise
 from puzzle.search.constraints import Constraint
 
@@ -116,6 +116,32 @@ def test_quality_is_given_away_where_a_child_is_surely_faster_than_asked_and_pre
     tight = judged("parameters", 500.0, False)
     assert promise.give_away([result, room]) == gives_away
     assert not promise.give_away([result, tight]) and not promise.give_away([])
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "predicted", "settled"),
+    [
+        (1.59, 0.07, 1.53, False),  # likely, but not surely, far beyond: another look
+        (1.59, 0.02, 1.53, True),  # surely
+        (1.54, 0.03, 1.53, True),  # met, and hardly beyond
+        (1.59, 0.07, 1.60, True),  # as the search has predicted it
+        (1.51, 0.05, 1.53, False),  # neither met nor missed
+        (1.40, 0.05, 1.53, True),  # missed
+    ],
+)
+def test_a_child_that_is_likely_more_than_was_asked_is_looked_at_again(
+    value, width, predicted, settled
+):
+    interval = Interval(value=value, low=value - width, high=value + width)
+    served = SERVED.model_copy(update={"speedup": interval})
+    result = judged("throughput", 1.5, True, served)
+    result = result.model_copy(update={"predicted": predicted, "margin": 0.0})
+    room = judged("parameters", 900.0, False)
+    assert promise.is_settled([result]) == promise.is_settled([result, room]) == settled
+    changes = {"at_least": False, "figure": interval.inverse, "predicted": 1 / predicted}
+    slower = result.model_copy(update=changes | {"wanted": 1 / 1.5})
+    assert promise.is_settled([slower]) == settled
+    assert promise.is_settled([])
 
 
 def test_what_cannot_be_measured_here_is_predicted():

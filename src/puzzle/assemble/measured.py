@@ -70,16 +70,24 @@ def known(job: Job) -> Mapping[str, Measurement] | None:
     return None if earlier is None else earlier.measurements
 
 
-def measure(job: Job, folder: Path, known: Mapping[str, Measurement] | None = None) -> Measured:
+def measure(
+    job: Job,
+    folder: Path,
+    known: Mapping[str, Measurement] | None = None,
+    *,
+    settles: bool = False,
+) -> Measured:
     """Serve the checkpoint in `folder` beside the parent in every scenario and judge the promise.
 
     `main` is served at the batch size that the search chose, the parent at the one where it is
-    fastest. Where the architecture's measurements are `known`, nothing is served.
+    fastest. Where the architecture's measurements are `known`, nothing is served. A measurement
+    that `settles` which child goes on is looked at again also where the child is likely, but not
+    surely, more than was asked.
     """
     answer = answers.read(job)
     if are_from_elsewhere(job):
         return Measured(scenarios={}, promises=promise.predict(answer))
-    measurements = known or _serve(job, folder, answer)
+    measurements = known or _serve(job, folder, answer, settles)
     return Measured(
         scenarios={
             name: MeasuredScenario(
@@ -93,7 +101,7 @@ def measure(job: Job, folder: Path, known: Mapping[str, Measurement] | None = No
     )
 
 
-def _serve(job: Job, folder: Path, answer: Answer) -> dict[str, Measurement]:
+def _serve(job: Job, folder: Path, answer: Answer, settles: bool) -> dict[str, Measurement]:
     cost, progress = job.place.cost, job.run.progress
     sizes = (answer.parent_batch_size, answer.batch_size)
     main = [cost.scenario.model_copy(update={"batch_size": size}) for size in sizes]
@@ -112,7 +120,7 @@ def _serve(job: Job, folder: Path, answer: Answer) -> dict[str, Measurement]:
         )
         title = f"parent against child on {job.engine.name} ({child.scenario})"
         with job.measuring(), progress.task(title, cost.starts, "starts") as task:
-            decided = _decides(answer, name)
+            decided = _decides(answer, name, settles)
 
             def started(task: Task = task) -> None:
                 if task.done >= task.total:  # nothing is decided yet: another look
@@ -125,12 +133,14 @@ def _serve(job: Job, folder: Path, answer: Answer) -> dict[str, Measurement]:
     return measurements
 
 
-def _decides(answer: Answer, scenario: str) -> Callable[[Measurement], bool]:
+def _decides(answer: Answer, scenario: str, settles: bool) -> Callable[[Measurement], bool]:
     """Whether a measurement says of everything that was asked in a scenario: met or missed."""
     asked = [one for one in answer.constraints if one.scenario == scenario]
 
     def decided(measurement: Measurement) -> bool:
-        judged = (promise.judge_one(one, measurement, answer) for one in asked)
+        judged = [promise.judge_one(one, measurement, answer) for one in asked]
+        if settles:
+            return promise.is_settled(judged)
         return all(one.verdict != "undecided" for one in judged)
 
     return decided

@@ -68,7 +68,7 @@ def _execute(job: Job, folder: Path) -> None:
     state = ChildState(run, architecture)
     model_card = card.text(run.recipe.parent, run.parent, architecture)
     child.save(folder, config, architecture, state, run.parent.folder, model_card)
-    result = measured.measure(job, folder, known=measured.known(job))
+    result = measured.measure(job, folder, known=measured.known(job), settles=True)
     result.write(folder / measured.MEASURED)
     if result.known_before:
         run.progress.say("  this architecture was measured before and is not served again")

@@ -49,25 +49,30 @@ MOST_PREFILLS = 8  # beside the one of a batch
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of every unknown for a batch, and their standard errors; the last is the constant."""
+    """Seconds of every unknown [U] for a batch, and their covariance [U, U].
+
+    The last unknown is the constant.
+    """
 
     prefill: Vector
     decode: Vector
-    prefill_error: Vector
-    decode_error: Vector
+    prefill_covariance: Vector
+    decode_covariance: Vector
 
     @property
     def error(self) -> Vector:
-        """The standard error of prefill and decode together."""
-        return np.hypot(self.prefill_error, self.decode_error)
+        """The standard error of prefill and decode together [U]."""
+        variance = self.prefill_covariance.diagonal() + self.decode_covariance.diagonal()
+        error: Vector = np.sqrt(variance.clip(min=0.0))
+        return error
 
     def scaled(self, prefill: float, decode: float) -> "Fit":
         """Seconds and errors times a factor each."""
         return Fit(
             self.prefill * prefill,
             self.decode * decode,
-            self.prefill_error * prefill,
-            self.decode_error * decode,
+            self.prefill_covariance * prefill**2,
+            self.decode_covariance * decode**2,
         )
 
     def seconds(self, index: int) -> tuple[float, float, float]:
@@ -187,12 +192,12 @@ class ScenarioMeasurement:
     def fit(self) -> "Fit":
         """What the samples say of every unknown, for a batch."""
         series = self.probe.series
-        prefill, prefill_error = self.prefills.fit(series)
-        step, step_error = np.zeros_like(prefill), np.zeros_like(prefill)
+        prefill, of_prefill = self.prefills.fit(series)
+        step, of_step = np.zeros_like(prefill), np.zeros_like(of_prefill)
         if self.steps.seconds:
-            step, step_error = self.steps.fit(series)
+            step, of_step = self.steps.fit(series)
         count = self.scenario.output_length - 1
-        return Fit(prefill, count * step, prefill_error, count * step_error)
+        return Fit(prefill, count * step, of_prefill, count**2 * of_step)
 
     def largest_error(self) -> float:
         """The largest standard error of a variant, as a share of a parent's block."""
@@ -237,7 +242,7 @@ class ScenarioMeasurement:
                 **asdict(cost),
             )
         )
-        return records, self._fit_record(scales)
+        return records, self._fit_record(fit, scales)
 
     def _workspace_of(self, session: Session, architecture: Architecture) -> int:
         """What serving has taken besides weights and KV cache."""
@@ -269,7 +274,7 @@ class ScenarioMeasurement:
         steps, positions = np.array(self.parent["step"]), np.array(self.positions, dtype=float)
         return step_percentiles([Phase(1, steps[:, None], positions)])[0]
 
-    def _fit_record(self, scales: tuple[float, float]) -> ScenarioFit:
+    def _fit_record(self, fit: Fit, scales: tuple[float, float]) -> ScenarioFit:
         of_parent = self.parent["step"] or self.parent["prefill"]
         return ScenarioFit(
             scenario=self.name,
@@ -280,6 +285,9 @@ class ScenarioMeasurement:
             noise=statistics.pstdev(of_parent) / statistics.fmean(of_parent),
             first_token=Percentiles.of(self.first_tokens or self.session.first_tokens, whole=True),
             inter_token=self._inter_token(),
+            unknowns=[*(part.key for part in self.probe.places), (CONSTANT, CONSTANT)],
+            prefill_covariance=fit.prefill_covariance.tolist(),
+            decode_covariance=fit.decode_covariance.tolist(),
         )
 
 

@@ -89,15 +89,16 @@ class CostModel:
         unknowns = [*table.variants, ("constant", "constant")]
         counts = _counts(unknowns, table, parent)
         costs = [*table.variants.values(), table.constant]
-        errors = np.array([table.errors.get(unknown, 0.0) for unknown in unknowns])
         phases = []
         for name in ("prefill", "decode"):
             seconds = np.array([getattr(cost, f"{name}_s") for cost in costs])
             of_parent = float(counts @ seconds)
-            sigmas = np.hypot(errors, VARIANT_ERROR * seconds)
-            sigmas[-1] = np.hypot(errors[-1], CONSTANT_ERROR * of_parent)
-            sigmas *= of_parent > 0  # there are no decode steps where one token is put out
-            free = Phase(seconds, np.diag(sigmas**2))
+            sigmas = VARIANT_ERROR * seconds
+            sigmas[-1] = CONSTANT_ERROR * of_parent
+            measured = table.covariance.among(unknowns, name)
+            covariance = measured + np.diag(sigmas**2)
+            covariance *= of_parent > 0  # no decode steps where one token is put out
+            free = Phase(seconds, covariance)
             # The parent's seconds are what everything is relative to.
             gain = free.covariance @ counts / max(free.variance(counts), 1e-300)
             covariance = free.covariance - np.outer(gain, counts @ free.covariance)

@@ -26,7 +26,7 @@ class Samples:
         self.seconds.append(seconds)
 
     def fit(self, series: Series = ()) -> tuple[Vector, Vector]:
-        """(seconds of every unknown, their standard errors): least squares of relative errors.
+        """(seconds of the unknowns [U], their covariance [U, U]): least squares of relative errors.
 
         Samples are in the order in which they were served. What disturbs a machine lasts, so errors
         that follow each other are alike (in one minute of vLLM a correlation of 0.6 to 0.7): what
@@ -59,8 +59,7 @@ class Samples:
             kept = np.abs(residual) <= 3 * sigma + 1e-9
             means = [_mean(beta, unknowns) for unknowns in series]
             lasting = _autoregression(x @ beta - 1, len(lasting))
-        variance = residual[kept].var() * np.linalg.pinv(rows.T @ rows).diagonal()
-        return beta, np.sqrt(variance.clip(min=0.0))
+        return beta, residual[kept].var() * np.linalg.pinv(rows.T @ rows)
 
 
 def _autoregression(errors: Vector, order: int) -> Vector:

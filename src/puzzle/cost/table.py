@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from puzzle import artifacts
@@ -100,6 +102,38 @@ class ScenarioFit(Record):
     noise: float  # standard deviation of the parent's steps over their mean
     first_token: Percentiles  # of the parent's batches
     inter_token: Percentiles
+    unknowns: list[Key]  # U: the variants that were measured, and the constant
+    prefill_covariance: list[list[float]]  # of their seconds [U, U]
+    decode_covariance: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Of the seconds of prefill and decode, for these unknowns; what is not named is exact."""
+
+    unknowns: Sequence[Key] = ()
+    prefill: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    decode: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @classmethod
+    def of(cls, fit: ScenarioFit, place: str) -> "Covariance":
+        """As a scenario was measured. Raises `UserError` for matrices that are none."""
+        count = len(fit.unknowns)
+        matrices = []
+        for rows in (fit.prefill_covariance, fit.decode_covariance):
+            if [len(row) for row in rows] != [count] * count or not np.isfinite(rows).all():
+                raise UserError(
+                    f"{place}: scenario {fit.scenario}: expected covariances of {count} x {count} "
+                    "finite numbers; measure again (`puzzle cost`)"
+                )
+            matrices.append(np.array(rows, dtype=float).reshape(count, count))
+        return cls(fit.unknowns, *matrices)
+
+    def among(self, unknowns: Sequence[Key], phase: str) -> NDArray[np.float64]:
+        """Of these, in this order, in `prefill` or `decode`."""
+        known = [self.unknowns.index(one) if one in self.unknowns else -1 for one in unknowns]
+        matrix: NDArray[np.float64] = np.pad(getattr(self, phase), ((0, 1), (0, 1)))
+        return matrix[np.ix_(known, known)]
 
 
 class CostHeader(Record):
@@ -120,7 +154,7 @@ class CostTable:
     scenario: ScenarioConfig
     variants: dict[Key, Cost]
     constant: Cost
-    errors: dict[Key, float] = field(default_factory=dict)  # standard, of seconds
+    covariance: Covariance = field(default_factory=Covariance, compare=False)
     first_token: Percentiles = field(default_factory=Percentiles)  # over the prefill
     inter_token: Percentiles = field(default_factory=Percentiles)  # over the mean decode step
 
@@ -206,16 +240,21 @@ def read(job: Job, scenario: str = "main") -> CostTable:
     records = [r for r in artifacts.read_records(path, VariantCost) if r.scenario == scenario]
     check_complete(records, [scenario], distinct_parts(job), str(path))
     variants: dict[Key, Cost] = {(r.slot, r.variant): r.cost for r in records}
-    errors: dict[Key, float] = {(r.slot, r.variant): r.stderr_s for r in records}
     constant = variants.pop((CONSTANT, CONSTANT))
     fits = artifacts.read_records(path.with_name(FITS), ScenarioFit)
-    shown = {fit.scenario: (fit.first_token, fit.inter_token) for fit in fits}
-    if scenario not in shown:
+    fit = next((fit for fit in fits if fit.scenario == scenario), None)
+    if fit is None:
         raise UserError(
             f"{path.with_name(FITS)}: has no scenario {scenario}; measure again (`puzzle cost`)"
         )
     return CostTable(
-        header, header.scenarios[scenario], variants, constant, errors, *shown[scenario]
+        header,
+        header.scenarios[scenario],
+        variants,
+        constant,
+        Covariance.of(fit, str(path.with_name(FITS))),
+        fit.first_token,
+        fit.inter_token,
     )
 
 

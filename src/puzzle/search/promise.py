@@ -16,6 +16,7 @@ from puzzle.search.answers import Answer, Figures
 from puzzle.search.constraints import Constraint
 
 GIVEN_AWAY = 0.02  # beyond the wish: more is quality that nobody asked to give
+LIKELY_AWAY = 0.035  # by the estimate, where its interval does not say so: worth another look
 FIGURES = {  # the field of `Figures` that a constraint limits
     "throughput": "throughput_tok_per_s",
     "user_throughput": "user_throughput_tok_per_s",
@@ -72,9 +73,19 @@ class Promise(Record):
     @property
     def is_slack(self) -> bool:
         """Whether it is surely more than 2 % beyond what was asked."""
+        return self.exceeds(GIVEN_AWAY)
+
+    def exceeds(self, share: float) -> bool:
+        """Whether it is surely beyond what was asked by more than that share."""
         if self.at_least:
-            return self.figure.low > self.wanted * (1 + GIVEN_AWAY)
-        return self.figure.high < self.wanted / (1 + GIVEN_AWAY)
+            return self.figure.low > self.wanted * (1 + share)
+        return self.figure.high < self.wanted / (1 + share)
+
+    @property
+    def by_estimate(self) -> "Promise":
+        """As if the figure were certain."""
+        value = self.figure.value
+        return self.model_copy(update={"figure": Interval(value=value, low=value, high=value)})
 
     @property
     def is_surprise(self) -> bool:
@@ -103,6 +114,20 @@ def give_away(promises: Sequence[Promise]) -> bool:
     """
     is_slack = bool(promises) and all(promise.is_slack for promise in promises)
     return is_slack and any(promise.is_surprise for promise in promises)
+
+
+def is_settled(promises: Sequence[Promise]) -> bool:
+    """Whether another look at a child would say nothing new of whether it goes on.
+
+    All is met or missed; and whether quality was given away is known, or not likely.
+    """
+    if any(promise.verdict == "undecided" for promise in promises):
+        return False
+    if give_away(promises):
+        return True
+    likely = [promise.by_estimate for promise in promises]
+    is_far = bool(likely) and all(one.exceeds(LIKELY_AWAY) for one in likely)
+    return not (is_far and any(one.is_surprise for one in likely))
 
 
 def judge(answer: Answer, measurements: Mapping[str, Measurement]) -> list[Promise]:
