@@ -156,6 +156,8 @@ def test_disturbances_that_last_are_taken_off_and_standard_errors_say_so(monkeyp
             patch.setattr(regression, "LEAST_FOR_ORDER", 10**9)
             found["plain"].append(with_errors(samples.fit()))
     spread = {name: np.std([beta for beta, _ in fits], axis=0) for name, fits in found.items()}
+    level = np.mean([beta for beta, _ in found["ours"]], axis=0) / true
+    assert level == pytest.approx(1.0, abs=0.015)  # noise does not shrink the fit
     assert (spread["ours"][:3] < 0.85 * spread["plain"][:3]).all()
     errors = np.mean([error for _, error in found["ours"]], axis=0)
     assert spread["ours"][:3] == pytest.approx(errors[:3], rel=0.35)  # 60 fits: 9 %

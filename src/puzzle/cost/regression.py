@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 OFF_THE_LINE = 0.1  # of a series' mean: how far steps in the hardware's efficiency may bend it
 ROUNDS = 6  # of fitting and discarding outliers
+LEAST_UNIT = 0.2  # of the median sample: what errors are relative to at least
 ORDER, LEAST_FOR_ORDER = 2, 40  # of the autoregression of errors; samples that it needs
 Vector = NDArray[np.float64]
 Series = Sequence[Sequence[tuple[int, float]]]  # unknowns of one kind: (index, size)
@@ -39,26 +40,28 @@ class Samples:
         or take `OFF_THE_LINE` of the series' mean: eleven widths then need hardly more samples than
         two.
         """
-        x, y = np.array(self.counts, dtype=float), np.array(self.seconds)
-        x = x / y[:, None]
-        kept, sigma = np.ones(len(y), dtype=bool), 0.05
-        first_mean = float(np.median(y) / np.abs(self.counts).sum(axis=1).max())
+        counts, y = np.array(self.counts, dtype=float), np.array(self.seconds)
+        kept, sigma, unit = np.ones(len(y), dtype=bool), 0.05, y
+        first_mean = float(np.median(y) / np.abs(counts).sum(axis=1).max())
         means = [first_mean] * len(series)
         lasting = np.zeros(ORDER if len(y) >= LEAST_FOR_ORDER else 0)
         for _ in range(ROUNDS):
             prior = [
-                sigma / (OFF_THE_LINE * mean) * _off_line(unknowns, x.shape[1])
+                sigma / (OFF_THE_LINE * mean) * _off_line(unknowns, counts.shape[1])
                 for mean, unknowns in zip(means, series, strict=True)
             ]
-            news, ones = _unexpected(x, lasting), _unexpected(np.ones(len(y)), lasting)
+            x, shown = counts / unit[:, None], y / unit
+            news, new = _unexpected(x, lasting), _unexpected(shown, lasting)
             rows = np.vstack([news[kept], *prior])
-            rights = np.concatenate([ones[kept], np.zeros(len(rows) - kept.sum())])
+            rights = np.concatenate([new[kept], np.zeros(len(rows) - kept.sum())])
             beta = np.linalg.lstsq(rows, rights, rcond=None)[0]
-            residual = news @ beta - ones
+            residual = news @ beta - new
             sigma = max(1.48 * float(np.median(np.abs(residual[kept]))), 1e-12)
             kept = np.abs(residual) <= 3 * sigma + 1e-9
             means = [_mean(beta, unknowns) for unknowns in series]
-            lasting = _autoregression(x @ beta - 1, len(lasting))
+            lasting = _autoregression(shown - x @ beta, len(lasting))
+            # Relative to what is fitted: what was measured would let noise shrink the fit.
+            unit = np.maximum(counts @ beta, LEAST_UNIT * np.median(y))
         return beta, residual[kept].var() * np.linalg.pinv(rows.T @ rows)
 
 

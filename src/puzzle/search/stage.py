@@ -236,8 +236,8 @@ def _refined(job: Job, one: Searched, choices: Choices, tries: tried.Tries) -> S
     job.run.progress.say(f"  assembled KL {improved}")
     if found.form is not None:
         job.run.progress.say(
-            f"  optimum of the model with interactions: KL {found.form.kl:.4f} predicted (none below "
-            f"{found.form.bound:.4f}, proven), {found.form.assembled_kl:.4f} assembled"
+            f"  optimum of the model with interactions: KL {found.form.kl:.4f} predicted (none "
+            f"below {found.form.bound:.4f}, proven), {found.form.assembled_kl:.4f} assembled"
         )
     return replace(one, solutions=[solution.model_copy(update=updates), *others])
 
