@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from puzzle import config
+from puzzle import config, settings
 from puzzle.device import EFFICIENCY, Device
 from puzzle.engines import machine
 from puzzle.model.parent import locate
@@ -187,6 +187,11 @@ def tiny_recipe(root: Path) -> Settings:
             "sample_tokens": 4,
         },
     }
+
+
+def embedded_recipe(root: Path, quick: bool) -> Settings:
+    """The demo's recipe, or the quick one with a tiny parent in `root`."""
+    return tiny_recipe(root) if quick else settings.read_yaml(settings.recipe_path("pocket"))
 
 
 def open_run(folder: Path, recipe: Settings, **sections: Settings) -> Run:

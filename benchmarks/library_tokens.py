@@ -6,7 +6,8 @@ The embedded parent on vLLM. For every split of the tokens a whole run of its ow
 the child of 2.17x by the cost table (which all runs share) after the search around it, and its
 distillation. What a library does not cost is spent on distillation: all have the FLOPs of the first
 split and N tokens of distillation of its child (the formula is that of head_to_head.py). Quality is
-on validation text. Finished rows are kept in the run directory.
+on validation text. Libraries, scores and distilled weights are kept in the run directory and not
+made again.
 """
 
 import shutil
@@ -21,7 +22,7 @@ import standings
 from baselines import Evolution
 from contest import Candidate, Workshop
 
-from puzzle import config, settings
+from puzzle import config
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.engines.intervals import Interval
 from puzzle.model.architecture import Architecture
@@ -55,9 +56,7 @@ QUICK = (Split("2k", 2048, {}, 2e-3), Split("1k", 1024, {"gqa_1": 2048}, 2e-3))
 def open_run(root: Path, split: Split, number: int, quick: bool) -> Run:
     """A run of this split; its costs are those of the first one."""
     folder = root / f"split-{number}"
-    recipe: common.Settings = (
-        common.tiny_recipe(root) if quick else settings.read_yaml(settings.recipe_path("pocket"))
-    )
+    recipe = common.embedded_recipe(root, quick)
     recipe["library"] = recipe["library"] | {
         "tokens": split.tokens,
         "budgets": split.budgets,

@@ -37,7 +37,7 @@ import torch
 from baselines import Evolution
 from contest import Workshop
 
-from puzzle import artifacts, config, pipeline, settings
+from puzzle import artifacts, config, pipeline
 from puzzle.artifacts import Record
 from puzzle.assemble.stage import ChildState
 from puzzle.config import ChildConfig, SearchConfig
@@ -53,8 +53,7 @@ from puzzle.search.frontier import baseline_choices
 WISHES, EXCERPT = (1.5, 2.17), 128
 HARDLY = 4096  # tokens: one step
 ALL, PROGRAM, AROUND = "all tokens", "program", "around it"
-Settings = dict[str, Any]
-LIBRARIES: dict[str, Callable[[int], Settings]] = {  # of the tokens of the whole library
+LIBRARIES: dict[str, Callable[[int], common.Settings]] = {  # of the tokens of the whole library
     ALL: lambda tokens: {},
     "half the tokens": lambda tokens: {"tokens": tokens // 2},
     "a quarter": lambda tokens: {"tokens": tokens // 4},
@@ -116,17 +115,15 @@ class Table:
 
     def run(self, seed: int, library: str) -> Run:
         """With library and scores; costs are those of the first run."""
-        recipe: common.Settings = (
-            common.tiny_recipe(self.root)
-            if self.quick
-            else settings.read_yaml(settings.recipe_path("pocket"))
-        )
+        recipe = common.embedded_recipe(self.root, self.quick)
         tokens = recipe["library"]["tokens"]
         recipe["library"] = recipe["library"] | LIBRARIES[library](tokens)
         recipe["corpus"] = recipe.get("corpus", {}) | {"seed": seed}
         folder = self.root / f"{seed}-{library.replace(' ', '-')}"
         run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=self.quick))
-        self._with(folder, "places")
+        first = next(iter(sorted(self.root.glob("*/places"))), None)
+        if first is not None and not (folder / "places").exists():
+            shutil.copytree(first, folder / "places")
         if run.first is not None:
             decoupled = self.root / f"{seed}-{ALL.replace(' ', '-')}"
             if not run.first.folder.exists():
@@ -135,11 +132,6 @@ class Table:
             pipeline.narrow(run, run.first)
         contest.prepare(run)
         return run
-
-    def _with(self, folder: Path, part: str) -> None:
-        first = next(iter(sorted(self.root.glob(f"*/{part}"))), None)
-        if first is not None and not (folder / part).exists():
-            shutil.copytree(first, folder / part)
 
 
 def chosen(run: Run, choice: str, wish: float) -> Architecture | None:

@@ -40,7 +40,7 @@ class Model:
         """Solve with these options of HiGHS, by their names there."""
         highs = self._solved(options)
         if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError:
-            # 1 of 5,000 small programs: what presolve leaves, it cannot take back to the program.
+            # In 1 of 5,000 small programs presolve left a solution that breaks a row.
             highs = self._solved({**options, "presolve": "off"})
         solution = highs.getSolution()
         return Answer(
