@@ -21,7 +21,7 @@ from puzzle.model.architecture import Architecture, parse_block
 from puzzle.progress import Progress
 from puzzle.run import Run
 from puzzle.score import results as scores
-from puzzle.search import SEARCH, answers, stage, tried
+from puzzle.search import SEARCH, answers, around, stage, tried
 from puzzle.search.constraints import KINDS
 from puzzle.search.frontier import _undominated, baseline_choices, frontier
 from puzzle.search.tried import MeasuredChild
@@ -391,10 +391,11 @@ def test_an_architecture_that_was_refused_is_not_chosen_again(copied_run):
     assert ask(copied_run, throughput="1.1x") is not None  # another wish, another question
 
 
-def test_the_best_that_was_met_is_final_once_the_attempts_are_used_up(copied_run):
+def test_the_best_that_was_met_is_final_once_the_attempts_are_used_up(copied_run, monkeypatch):
     job = question(copied_run, throughput="1.2x")
     blocks = answers.read(job).best.blocks
     served(job, 1.6, verdict="met", gives_away=True)
+    monkeypatch.delattr(around, "refine")  # nothing is looked for around a child that is not tried
     answer = settle(copied_run, throughput="1.2x", attempts=1)
     assert (answer.final, answer.best.blocks) == ("1.6", blocks)
     assert answer.best.bound <= answer.best.objective  # what is proven is of the best there is

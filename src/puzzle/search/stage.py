@@ -162,7 +162,7 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
     solved = [one for one in swept if one.solutions]
     best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
     final = None
-    if settle and solved and _is_refined(job):
+    if settle and solved and _is_refined(job) and not tries.are_used_up(settings.attempts):
         best = _refined(job, best, choices, tries)
     if settle:
         final = tries.settle(best.solutions[0] if solved else None, settings.attempts)

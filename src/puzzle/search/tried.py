@@ -174,6 +174,10 @@ class Tries:
         met = [c for c in self.children if c.verdict == "met" and c.blocks not in self.refused]
         return min(met, key=lambda child: child.objective, default=None)
 
+    def are_used_up(self, attempts: int) -> bool:
+        """Whether one of them is met and no further one may be tried."""
+        return self.best is not None and len(self.children) >= attempts
+
     def settle(self, following: Solution | None, attempts: int) -> MeasuredChild | None:
         """The child that goes on, where no further try is worth it; None where one is.
 
@@ -182,7 +186,7 @@ class Tries:
             attempts: how many are tried at most.
         """
         best = self.best
-        if best is None or len(self.children) >= attempts or following is None:
+        if best is None or following is None or self.are_used_up(attempts):
             return best
         gain = best.objective - following.rank
         is_worth_it = following.blocks != best.blocks and gain > LEAST_GAIN * abs(best.objective)
