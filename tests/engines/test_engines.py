@@ -53,6 +53,19 @@ def test_an_engine_serves_batches_step_by_step_with_any_layers(servable, name, t
             assert len(session.advance(2)) == 2 and len(session.pages) == 4
 
 
+@pytest.mark.vllm
+@pytest.mark.training
+@NEEDS_VLLM
+def test_vllm_has_pages_of_its_own_for_layers_that_differ_in_their_kv_heads(servable, tmp_path):
+    """1, none, 2 and 2 KV heads of 32 channels, and of the parent 2 each, in bfloat16."""
+    engine = engines.make("vllm", COST, tmp_path / "logs")
+    shown = []
+    for folder in servable:
+        with engine.serve(folder, SCENARIO) as session:
+            shown.append([page.bytes / page.tokens for page in session.pages])
+    assert shown == [[256.0] * 4, [128.0, 0.0, 256.0, 256.0]]
+
+
 def test_a_probe_serves_the_layers_it_is_told(servable, tmp_path):
     """With fewer layers a modelled step takes less, until others are named."""
     with engines.make("roofline", COST, tmp_path).probe(servable[0], SCENARIO) as session:

@@ -44,12 +44,9 @@ class StubEngine:
     prefilled: bool = False
     finished: list[Request] = field(default_factory=list)
 
-    groups: list = field(default_factory=list)  # of the KV cache
-
     @property
     def engine_core(self):
-        cache = types.SimpleNamespace(kv_cache_groups=self.groups)
-        scheduler = types.SimpleNamespace(requests=self.requests, kv_cache_config=cache)
+        scheduler = types.SimpleNamespace(requests=self.requests)
         return types.SimpleNamespace(engine_core=types.SimpleNamespace(scheduler=scheduler))
 
     vllm_config = types.SimpleNamespace()
@@ -133,9 +130,9 @@ class StubLLM:
             layer(f"model.layers.{index}.self_attn.attn", heads, self.head_dim, ranks)
             for index, heads in enumerate(self.kv_heads)
         ]
-        self.llm_engine.groups = [cache_group(layers)]
         self.model = types.SimpleNamespace(model=types.SimpleNamespace(layers=layers))
-        self.worker = types.SimpleNamespace(model_runner=Runner(self))
+        cache = types.SimpleNamespace(kv_cache_groups=[cache_group(layers)])
+        self.worker = types.SimpleNamespace(model_runner=Runner(self, cache))
 
     def apply_model(self, function) -> list:
         return [function(self.model)] * self.arguments["tensor_parallel_size"]
@@ -147,8 +144,8 @@ class StubLLM:
 class Runner:
     """A model runner of version 2."""
 
-    def __init__(self, llm: StubLLM) -> None:
-        self.llm, self.released = llm, True
+    def __init__(self, llm: StubLLM, cache: types.SimpleNamespace) -> None:
+        self.llm, self.kv_cache_config, self.released = llm, cache, True
         self.cudagraph_manager = types.SimpleNamespace(release_graphs=self._release)
 
     def _release(self) -> None:

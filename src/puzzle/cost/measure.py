@@ -96,8 +96,8 @@ class ScenarioMeasurement:
     unused: dict[str, dict[Part, list[Part]]] = field(default_factory=dict)  # `random_model`
     parent: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "step": []})
     positions: list[int] = field(default_factory=list)  # in the output, of the parent's turns
-    first_tokens: list[float] | None = None  # of the parent as it is served, as `workspace_bytes`
-    workspace_bytes: int | None = None
+    first_tokens: list[float] | None = None  # of the parent as it is served
+    workspace_bytes: int = 0  # of the parent
 
     def run(self, seconds: float, precision: float, task: Task) -> None:
         """Serve batches until the standard errors are below `precision`, or `seconds` have passed.
@@ -105,6 +105,7 @@ class ScenarioMeasurement:
         Never less than what a fit needs, even where that takes longer than `seconds`.
         """
         began, elapsed = time.monotonic(), 0.0
+        self._take_workspace()
         for number in itertools.count():
             self._batch()
             if number < WARM_UPS:
@@ -133,6 +134,13 @@ class ScenarioMeasurement:
                 self.positions += range(len(turns))
         self.first_tokens = list(session.first_tokens)
         self.workspace_bytes = self._workspace_of(session, self.probe.reference)
+
+    def _take_workspace(self) -> None:
+        """Serve a batch of the parent, before others: freed memory of all that ran stays taken."""
+        layers = self.probe.layers_of(self.reference, random.Random(0))
+        self.session.begin(self.scenario)
+        self.session.advance(self.scenario.output_length, layers)
+        self.workspace_bytes = self._workspace_of(self.session, self.probe.architecture)
 
     def _batch(self) -> None:
         """A batch, each turn of its output of another architecture; then more prefills."""
@@ -223,15 +231,12 @@ class ScenarioMeasurement:
             records.append(self._variant_record(part, seconds))
         constant = self.probe.shape.constant_parameters
         prefill_s, decode_s, stderr_s = fit.seconds(-1)
-        workspace = self.workspace_bytes
-        if workspace is None:
-            workspace = self._workspace_of(self.session, self.probe.architecture)
         cost = Cost(
             prefill_s,
             decode_s,
             constant,
             constant * self.element_bytes,
-            workspace_bytes=workspace,
+            workspace_bytes=self.workspace_bytes,
         )
         records.append(
             VariantCost(

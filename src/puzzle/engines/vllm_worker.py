@@ -42,30 +42,28 @@ def attention_names(model: Any) -> list[str | None]:
     return [getattr(attention, "layer_name", None) for attention in attentions]
 
 
-def scheduler_of(engine: Any) -> Any:
-    """What shares out the KV cache: in this process, whatever the workers are in."""
-    return engine.engine_core.engine_core.scheduler
-
-
 def list_pages(llm: Any, devices: int) -> list[Page]:
-    """The page of every layer's KV cache, as the engine allocates it on all devices together.
+    """The page of every layer's KV cache, as the engine allocates it on all devices together."""
+    of_device, none = llm.collective_rpc(device_pages)[0], Page(1, 0)
+    pages = [of_device.get(name, none) for name in llm.apply_model(attention_names)[0]]
+    return [page._replace(bytes=page.bytes * devices) for page in pages]
 
-    Where some layers have windows, vLLM makes the pages of all equally large by holding more tokens
-    in those of narrow ones. Of a window it holds the pages that it touches.
+
+def device_pages(worker: Any) -> dict[str, Page]:
+    """By attention: its pages on one device, as a worker of the engine has allocated them.
+
+    The scheduler's account of them is no use: of layers that differ in their KV heads it keeps the
+    first one's. Where some layers have windows, vLLM makes the pages of all equally large by
+    holding more tokens in those of narrow ones. Of a window it holds the pages that it touches.
     """
-    specs: dict[str, Any] = {}
-    for group in scheduler_of(llm.llm_engine).kv_cache_config.kv_cache_groups:
+    pages = {}
+    for group in worker.model_runner.kv_cache_config.kv_cache_groups:
         of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        specs |= {name: of_layers.get(name, group.kv_cache_spec) for name in group.layer_names}
-    pages = []
-    for name in llm.apply_model(attention_names)[0]:
-        if name is None:
-            pages.append(Page(1, 0))
-            continue
-        spec = specs[name]
-        is_window = type(spec).__name__ == "SlidingWindowSpec"
-        most = spec.sliding_window + spec.block_size if is_window else None
-        pages.append(Page(spec.block_size, spec.page_size_bytes * devices, most))
+        for name in group.layer_names:
+            spec = of_layers.get(name, group.kv_cache_spec)
+            is_window = type(spec).__name__ == "SlidingWindowSpec"
+            most = spec.sliding_window + spec.block_size if is_window else None
+            pages[name] = Page(spec.block_size, spec.page_size_bytes, most)
     return pages
 
 
@@ -276,7 +274,8 @@ class Batch:
 
     def preemptions(self) -> int:
         """How often a sequence of the batch that runs lost its KV cache to others."""
-        requests = scheduler_of(self.engine).requests.values()
+        scheduler = self.engine.engine_core.engine_core.scheduler  # in this process, always
+        requests = scheduler.requests.values()
         return sum(request.num_preemptions for request in requests)
 
     def begin(self, scenario: ScenarioConfig) -> None:
