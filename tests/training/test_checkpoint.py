@@ -1,6 +1,12 @@
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from puzzle.errors import UserError
 from puzzle.training import checkpoint
@@ -46,3 +52,23 @@ def test_no_byte_of_a_checkpoint_can_be_lost_unnoticed(saved, monkeypatch):
             checkpoint.peek(saved)
     saved.write_bytes(whole)
     assert checkpoint.peek(saved)[0] == 7
+
+
+@pytest.fixture
+def mesh_of_three():
+    """A group of three processes, of which only this one is there: nothing is sent."""
+    distributed.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    yield init_device_mesh("cpu", (3,))
+    distributed.destroy_process_group()
+
+
+def test_what_is_gathered_of_uneven_shards_can_be_written(mesh_of_three, tmp_path):
+    """16 rows on three processes are 6, 6 and 4: torch gathers 18 and shows 16 of them."""
+    shape, stride = torch.Size((16, 4)), (4, 1)
+    shards = DTensor.from_local(
+        torch.ones(6, 4), mesh_of_three, [Shard(0)], shape=shape, stride=stride
+    )
+    full = checkpoint.gathered(shards)
+    assert full.shape == shape
+    save_torch_state_dict({"weight": full}, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["weight"].shape == shape

@@ -73,8 +73,16 @@ def tensors(modules: Modules, optimizers: Optimizers) -> dict[str, torch.Tensor]
 
 @torch.no_grad()
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; a sharded one in full, in which every process must take part."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    """The tensor itself; a sharded one in full, in which every process must take part.
+
+    Of shards of different lengths torch makes one that is a part of a longer storage, which
+    safetensors does not write: it is copied.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    full = tensor.full_tensor().detach()
+    is_whole = full.untyped_storage().nbytes() == full.numel() * full.element_size()
+    return full if is_whole else full.clone()
 
 
 def write(path: Path, named: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
