@@ -38,6 +38,17 @@ def build(tmp_path, tokenizer, sources, **settings):
     )
 
 
+@pytest.mark.parametrize(("asked", "is_said"), [(64, False), (10**6, True)])
+def test_a_corpus_that_ends_before_its_training_tokens_says_so(
+    tmp_path, tokenizer, text_folder, monkeypatch, asked, is_said
+):
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    data = build(tmp_path, tokenizer, [str(text_folder)], train_tokens=asked)
+    ends = f"the corpus ends at {16 * len(data['train']):,} training tokens"
+    assert any(ends in text for text in said) == is_said
+
+
 def texts(count):
     return [TEXT.replace("add", f"name_{i}") for i in range(count)]
 

@@ -60,7 +60,7 @@ def test_an_engine_that_fails_is_one_line_and_leaves_no_process(tmp_path, stub, 
     program, started = stub
     program.append(WORKERS[how])
     scenario = ScenarioConfig(batch_size=2, input_length=4, output_length=4)
-    with tally.fault(f"engine that {how.split()[0]}"):
+    with tally.fault(f"engine that {how}"):
         began = time.monotonic()
         with (
             pytest.raises(UserError, match="vllm") as error,
@@ -81,7 +81,7 @@ def test_a_run_whose_engine_died_goes_on_when_it_serves_again(tiny_run, monkeypa
     works = job.engine
     fails = vllm_engine.make(tiny_run.folder / "logs")
     broken = Engine(works.name, works.measured, works.facts, serve=fails.serve, probe=fails.probe)
-    with tally.fault("engine that is"):
+    with tally.fault("engine that is killed while it serves"):
         with monkeypatch.context() as patched, pytest.raises(UserError, match="vllm stopped"):
             patched.setitem(job.__dict__, "engine", broken)
             pipeline.execute_stage(COST, job)

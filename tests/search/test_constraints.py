@@ -1,7 +1,17 @@
 import pytest
 
+from puzzle.config import SearchConfig
 from puzzle.errors import UserError
-from puzzle.search.constraints import parse_quantity
+from puzzle.search.constraints import asked_in_words, parse_quantity
+
+
+def test_parameters_are_asked_once_and_what_differs_between_scenarios_in_each():
+    asked = SearchConfig(parameters="50%", kv_cache="60%")
+    assert asked_in_words(asked, ["main", "chat"]) == [
+        "parameters 50%",
+        "kv_cache 60%",
+        "chat kv_cache 60%",
+    ]
 
 
 @pytest.mark.parametrize(
