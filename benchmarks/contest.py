@@ -56,6 +56,7 @@ LIBRARY_CODE = (  # decides which child, and its first weights
     "search/mip.py",
     "search/around.py",
 )
+AIMS, MOST_TRIES, ASK_MORE = 10, 3, 1.02  # of a way of choosing, at one wish
 TOO_MUCH = 1.05  # a child that was aimed at a wish is searched again where it is faster than this
 Weights = str  # library, parent, cut or random: where a child's weights come from
 
@@ -344,12 +345,18 @@ def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
 def aimed(
     shop: Workshop, method: str, choose: Callable[[float], Architecture | None]
 ) -> Iterator[list[Candidate]]:
-    """A child just above every wish; where it is missed or far beyond, the aim is corrected."""
+    """A child just above every wish; where it is missed or far beyond, the aim is corrected.
+
+    A way of choosing that ends outside the limits, as a greedy one may, is asked for a little more.
+    """
     for wish in shop.size.wishes:
         aim, tries = wish, []
-        for _ in range(3):
+        for _ in range(AIMS):
             architecture = choose(aim)
-            if architecture is None:
+            if architecture is None and not tries:
+                aim *= ASK_MORE
+                continue
+            if architecture is None or len(tries) == MOST_TRIES:
                 break
             tries.append(shop.candidate(method, wish, architecture, "", "library"))
             speed = tries[-1].speedup.value
