@@ -105,7 +105,8 @@ class ScenarioMeasurement:
         Never less than what a fit needs, even where that takes longer than `seconds`.
         """
         began, elapsed = time.monotonic(), 0.0
-        self._take_workspace()
+        if not self.is_captured:
+            self._take_workspace()
         for number in itertools.count():
             self._batch()
             if number < WARM_UPS:
@@ -136,7 +137,10 @@ class ScenarioMeasurement:
         self.workspace_bytes = self._workspace_of(session, self.probe.reference)
 
     def _take_workspace(self) -> None:
-        """Serve a batch of the parent, before others: freed memory of all that ran stays taken."""
+        """Serve a batch of the parent, before others: freed memory of all that ran stays taken.
+
+        Where graphs are captured the parent is served alone, which tells it.
+        """
         layers = self.probe.layers_of(self.reference, random.Random(0))
         self.session.begin(self.scenario)
         self.session.advance(self.scenario.output_length, layers)
