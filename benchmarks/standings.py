@@ -16,6 +16,7 @@ import common
 import numpy as np
 import torch
 from contest import DEFAULT, DISCRETE, Candidate, Row, Workshop, candidates_of, code_of, prepare
+from numpy.typing import NDArray
 
 from puzzle import artifacts
 from puzzle.config import ChildConfig, UptrainConfig
@@ -33,6 +34,7 @@ from puzzle.uptrain import memory
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.trainer import Trainer
 
+Vector = NDArray[np.float64]
 COLOURS, DASHES = ("attention", "ffn", "good", "extra", "parent"), ("", "6 3", "2 3")
 
 # ------------------------------------------------------------------------------------------ quality
@@ -116,8 +118,13 @@ def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, sp
     )
 
 
+def is_too_slow(method: str, found: Sequence[Candidate], wish: float) -> bool:
+    """Whether not even the fastest child of a method with a discrete knob gets there."""
+    return method in DISCRETE and max(one.speedup.value for one in found) < wish
+
+
 def plan(shop: Workshop, methods: Sequence[str]) -> list[tuple[Candidate, int, int]]:
-    """(candidate, tokens, seed) of every row, cheap ones first."""
+    """(candidate, tokens, seed) of every row that a table shows, cheap ones first."""
     rows = [
         (one, 0, 1)
         for method in methods
@@ -128,7 +135,8 @@ def plan(shop: Workshop, methods: Sequence[str]) -> list[tuple[Candidate, int, i
         for wish in shop.size.trained:
             for method in methods:
                 candidates = candidates_of(shop, method, wish)
-                rows += [(one, tokens_for(shop, one), seed) for one in candidates]
+                if candidates and not is_too_slow(method, candidates, wish):
+                    rows += [(one, tokens_for(shop, one), seed) for one in candidates]
     return rows
 
 
@@ -163,6 +171,7 @@ class Point:
 
     method: str
     wish: float
+    split: str  # of the text that quality is of
     tokens: int
     speeds: list[float]  # of the children it is made from
     top1: Interval  # retention
@@ -174,10 +183,18 @@ class Point:
     seeds: int
     minutes: float
     stale: bool  # made by other code than that of now
+    right: Vector  # tokens of every document [D] that it predicts
+    parents_right: Vector  # [D], the same of the parent
 
     def as_json(self) -> dict[str, Any]:
         """For the results' file."""
-        return vars(self) | {"top1": self.top1.as_json()}
+        told = {key: value for key, value in vars(self).items() if not key.endswith("right")}
+        return told | {"top1": self.top1.as_json()}
+
+    def lead_over(self, other: "Point") -> Interval:
+        """How much more of the parent's top-1 accuracy it keeps, paired by documents."""
+        columns = (self.parents_right, self.right, other.right)
+        return bootstrap(columns, lambda sums: (sums[1] - sums[2]) / np.maximum(sums[0], 1e-12))
 
 
 def rows_for(
@@ -197,7 +214,7 @@ def point(
     if not found:
         return None
     speeds = [one.speedup.value for one in found]
-    if method in DISCRETE and max(speeds) < wish:
+    if is_too_slow(method, found, wish):
         return f"at most {max(speeds):.2f}x"
     of_each = []
     for one in found:
@@ -221,25 +238,17 @@ def point(
         return value + (1 - sum(weights)) * of_nothing  # the parent is on the slower side
 
     parent = first[0].parent
-    columns = [parent.metrics["top1"]]
-    columns += [
-        [
-            sum(values) / len(values)
-            for values in zip(*(r.model.metrics["top1"] for r in each), strict=True)
-        ]
-        for each in of_each
-    ]
-
-    def retention(sums: Any) -> Any:
-        kept = sum(w * sums[i + 1] for i, w in enumerate(weights)) / np.maximum(sums[0], 1e-12)
-        return kept + (1 - sum(weights))
-
+    parents_right = np.array(parent.metrics["top1"])
+    right = (1 - sum(weights)) * parents_right
+    for weight, each in zip(weights, of_each, strict=True):
+        right += weight * np.mean([row.model.metrics["top1"] for row in each], axis=0)
     return Point(
         method=method,
         wish=wish,
+        split=split,
         tokens=round(sum(w * r.tokens for w, r in zip(weights, first, strict=True))),
         speeds=speeds,
-        top1=bootstrap(columns, retention),
+        top1=bootstrap((parents_right, right), lambda s: s[1] / np.maximum(s[0], 1e-12)),
         kl=mean("kl", 0.0),
         lm_loss=mean("lm_loss", parent.mean("lm_loss").value),
         labels=[one.label for one in found],
@@ -248,6 +257,8 @@ def point(
         seeds=seeds,
         minutes=sum(row.minutes for row in first),
         stale=any(row.code != code_of(one.weights) for row, one in zip(first, found, strict=True)),
+        right=right,
+        parents_right=parents_right,
     )
 
 
@@ -315,15 +326,30 @@ def sentences(points: Sequence[Point]) -> list[str]:
         others = [p for p in at if not p.method.startswith(DEFAULT)]
         if ours is None or not others:
             continue
-        best = others[0]
-        word = "keeps" if ours.top1.value >= best.top1.value else "keeps only"
+        best, lead = others[0], ours.lead_over(others[0])
+        word = "keeps" if lead.value >= 0 else "keeps only"
         told.append(
             f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
             f"Puzzle's child {word} {_share(ours)} of the parent's top-1 accuracy; the best of "
             f"{len(others)} other methods ({best.method}) keeps {_share(best)}, the worst "
-            f"({others[-1].method}) {_share(others[-1])}."
+            f"({others[-1].method}) {_share(others[-1])}. The difference to the best, paired by "
+            f"documents, is {100 * lead.value:+.1f} points ({100 * lead.low:+.1f} to "
+            f"{100 * lead.high:+.1f})."
         )
+    if told:
+        told.append(_conditions([point for point in points if point.tokens]))
     return told
+
+
+def _conditions(trained: Sequence[Point]) -> str:
+    """On which text, with how many seeds and tokens."""
+    seeds = min(point.seeds for point in trained)
+    tokens = [point.tokens / 1e6 for point in trained]
+    return (
+        f"({trained[0].split.capitalize()} text, {seeds} seed{'s' * (seeds > 1)}, "
+        f"{min(tokens):.1f}M to {max(tokens):.1f}M tokens of distillation, so that all cost as "
+        "many FLOPs, Puzzle's library among them; what a method cannot reach has no point.)"
+    )
 
 
 def _share(one: Point) -> str:
