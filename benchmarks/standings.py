@@ -302,15 +302,15 @@ SECTION = re.compile(r"(<!-- head-to-head:begin -->\n).*?(<!-- head-to-head:end 
 
 
 def update_readme(points: Sequence[Point], root: Path) -> str:
-    """Write picture and sentences into the repository at `root`; returns the sentences."""
-    artifacts.write_text(root / "docs" / "images" / "head_to_head.svg", picture(points))
-    section = "\n".join(
-        [
-            *sentences(points),
-            "",
-            "![who keeps more at the same speed](docs/images/head_to_head.svg)",
-        ]
-    )
+    """Write sentences and picture into the repository at `root`; returns the sentences.
+
+    There is a picture once methods have lines in it: points at several wishes.
+    """
+    lines = sentences(points)
+    if len({point.wish for point in points}) > 1:
+        artifacts.write_text(root / "docs" / "images" / "head_to_head.svg", picture(points))
+        lines += ["", "![who keeps more at the same speed](docs/images/head_to_head.svg)"]
+    section = "\n".join(lines)
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = SECTION.sub(lambda markers: f"{markers[1]}{section}\n{markers[2]}", readme)
     artifacts.write_text(root / "README.md", readme)
@@ -330,7 +330,7 @@ def sentences(points: Sequence[Point]) -> list[str]:
         word = "keeps" if lead.value >= 0 else "keeps only"
         told.append(
             f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
-            f"Puzzle's child {word} {_share(ours)} of the parent's top-1 accuracy; the best of "
+            f"Puzzle's child, served at {ours.speeds[0]:.2f}x, {word} {_share(ours)} of the parent's top-1 accuracy; the best of "
             f"{len(others)} other methods ({best.method}) keeps {_share(best)}, the worst "
             f"({others[-1].method}) {_share(others[-1])}. The difference to the best, paired by "
             f"documents, is {100 * lead.value:+.1f} points ({100 * lead.low:+.1f} to "
