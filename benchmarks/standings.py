@@ -331,7 +331,8 @@ def sentences(points: Sequence[Point]) -> list[str]:
         told.append(
             f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
             f"Puzzle's child, served at {ours.speeds[0]:.2f}x, {word} {_share(ours)} of the "
-            f"parent's top-1 accuracy; the best of {len(others)} other methods ({best.method}) keeps {_share(best)}, the worst "
+            f"parent's top-1 accuracy; the best of {len(others)} other methods "
+            f"({best.method}) keeps {_share(best)}, the worst "
             f"({others[-1].method}) {_share(others[-1])}. The difference to the best, paired by "
             f"documents, is {100 * lead.value:+.1f} points ({100 * lead.low:+.1f} to "
             f"{100 * lead.high:+.1f})."
