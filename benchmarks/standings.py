@@ -348,8 +348,9 @@ def _conditions(trained: Sequence[Point]) -> str:
     tokens = [point.tokens / 1e6 for point in trained]
     return (
         f"({trained[0].split.capitalize()} text, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{min(tokens):.1f}M to {max(tokens):.1f}M tokens of distillation, so that all cost as "
-        "many FLOPs, Puzzle's library among them; what a method cannot reach has no point.)"
+        f"{min(tokens):.1f}M to {max(tokens):.1f}M tokens of distillation: as many FLOPs for all, "
+        "the training of Puzzle's library included. A method that cannot reach a speed-up is left "
+        "out.)"
     )
 
 
