@@ -333,6 +333,9 @@ def score_part(scale: Scale, root: Path) -> Settings:
     seconds: dict[str, float] = {}
     with made_variants(run), taking(device) as taken:
         parent, library = run.parent_layers(streamed=False), LibraryBlocks(run, kept=True)
+        for layer in range(len(parent)):  # all are kept, as `puzzle plan` counts them
+            with parent.layer(layer) as of_parent:
+                library.layer(layer, [], of_parent)
         tokens_BS = run.corpus["score"].head(run.recipe.score.shard_sequences)
         states, context = parent_states(run, parent, tokens_BS)
         estimator = Estimator(run, parent, tokens_BS, states, context)
@@ -516,7 +519,7 @@ def child_part(scale: Scale, root: Path) -> Settings:
     return serving(scale, root, "child", 32 if scale.sizes is TINY else 1024)
 
 
-PER_LAYER = 16  # blocks of a layer that are scored
+PER_LAYER = 31  # blocks of a layer that are scored: as many wait for the head together
 PARTS: dict[str, Callable[[Scale, Path], Settings]] = {
     "pipeline": pipeline_part,
     "library": library_part,

@@ -210,8 +210,8 @@ def _bfloat16(device: torch.device) -> bool:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor from which a GPU copies while it computes; elsewhere the tensor itself."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    """A host tensor from which a GPU copies while it computes; any other tensor as it is."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.is_cpu else tensor
 
 
 def unusable_gpu() -> str | None:

@@ -31,7 +31,6 @@ def measure(part: str, layers: int, bug: str = "", uptrain: dict | None = None) 
     `bug`: planted, of `bugs.BUGS`. `uptrain`: settings beside the part's own.
     """
     began = time.perf_counter()
-    gpu.PER_LAYER = 31  # blocks of 16,384 tokens that wait for the head together
     recipe = functools.partialmethod(gpu.Scale.recipe, uptrain=uptrain or {})
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         device = stack.enter_context(fake_cuda())

@@ -206,7 +206,7 @@ class _Frame:
         return "".join(parts)
 
     def draw(self, series: Series) -> str:
-        points = [self.at(mark.x, mark.y) for mark in series.marks]
+        points = [self.at(one.x, one.y) for one in series.marks]
         parts = []
         if series.band:
             lows = [
