@@ -79,8 +79,11 @@ def test_the_shapes_of_an_8b_model_take_what_a_plan_says(part, tmp_path, monkeyp
 
 @NEEDS_VLLM
 @pytest.mark.vllm
-def test_a_probe_with_graphs_takes_longer_with_more_layers(tmp_path):
-    """Without graphs all architectures take the time that launching their kernels takes."""
+def test_a_probe_with_graphs_tells_numbers_of_layers_apart(tmp_path):
+    """Without graphs all architectures take the time that launching their kernels takes.
+
+    Most of a step of this small model is the engine's own: 2.9 of 3.7 ms on an H100 (docs/gpu.md).
+    """
     folder = make_parent(
         tmp_path / "parent", dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096,
         num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
@@ -89,12 +92,13 @@ def test_a_probe_with_graphs_takes_longer_with_more_layers(tmp_path):
     scenario = ScenarioConfig(batch_size=16, input_length=16, output_length=65, dtype="bfloat16")
     engine = engines.make("vllm", CostConfig(), tmp_path / "logs")
     with engine.probe(folder, scenario) as session:
-        medians = []
+        quartiles = []
         for layers in (range(16), range(4)):
             session.begin(scenario)
             session.advance(1, list(layers))
-            medians.append(sorted(session.advance(32, list(layers)))[16])
-    assert medians[0] / medians[1] > 1.5
+            steps = sorted(session.advance(32, list(layers)))
+            quartiles.append((steps[8], steps[24]))
+    assert quartiles[0][0] > quartiles[1][1]
 
 
 @NEEDS_VLLM
