@@ -32,6 +32,7 @@ from puzzle.report.charts import Axis, Mark, Series
 from puzzle.run import Run
 from puzzle.uptrain import memory
 from puzzle.uptrain.gkd import Pair
+from puzzle.uptrain.phases import phases
 from puzzle.uptrain.trainer import Trainer
 
 Vector = NDArray[np.float64]
@@ -94,6 +95,8 @@ def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, sp
         }
         uptrain = UptrainConfig.model_validate(run.recipe.uptrain.model_dump() | changes)
         job = run.job_of("head-to-head", ChildConfig(uptrain=uptrain))
+        step = uptrain.batch_sequences * run.recipe.corpus.sequence_length
+        assert phases(job)[-1].last == -(-tokens // step), "the row says other tokens"
         (folder / artifacts.UNFINISHED).mkdir(parents=True, exist_ok=True)
         weights = folder / "child.pt"
         if weights.exists():

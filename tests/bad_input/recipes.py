@@ -496,11 +496,11 @@ CASES = [
         "--set 'uptrain={schedule: wsd, warmup_share: 0.9, decay_share: 0.9}': uptrain: warmup_share + decay_share exceed 1; lower one of them",
     ),
     setting(
-        "uptrain.stages=[{tokens: 10}]",
-        "--set 'uptrain.stages=[{tokens: 10}]': uptrain.stages.0.sequence_length is missing; give it a value",
+        "uptrain.stages=[{share: 1}]",
+        "--set 'uptrain.stages=[{share: 1}]': uptrain.stages.0.sequence_length is missing; give it a value",
     ),
     setting(
-        "uptrain.stages=[{tokens: 10, sequence_length: 33}]",
+        "uptrain.stages=[{share: 1, sequence_length: 33}]",
         "uptrain.stages: got sequence_length 33; expected a multiple of corpus.sequence_length (32) that divides a batch of 8 x 32 tokens; change uptrain.batch_sequences",
     ),
     setting(

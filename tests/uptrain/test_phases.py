@@ -20,8 +20,8 @@ def test_sequence_lengths_change_in_stages_and_join_neighbouring_rows(
         return real(pair, tokens)
 
     monkeypatch.setattr(gkd.Pair, "losses", watched)
-    stages = [{"sequence_length": 32, "tokens": 512}, {"sequence_length": 128, "tokens": 512}]
-    job = uptrained(finished_run, tmp_path / "run", stages=stages)
+    stages = [{"sequence_length": 32, "share": 0.5}, {"sequence_length": 128, "share": 0.5}]
+    job = uptrained(finished_run, tmp_path / "run", tokens=1024, stages=stages)
     assert [tuple(tokens.shape) for tokens in batches] == [(8, 32), (8, 32), (2, 128), (2, 128)]
     data = job.run.corpus["train"]
     stream = data.rows(range(len(data))).flatten()

@@ -39,13 +39,14 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
         ({"freeze": ["model.layer.*"]}, "matches no weight"),
         ({"freeze": ["*"]}, "leave no weight to learn"),
         (
-            {"stages": [{"sequence_length": 48, "tokens": 512}]},
+            {"stages": [{"sequence_length": 48, "share": 1.0}]},
             "a multiple of corpus.sequence_length",
         ),
         (
-            {"stages": [{"sequence_length": 512, "tokens": 512}], "batch_sequences": 16},
+            {"stages": [{"sequence_length": 512, "share": 1.0}], "batch_sequences": 16},
             "at most 256",
         ),
+        ({"stages": [{"sequence_length": 64, "share": 0.5}]}, "add up to 0.5; expected 1"),
         ({"processes": 3}, "cannot be shared by 3 processes"),
         ({"optimizer": "host", "processes": 2}, "host is for one process"),
         ({"optimizer": "host", "lora_rank": 4}, "host is for one process"),

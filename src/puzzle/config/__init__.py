@@ -278,14 +278,14 @@ class LengthStage(Section):
 
     # A multiple of corpus.sequence_length: neighbouring rows are joined.
     sequence_length: Annotated[int, Field(ge=2)]
-    tokens: Positive
+    share: Annotated[float, Field(gt=0, le=1)]  # of uptrain.tokens
 
 
 class UptrainConfig(Section):
     """Global knowledge distillation of the child. Weights of 0 leave a term out."""
 
     tokens: Positive = 1_500_000
-    stages: list[LengthStage] = []  # sequence lengths one after the other, instead of `tokens`
+    stages: list[LengthStage] = []  # sequence lengths, one after the other
     # In sequences of corpus.sequence_length, of all processes together.
     batch_sequences: Positive = 16
     # What is left out of these three is chosen so that it fits the memory (uptrain/memory.py):
@@ -332,6 +332,9 @@ class UptrainConfig(Section):
             )
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share + decay_share exceed 1; lower one of them")
+        whole = sum(stage.share for stage in self.stages)
+        if self.stages and abs(whole - 1) > 1e-6:
+            raise ValueError(f"the shares of stages add up to {whole:g}; expected 1")
         return self
 
 

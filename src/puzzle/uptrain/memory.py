@@ -345,7 +345,7 @@ def need(job: Job) -> Need:
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
     case, choice = Case.of(job), choose(job)
     parameters = case.parameters
-    tokens = sum(stage.tokens for stage in settings.stages) or settings.tokens
+    tokens = settings.tokens
     forward = Architecture.of_parent(shape).parameters(shape)
     per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
     flops = tokens * (2.0 * forward + per_token * parameters)

@@ -23,13 +23,14 @@ def phases(job: Job) -> list[Phase]:
     """The sequence-length stages in steps. Every batch has the same number of tokens."""
     settings, length = job.child.uptrain, job.run.recipe.corpus.sequence_length
     batch_tokens = settings.batch_sequences * length
-    stages = [(stage.sequence_length, stage.tokens) for stage in settings.stages]
-    planned, first = [], 0
-    for stage_length, tokens in stages or [(length, settings.tokens)]:
-        steps = -(-tokens // batch_tokens)
-        join, batch = stage_length // length, batch_tokens // stage_length
-        planned.append(Phase(first, first + steps, join, batch))
-        first += steps
+    steps = -(-settings.tokens // batch_tokens)
+    planned, first, done = [], 0, 0.0
+    stages = [(stage.sequence_length, stage.share) for stage in settings.stages]
+    for stage_length, share in stages or [(length, 1.0)]:
+        done += share
+        last = round(done * steps)
+        planned.append(Phase(first, last, stage_length // length, batch_tokens // stage_length))
+        first = last
     return planned
 
 
