@@ -2,6 +2,8 @@
 
 library -> score -> cost -> [search -> assemble] until the measured child meets the wish
         -> uptrain -> evaluate -> report
+
+With finalists, [search -> assemble] and a part of uptrain come first for each of them.
 """
 
 import os
@@ -77,6 +79,7 @@ def make_child(job: Job) -> None:
 
     if not table.are_from_elsewhere(job):
         execute_stage(COST, job)
+    choose_finalist(job)
     search_and_serve(job)
     execute_stage(UPTRAIN, job)
     evaluated = execute_stage(EVALUATE, job)
@@ -89,6 +92,43 @@ def make_child(job: Job) -> None:
         job.run.progress.say(
             f"{job.child.name}: met when it was assembled, undecided at the end: {served.failures}"
         )
+
+
+def choose_finalist(job: Job) -> None:
+    """Make and uptrain the finalists that are asked for; the best one decides the child's size.
+
+    Raises `Infeasible` where none of them is met.
+    """
+    from puzzle.search import answers, finalists
+    from puzzle.uptrain import trainer
+
+    if not finalists.children(job) or finalists.read(job) is not None:
+        return
+    run, found, missed = job.run, list[finalists.Finalist](), list[str]()
+    for capacity, (name, settings) in finalists.children(job).items():
+        run.progress.say(f"finalist {name}")
+        run.write_child(name, settings)
+        one = run.child_job(name)
+        try:
+            search_and_serve(one)
+        except Infeasible as error:
+            missed.append(f"{name}: {error}")
+            continue
+        execute_stage(UPTRAIN, one)
+        solution = answers.read(one).best
+        found.append(
+            finalists.Finalist(
+                child=name,
+                capacity=capacity,
+                parameters=solution.predicted["main"].parameters,
+                before=solution.rank,
+                kl=trainer.validation_kl(one),
+            )
+        )
+    if not found:
+        raise Infeasible("; ".join(missed))
+    for line in finalists.describe(finalists.write(job, found)):
+        run.progress.say(f"  {line}")
 
 
 def search_and_serve(job: Job) -> None:

@@ -21,7 +21,7 @@ from puzzle.search.program import Program, starts_of
 from puzzle.search.space_program import Choices
 from puzzle.training.losses import METRICS, token_metrics
 
-WISH = {"parameters": "70%"}
+WISH = {"parameters": "70%", "capacity": 0.0}
 pytestmark = pytest.mark.training
 
 
@@ -120,6 +120,43 @@ def test_no_single_exchange_within_the_limits_is_better_in_the_end(run):
                 kl = measured.kl(Architecture.from_names(other))
                 better += kl < found.kl * (1 - around.LEAST_GAIN) - 1e-9
     assert better == 0
+
+
+def test_parameters_that_count_make_the_child_larger_at_the_same_speed(run):
+    """Oracle: the value of every exchange of one block, measured and counted one by one."""
+    wish = {"throughput": "1.5x", "refinements": 3}
+    values, sizes = [], []
+    shape, layers = run.parent.shape, Architecture.of_parent(run.parent.shape)
+    for capacity in (0.0, 4.0):
+        settings = SearchConfig.model_validate(wish | {"capacity": capacity})
+        run.write_child("sized", ChildConfig(search=settings))
+        job = run.child_job("sized")
+        choices, best = start(job)
+        solution = best.solutions[0]
+        assert solution.bound <= solution.objective + solution.missing + 1e-9
+        found = around.refine(job, choices, best.limits, [solution.blocks], [])
+        measured = AssembledKL(run, all_shards(run))
+
+        def value(blocks):
+            architecture = Architecture.from_names(blocks)
+            lost = 1 - architecture.parameters(shape) / layers.parameters(shape)
+            return measured.kl(architecture) + capacity * lost  # noqa: B023
+
+        near = around._candidates(job, choices, [found.blocks])
+        ours = value(found.blocks)
+        for index, layer in enumerate(near.layers):
+            for block in layer:
+                other = [*found.blocks[:index], block.name, *found.blocks[index + 1 :]]
+                if best.program.feasible(choices.columns(other)):
+                    assert value(other) >= ours * (1 - around.LEAST_GAIN) - 1e-9
+        given = SearchConfig(architecture=found.blocks, capacity=capacity)
+        run.write_child("given", ChildConfig(search=given))
+        _, of_given = stage.search(run.child_job("given"), choices)
+        lost = of_given.solutions[0].missing
+        assert found.kl + lost == pytest.approx(ours, rel=1e-5)
+        values.append(ours)
+        sizes.append(Architecture.from_names(found.blocks).parameters(shape))
+    assert sizes[1] > sizes[0]
 
 
 def test_what_was_refused_is_not_taken_and_the_best_start_is(run):

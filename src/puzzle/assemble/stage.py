@@ -23,7 +23,7 @@ from puzzle.library import weights
 from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
 from puzzle.run import Run
-from puzzle.search import answers
+from puzzle.search import answers, finalists
 from puzzle.stage import Bytes, Effort, Job, Need, Work
 
 ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
@@ -113,7 +113,7 @@ def serving_need(job: Job) -> Need:
 def _need(job: Job) -> Need:
     """A child that gives away speed, or misses, is followed by another about every second time."""
     serving = serving_need(job)
-    return replace(serving, effort=serving.effort.times(1.5))
+    return replace(serving, effort=serving.effort.times(1.5 * finalists.rounds(job)))
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need)

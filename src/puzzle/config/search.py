@@ -61,6 +61,12 @@ class SearchConfig(Section):
     memory: Quantity = None
     parameters: Quantity = None
     kv_cache: Quantity = None
+    # What the loss of all of the parent's parameters counts as, in nats per token beside the KL
+    # before uptraining: of two children that lose as much, the larger one recovers better.
+    capacity: float = Field(default=0.0, ge=0)
+    # So many children of other capacities are made and uptrained on an eighth of the tokens, and
+    # the best one's capacity is taken (search/finalists.py).
+    finalists: Annotated[int, Field(ge=1, le=5)] = 1
     # The other direction: the best of one figure within a loss of quality, `kl`: the predicted KL
     # before uptraining, in nats per token, going by children that were assembled.
     maximize: MoreIsBetter | None = None

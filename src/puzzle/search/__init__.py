@@ -9,7 +9,7 @@ from puzzle.stage import Job, Scope, Stage, Work
 
 
 def _settings(job: Job) -> Inputs:
-    from puzzle.search import tried
+    from puzzle.search import finalists, tried
 
     score, child = job.run.recipe.score, job.child
     return {
@@ -18,6 +18,7 @@ def _settings(job: Job) -> Inputs:
         "granularity": score.granularity,
         "batch_sizes": list(job.place.cost.batch_sizes),
         "place": child.place,
+        "capacity": finalists.capacity(job),
         "served": list[JsonValue](tried.corrections(job)),
     }
 

@@ -46,22 +46,23 @@ class Solution(Record):
 
     blocks: list[str]
     objective: float  # the sum of the blocks' losses
+    missing: float = 0.0  # what the parameters that it lacks count as, beside the losses or the KL
     target: float | None = None  # the least of what is maximized or minimized; seconds or bytes
     # Of the assembled child on the text for scores, nats per token; None where only sums are known.
     kl: float | None = None
     # What the sum stands for, going by assembled children; None where none were assembled.
     predicted_kl: float | None = None
-    bound: float  # proven: no choice has less of the target, or else of the sum of losses
+    bound: float  # proven: no choice has less of the target, or else of objective + missing
     gap: float  # of the same, relative
     seconds: float = Field(default=0.0, exclude=True)  # not in the file: no part of the result
     predicted: dict[str, Figures]  # by scenario
 
     @property
     def rank(self) -> float:
-        """What is least in the best solution: the KL of the assembled child, where it is known."""
+        """What is least in the best solution: with the KL of the assembled child, where known."""
         if self.target is not None:
             return self.target
-        return self.objective if self.kl is None else self.kl
+        return self.missing + (self.objective if self.kl is None else self.kl)
 
     @property
     def architecture(self) -> Architecture:

@@ -9,7 +9,8 @@ do, and together with the scores at the parent they make a form with interaction
 solved again with the differences, takes when 1, 2, 3, ... layers may change, the optimum of the
 form, which is proven, and the exchanges of two that promise most by the form. Of these the one with
 the least KL when it is assembled, on all of the text, is the next incumbent; and so on until none
-is better, `search.refinements` times with new differences.
+is better, `search.refinements` times with new differences. To every KL comes what the parameters
+that a child lacks count as (`search.capacity`).
 
 What is measured is remembered in `assembled.jsonl` in the child's folder, so an interrupted search
 goes on, and the next search of the same child knows it too.
@@ -60,9 +61,9 @@ class AssembledScore(Record):
 class Predicted:
     """The child at the optimum of a form with interactions."""
 
-    kl: float  # as it predicts
+    value: float  # KL and what missing parameters count as, as it predicts
     bound: float  # it predicts nothing below within the limits: proven
-    assembled_kl: float
+    assembled: float  # the same of the assembled child
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Refined:
     blocks: list[str]
     kl: float
     first_kl: float  # of the best sum of scores
+    first_missing: float  # what its missing parameters count as
     steps: int  # that were better than the one before
     form: Predicted | None  # the last one
 
@@ -140,7 +142,7 @@ def refine(
     starts: Sequence[list[str]],
     refused: Sequence[list[str]],
 ) -> Refined:
-    """The best child by its assembled KL that steps around an incumbent lead to.
+    """The best child by its assembled KL, and by its size, that steps around an incumbent lead to.
 
     Args:
         job: a child's.
@@ -152,46 +154,53 @@ def refine(
     measurement = Measurement(job)
     near = _candidates(job, choices, starts)
     program = _without(build(near, limits, job.child.search), near, refused)
+
+    def value(blocks: list[str], *, whole: bool = True) -> float:
+        return measurement.kl(blocks, whole=whole) + near.missing_of(near.columns(blocks))
+
     feasible = [blocks for blocks in starts if program.feasible(near.columns(blocks))]
-    best = min(feasible or [starts[0]], key=measurement.kl)
-    first_kl, steps = measurement.kl(starts[0]), 0
-    predicted = None
+    best, steps, predicted = min(feasible or [starts[0]], key=value), 0, None
     for _ in range(job.child.search.refinements):
         before, own = best, near.columns(best)
         exchanged = measurement.exchanged(best, near.layers)
+        if near.missing is not None:
+            elsewhere = near.missing[own].sum() - near.missing[own][program.groups]
+            exchanged = exchanged + elsewhere + near.missing
         form = Interactions.between(program, own, float(exchanged[own[0]]), exchanged)
         optimum = interactions.solve(program, form, gap=FORM_GAP, time_limit_s=SOLVE_S)
         proposed = []
         if optimum is not None:
             proposed = [near.names(optimum.columns)]
-            kl = measurement.kl(proposed[0])
-            predicted = Predicted(optimum.objective, optimum.bound, kl)
+            predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
         while True:
             around_it = _solved(replace(program, costs=exchanged), near, best)
             pairs = _exchanges_of_two(program, form, near, best)
-            promising = sorted(pairs, key=lambda b: measurement.kl(b, whole=False))[:TRIED]
-            following = min([*proposed, *around_it, *promising], key=measurement.kl, default=best)
-            if measurement.kl(following) > (1 - LEAST_GAIN) * measurement.kl(best):
+            promising = sorted(pairs, key=lambda b: value(b, whole=False))[:TRIED]
+            following = min([*proposed, *around_it, *promising], key=value, default=best)
+            if value(following) > (1 - LEAST_GAIN) * value(best):
                 break
             best, steps = following, steps + 1
         if best == before:
             break
-    return Refined(best, measurement.kl(best), first_kl, steps, predicted)
+    first_missing = near.missing_of(near.columns(starts[0]))
+    kl, first_kl = measurement.kl(best), measurement.kl(starts[0])
+    return Refined(best, kl, first_kl, first_missing, steps, predicted)
 
 
 def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choices:
     """The blocks that some search could choose by their scores, and those of the starts."""
     shape = job.run.parent.shape
-    layers, losses = [], []
+    layers, columns = [], []
     for index, layer in enumerate(choices.layers):
         first = int(choices.starts[index])
-        of_layer = dict(zip(layer, choices.losses[first : first + len(layer)], strict=True))
-        kept = candidates(layer, list(of_layer.values()), shape)
+        costs = choices.costs[first : first + len(layer)]
+        kept = candidates(layer, costs.tolist(), shape)
         used = {blocks[index] for blocks in starts}
         kept += [block for block in layer if block.name in used and block not in kept]
         layers.append(kept)
-        losses += [of_layer[block] for block in kept]
-    return Choices(layers, np.array(losses))
+        columns += [first + layer.index(block) for block in kept]
+    missing = None if choices.missing is None else choices.missing[columns]
+    return Choices(layers, choices.losses[columns], missing=missing)
 
 
 def _without(program: Program, choices: Choices, refused: Sequence[list[str]]) -> Program:

@@ -48,7 +48,7 @@ def frontier(
         if used <= 0:  # a straight line through measured costs may cross zero far from them
             continue
         point = FrontierPoint(
-            objective=optimum.objective,
+            objective=float(choices.losses[optimum.columns].sum()),
             gap=optimum.gap,
             blocks=architecture.names,
             figures=Figures.of(table, architecture),

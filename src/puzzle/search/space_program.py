@@ -1,8 +1,11 @@
 """The search program of a space: blocks become columns, constraints become rows.
 
-minimise  sum_ij score_ij x_ij
+minimise  sum_ij (score_ij + missing_ij) x_ij
 subject   sum_j x_ij = 1                      every layer i takes one block j
           sum_ij resource_ij x_ij <= limit    one row per constraint and scenario
+
+missing: what the parameters that a block lacks count as (`search.capacity`). A child wins back less
+by uptraining the fewer parameters it has (docs/log.md), which no score made before it can show.
 
 The solvers add the first kind of rows themselves (`program.one_hot`); rows that keep away from an
 earlier solution are added to a built program (`mip.overlap_row`).
@@ -39,6 +42,7 @@ class Choices:
     layers: list[list[Block]]
     losses: np.ndarray
     curve: Curve | None = None  # of KLs that sums of the losses stand for
+    missing: np.ndarray | None = None  # what the parameters that a block lacks count as [C]
 
     @property
     def blocks(self) -> list[Block]:
@@ -49,6 +53,15 @@ class Choices:
     def starts(self) -> np.ndarray:
         """The first column of every layer, and the number of columns."""
         return starts_of([len(layer) for layer in self.layers])
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What a search makes least [C]."""
+        return self.losses if self.missing is None else self.losses + self.missing
+
+    def missing_of(self, columns: np.ndarray) -> float:
+        """What the parameters that a child lacks count as, by its columns [G]."""
+        return 0.0 if self.missing is None else float(self.missing[columns].sum())
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether every layer may take its block."""
@@ -93,7 +106,7 @@ def build(
         layers = range(len(choices.layers) - 1)
         extra = tuple(_never_wider(starts, widths, layer) for layer in layers)
     resources = np.array(rows, dtype=float).reshape(len(rows), len(blocks))
-    return Program(starts, choices.losses, resources, np.array(rights, dtype=float), extra)
+    return Program(starts, choices.costs, resources, np.array(rights, dtype=float), extra)
 
 
 def for_target(program: Program, choices: Choices, target: Limit, kl: float) -> Program:

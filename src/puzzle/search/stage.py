@@ -27,10 +27,10 @@ from puzzle.cost import table as costs
 from puzzle.cost.refit import CostModel, in_own_table
 from puzzle.cost.table import CostTable
 from puzzle.errors import Infeasible, UserError
-from puzzle.model.architecture import Architecture
+from puzzle.model.architecture import Architecture, Block
 from puzzle.score import SCORE
 from puzzle.score import results as scores
-from puzzle.search import around, mip, tried
+from puzzle.search import around, finalists, mip, tried
 from puzzle.search.answers import (
     ANSWER,
     BASELINES,
@@ -139,7 +139,19 @@ def read_choices(job: Job) -> Choices:
     values = [losses[index, block.name] for index, layer in enumerate(layers) for block in layer]
     from puzzle.search import validate
 
-    return Choices(layers, np.array(values), validate.curve(job.run))
+    return Choices(layers, np.array(values), validate.curve(job.run), _missing(job, layers))
+
+
+def _missing(job: Job, layers: Sequence[Sequence[Block]]) -> np.ndarray:
+    """The capacity times the share of the parent's parameters that every block lacks [C]."""
+    shape = job.run.parent.shape
+    whole = Architecture.of_parent(shape).parameters(shape)
+    lacking = [
+        shape.parameters(of_parent) - shape.parameters(block)
+        for of_parent, layer in zip(shape.parent_blocks, layers, strict=True)
+        for block in layer
+    ]
+    return finalists.capacity(job) * np.array(lacking) / whole
 
 
 def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer, Searched]:
@@ -229,15 +241,21 @@ def _refined(job: Job, one: Searched, choices: Choices, tries: tried.Tries) -> S
     known = [blocks for blocks in starts if choices.has(blocks)]
     found = around.refine(job, choices, one.limits, known, tries.refused)
     solution = _given(choices, found.blocks, one.tables, one.settings)
-    gap = (solution.objective - first.bound) / max(abs(solution.objective), 1e-12)
+    least = solution.objective + solution.missing
+    gap = (least - first.bound) / max(abs(least), 1e-12)
     updates = {"bound": first.bound, "gap": gap, "seconds": first.seconds, "kl": found.kl}
     steps = "1 step" if found.steps == 1 else f"{found.steps} steps"
-    improved = f"{found.first_kl:.4f} at the optimum, {found.kl:.4f} after {steps} around it"
-    job.run.progress.say(f"  assembled KL {improved}")
+    first_says = f"{found.first_kl:.4f} at the optimum"
+    says = f"{found.kl:.4f} after {steps} around it"
+    if found.first_missing:
+        first_says += f" (missing parameters: {found.first_missing:.4f})"
+        says += f" (missing parameters: {solution.missing:.4f})"
+    job.run.progress.say(f"  assembled KL {first_says}, {says}")
     if found.form is not None:
+        of = "KL and missing parameters" if solution.missing else "KL"
         job.run.progress.say(
-            f"  optimum of the model with interactions: KL {found.form.kl:.4f} predicted (none "
-            f"below {found.form.bound:.4f}, proven), {found.form.assembled_kl:.4f} assembled"
+            f"  optimum of the model with interactions: {of} {found.form.value:.4f} predicted "
+            f"(none below {found.form.bound:.4f}, proven), {found.form.assembled:.4f} assembled"
         )
     return replace(one, solutions=[solution.model_copy(update=updates), *others])
 
@@ -248,7 +266,7 @@ def _with_final(one: Searched, final: tried.MeasuredChild, choices: Choices) -> 
     if one.solutions:
         bound = min(solution.rank, one.solutions[0].bound)
         gap = (solution.rank - bound) / max(abs(solution.rank), 1e-12)
-        kl = None if one.solutions[0].kl is None else final.objective
+        kl = None if one.solutions[0].kl is None else final.objective - solution.missing
         solution = solution.model_copy(update={"bound": bound, "gap": gap, "kl": kl})
     return replace(one, solutions=[solution])
 
@@ -266,11 +284,12 @@ def summary(answer: Answer) -> str:
         for figures in (best.predicted, answer.parent)
     )
     batch = f" at batch {answer.batch_size}" if len(answer.sweep) > 1 else ""
+    missing = f" and {best.missing:.4f} for missing parameters" if best.missing else ""
     proof = f"proven gap {best.gap:.2%}"
     if best.kl is not None:
         proof = f"no sum is below {best.bound:.4f}, which is proven"
     return (
-        f"score sum {best.objective:.4f}, {proof}, {best.seconds:.2f} s; "
+        f"score sum {best.objective:.4f}{missing}, {proof}, {best.seconds:.2f} s; "
         f"predicted {child}{batch} (parent {parent})"
     )
 
@@ -378,6 +397,7 @@ def _solution(
     return Solution(
         blocks=blocks,
         objective=score_sum,
+        missing=choices.missing_of(optimum.columns),
         predicted_kl=choices.curve.kl(score_sum) if choices.curve else None,
         target=target,
         bound=bound,
@@ -392,7 +412,7 @@ def _given(
 ) -> Solution:
     """Exactly this architecture, with its sum of scores."""
     chosen = choices.columns(names)
-    least = float(choices.losses[chosen].sum())
+    least = float(choices.costs[chosen].sum())
     if settings.target is not None:
         kind, table = KINDS[settings.target], tables["main"]
         blocks = [choices.blocks[column] for column in chosen]
@@ -405,11 +425,12 @@ def _need(job: Job) -> Need:
     """A refinement scores the blocks that a search could choose, in a smaller model."""
     if not _is_refined(job):
         return Need(memory=Bytes(host=2e8), disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
-    scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * job.child.search.refinements
+    refinements = job.child.search.refinements * finalists.rounds(job)
+    scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * refinements
     if job.run.device.type == "cuda":  # one process does what scoring shares out
         share *= launch.processes(job.run)
     return Need(
-        flops=REFINEMENT_SHARE * job.child.search.refinements * scoring.flops,
+        flops=REFINEMENT_SHARE * refinements * scoring.flops,
         memory=scoring.memory,
         instead=scoring.instead,
         disk_bytes=1e6,

@@ -18,6 +18,7 @@ from puzzle.cost.refit import Observation
 from puzzle.engines.turns import Measurement
 from puzzle.model.architecture import Architecture
 from puzzle.score import SCORE
+from puzzle.search import finalists
 from puzzle.search.answers import Solution
 from puzzle.search.promise import Verdict
 from puzzle.stage import Job
@@ -26,7 +27,9 @@ LEAST_GAIN = 0.01  # of what the search makes least, for which another child is 
 # Settings of a search that do not change what is asked for
 NOT_ASKED = {
     "attempts",
+    "capacity",
     "diversity",
+    "finalists",
     "frontier",
     "gap",
     "margin",
@@ -84,6 +87,7 @@ def wish(job: Job) -> str:
     return artifacts.fingerprint(
         {
             "search": job.child.search.model_dump(mode="json", exclude=NOT_ASKED),
+            "capacity": finalists.capacity(job),
             "scores": None if manifest is None else manifest.fingerprint,
             "metric": score.metric,
             "granularity": score.granularity,

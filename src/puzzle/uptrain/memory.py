@@ -18,6 +18,7 @@ from puzzle.assemble import ASSEMBLE
 from puzzle.config import UptrainConfig
 from puzzle.model import child
 from puzzle.model.architecture import Architecture
+from puzzle.search import finalists
 from puzzle.search.constraints import parse_quantity
 from puzzle.stage import Bytes, Effort, Job, Need
 from puzzle.training import launch
@@ -345,7 +346,7 @@ def need(job: Job) -> Need:
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
     case, choice = Case.of(job), choose(job)
     parameters = case.parameters
-    tokens = settings.tokens
+    tokens = round(settings.tokens * (1 + finalists.SHARE * len(finalists.children(job))))
     forward = Architecture.of_parent(shape).parameters(shape)
     per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
     flops = tokens * (2.0 * forward + per_token * parameters)
@@ -364,7 +365,7 @@ def need(job: Job) -> Need:
         tokens=tokens,
         flops=flops,
         memory=case.taken(choice),
-        disk_bytes=parameters * run.parent.dtype.itemsize + checkpoints,
+        disk_bytes=finalists.rounds(job) * parameters * run.parent.dtype.itemsize + checkpoints,
         effort=effort,
         chosen=f"for a child of up to {parameters / 1e6:,.0f}M parameters: {choice}",
         instead="" if case.fits(choice) else smallest_change(case),
