@@ -331,17 +331,38 @@ def sentences(points: Sequence[Point]) -> list[str]:
             continue
         best, lead = others[0], ours.lead_over(others[0])
         word = "keeps" if lead.value >= 0 else "keeps only"
+        rivals = f"{best.method} keeps {_share(best)}"
+        if len(others) > 1:
+            rivals = (
+                f"the best of {len(others)} other methods ({best.method}) keeps {_share(best)}, "
+                f"the worst ({others[-1].method}) {_share(others[-1])}"
+            )
         told.append(
             f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
             f"Puzzle's child, served at {ours.speeds[0]:.2f}x, {word} {_share(ours)} of the "
-            f"parent's top-1 accuracy; the best of {len(others)} other methods "
-            f"({best.method}) keeps {_share(best)}, the worst "
-            f"({others[-1].method}) {_share(others[-1])}. The difference to the best, paired by "
+            f"parent's top-1 accuracy; {rivals}. The difference to the best, paired by "
             f"documents, is {100 * lead.value:+.1f} points ({100 * lead.low:+.1f} to "
             f"{100 * lead.high:+.1f})."
         )
+        told += _beside(points, at, best.method, wish)
     if told:
         told.append(_conditions([point for point in points if point.tokens]))
+    return told
+
+
+def _beside(points: Sequence[Point], trained: Sequence[Point], best: str, wish: float) -> list[str]:
+    """What the two keep before distillation, and what the library is worth."""
+    made = {p.method: p for p in points if p.wish == wish and not p.tokens}
+    told = []
+    if DEFAULT in made and best in made:
+        ours, others = _share(made[DEFAULT]), _share(made[best])
+        told.append(f"Before distillation they keep {ours} and {others}.")
+    bare = next((p for p in trained if p.method == "Puzzle's shape, no BLD"), None)
+    if bare is not None:
+        told.append(
+            "The same shape cut from the parent, distilled for longer instead of having a "
+            f"library, keeps {_share(bare)}."
+        )
     return told
 
 

@@ -100,7 +100,6 @@ def choose_finalist(job: Job) -> None:
     Raises `Infeasible` where none of them is met.
     """
     from puzzle.search import answers, finalists
-    from puzzle.uptrain import trainer
 
     if not finalists.children(job) or finalists.read(job) is not None:
         return
@@ -122,7 +121,7 @@ def choose_finalist(job: Job) -> None:
                 capacity=capacity,
                 parameters=solution.predicted["main"].parameters,
                 before=solution.rank,
-                kl=trainer.validation_kl(one),
+                kl=finalists.validation_kl(one),
             )
         )
     if not found:

@@ -31,7 +31,7 @@ def made(job):
 
 def test_the_best_after_a_part_of_the_uptraining_decides(run, monkeypatch):
     kls = {"main-capacity-0": 0.3, "main-capacity-4": 0.2}
-    monkeypatch.setattr(trainer, "validation_kl", lambda job: kls[job.child.name])
+    monkeypatch.setattr(finalists, "validation_kl", lambda job: kls[job.child.name])
     job = run.child_job("main")
     assert finalists.capacity(job) == 0.0
     pipeline.make_child(job)

@@ -81,6 +81,15 @@ def write(job: Job, finalists: list[Finalist]) -> Choice:
     return choice
 
 
+def validation_kl(job: Job) -> float:
+    """Of a finalist that is uptrained: of the weights that were kept, nats per token."""
+    from puzzle.uptrain import trainer
+
+    curve = trainer.read_curve(job)
+    shown = [point.validation["kl"] for point in curve if point.validation is not None]
+    return min(shown) if job.child.uptrain.keep == "best" else shown[-1]
+
+
 def rounds(job: Job) -> int:
     """How many times a child is searched and served."""
     return 1 + len(children(job))

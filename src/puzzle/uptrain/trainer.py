@@ -60,12 +60,6 @@ def read_curve(job: Job) -> list[CurvePoint]:
     return artifacts.read_records(job.folder(UPTRAIN) / CURVE, CurvePoint)
 
 
-def validation_kl(job: Job) -> float:
-    """Of a child that is uptrained: the weights that were kept, nats per token."""
-    shown = [p.validation["kl"] for p in read_curve(job) if p.validation is not None]
-    return min(shown) if job.child.uptrain.keep == "best" else shown[-1]
-
-
 class Trainer:
     """The uptraining of one child in its folder."""
 
