@@ -128,7 +128,7 @@ CASES = [
     recipe(
         "an unknown key far from any",
         "search:\n  zzz: 2x\n",
-        "r.yaml: unknown key 'search.zzz'; expected one of: throughput, user_throughput, latency, time_to_first_token, inter_token_latency, memory, parameters, kv_cache, maximize, minimize, kl, changed_layers, homogeneous, monotone, frontier, points, architecture, gap, solutions, diversity, margin, attempts, refinements, time_limit_s",
+        "r.yaml: unknown key 'search.zzz'; expected one of: throughput, user_throughput, latency, time_to_first_token, inter_token_latency, memory, parameters, kv_cache, capacity, finalists, maximize, minimize, kl, changed_layers, homogeneous, monotone, frontier, points, architecture, gap, solutions, diversity, margin, attempts, refinements, time_limit_s",
     ),
     recipe(
         "an unknown key in a list",
@@ -143,7 +143,7 @@ CASES = [
     recipe(
         "an unknown key of a child's search",
         "children: {a: {search: {speed: 2x}}}\n",
-        "r.yaml: children.a: unknown key 'search.speed'; expected one of: throughput, user_throughput, latency, time_to_first_token, inter_token_latency, memory, parameters, kv_cache, maximize, minimize, kl, changed_layers, homogeneous, monotone, frontier, points, architecture, gap, solutions, diversity, margin, attempts, refinements, time_limit_s",
+        "r.yaml: children.a: unknown key 'search.speed'; expected one of: throughput, user_throughput, latency, time_to_first_token, inter_token_latency, memory, parameters, kv_cache, capacity, finalists, maximize, minimize, kl, changed_layers, homogeneous, monotone, frontier, points, architecture, gap, solutions, diversity, margin, attempts, refinements, time_limit_s",
     ),
     recipe(
         "a section without settings",

@@ -13,7 +13,7 @@ from programs import brute_force, every_choice, programs, uneven_programs
 
 from puzzle.search import mip
 from puzzle.search.highs import Model
-from puzzle.search.program import Program
+from puzzle.search.program import Program, starts_of
 
 
 def check_against_brute_force(program):
@@ -36,6 +36,20 @@ def check_against_brute_force(program):
 @given(programs())
 def test_the_program_equals_brute_force_infeasible_ones_too(program):
     check_against_brute_force(program)
+
+
+def test_a_program_that_the_presolve_of_highs_calls_infeasible_is_solved():
+    """Found by the test above, with HiGHS 1.15.1."""
+    rows = [
+        [1, 3, 3, 9, 0, 7, 0, 0, -3, 0, -1, 5, 5, 7, 7, 3],
+        [0] * 16,
+        [0, 0, -1, -1, 0, 0, 0, 0, 0, -1, 0, 0, 0, 0, 0, 1],
+    ]
+    costs = np.array([0, -1, 0, 0, 0, -1, 0, -1, 1, 0, 0, 0, 0, 0, 0, 0], dtype=float)
+    limits = np.array([14.0, 0.0, 0.0])
+    program = Program(starts_of([3, 4, 4, 2, 3]), costs, np.array(rows, dtype=float), limits)
+    check_against_brute_force(program)
+    assert mip.solve(program).objective == -1.0
 
 
 @settings(max_examples=300, deadline=None)

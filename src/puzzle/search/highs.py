@@ -38,9 +38,11 @@ class Model:
 
     def run(self, options: Mapping[str, float]) -> Answer:
         """Solve with these options of HiGHS, by their names there."""
-        highs = self._solved(options)
-        if highs.getModelStatus() == highspy.HighsModelStatus.kSolveError:
-            # In 1 of 5,000 small programs presolve left a solution that breaks a row.
+        highs, status = self._solved(options), highspy.HighsModelStatus
+        doubtful = [status.kSolveError, *([status.kInfeasible] if self.integral.any() else [])]
+        if highs.getModelStatus() in doubtful:
+            # In 1 of 5,000 small programs presolve left a solution that breaks a row; of another
+            # one with solutions it said that there is none.
             highs = self._solved({**options, "presolve": "off"})
         solution = highs.getSolution()
         return Answer(
