@@ -174,7 +174,7 @@ class Workshop:
         return parent / self.costs.predict(architecture).total_s
 
     def job(self, speedup: float, margin: float = 0.0) -> Job:
-        """A question at the place `here`, by scores alone, as other ways of choosing go by them."""
+        """A question at the place `here`, by scores alone."""
         wish = SearchConfig(throughput=f"{speedup:.4f}x", margin=margin, capacity=0.0)
         return self.run.job_of("question", ChildConfig(search=wish))
 

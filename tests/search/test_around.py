@@ -126,7 +126,7 @@ def test_parameters_that_count_make_the_child_larger_at_the_same_speed(run):
     """Oracle: the value of every exchange of one block, measured and counted one by one."""
     wish = {"throughput": "1.5x", "refinements": 3}
     values, sizes = [], []
-    shape, layers = run.parent.shape, Architecture.of_parent(run.parent.shape)
+    shape, whole = run.parent.shape, Architecture.of_parent(run.parent.shape)
     for capacity in (0.0, 4.0):
         settings = SearchConfig.model_validate(wish | {"capacity": capacity})
         run.write_child("sized", ChildConfig(search=settings))
@@ -139,7 +139,7 @@ def test_parameters_that_count_make_the_child_larger_at_the_same_speed(run):
 
         def value(blocks):
             architecture = Architecture.from_names(blocks)
-            lost = 1 - architecture.parameters(shape) / layers.parameters(shape)
+            lost = 1 - architecture.parameters(shape) / whole.parameters(shape)
             return measured.kl(architecture) + capacity * lost  # noqa: B023
 
         near = around._candidates(job, choices, [found.blocks])

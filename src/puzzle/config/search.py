@@ -62,7 +62,7 @@ class SearchConfig(Section):
     parameters: Quantity = None
     kv_cache: Quantity = None
     # What the loss of all of the parent's parameters counts as, in nats per token beside the KL
-    # before uptraining: of two children that lose as much, the larger one recovers better.
+    # before uptraining: of two with the same KL the larger one tends to recover better.
     capacity: float = Field(default=0.0, ge=0)
     # So many children of other capacities are made and uptrained on an eighth of the tokens, and
     # the best one's capacity is taken (search/finalists.py).

@@ -1,7 +1,7 @@
 """Finalists: children of other sizes for one wish, of which the best after some uptraining decides.
 
-Before uptraining the child with the least KL is the best; after it another one may be, most often a
-larger one ("architecture ranking can flip after distillation"). How much size is worth depends on
+Before uptraining the child with the least KL is the best; after it another one may be, such as
+a larger one ("architecture ranking can flip after distillation"). How much size is worth depends on
 the model and on the tokens, so it is tried: with `search.finalists` of 2 or more, a child is
 searched, served and met for each of so many values of `search.capacity`, uptrained on a part of the
 tokens, and measured on validation text. The best one's value is the one that the child itself is
@@ -98,8 +98,8 @@ def rounds(job: Job) -> int:
 def describe(choice: Choice) -> list[str]:
     """A line for each, the best first."""
     return [
-        f"{one.child}: {one.parameters / 1e6:,.2f}M parameters, {one.before:.4f} by its search, "
-        f"KL {one.kl:.4f} after a part of the uptraining"
+        f"{one.child}: {one.parameters / 1e6:,.2f}M parameters; KL and missing parameters "
+        f"{one.before:.4f} before uptraining; KL {one.kl:.4f} after {SHARE:.1%} of it"
         for one in choice.finalists
     ]
 

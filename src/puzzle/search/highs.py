@@ -38,9 +38,10 @@ class Model:
 
     def run(self, options: Mapping[str, float]) -> Answer:
         """Solve with these options of HiGHS, by their names there."""
-        highs, status = self._solved(options), highspy.HighsModelStatus
-        doubtful = [status.kSolveError, *([status.kInfeasible] if self.integral.any() else [])]
-        if highs.getModelStatus() in doubtful:
+        highs, known = self._solved(options), highspy.HighsModelStatus
+        status = highs.getModelStatus()
+        says_none = status == known.kInfeasible and bool(self.integral.any())
+        if says_none or status == known.kSolveError:
             # In 1 of 5,000 small programs presolve left a solution that breaks a row; of another
             # one with solutions it said that there is none.
             highs = self._solved({**options, "presolve": "off"})

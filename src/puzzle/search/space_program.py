@@ -4,8 +4,9 @@ minimise  sum_ij (score_ij + missing_ij) x_ij
 subject   sum_j x_ij = 1                      every layer i takes one block j
           sum_ij resource_ij x_ij <= limit    one row per constraint and scenario
 
-missing: what the parameters that a block lacks count as (`search.capacity`). A child wins back less
-by uptraining the fewer parameters it has (docs/log.md), which no score made before it can show.
+missing: what the parameters that a block lacks count as (`search.capacity`). Of
+children with the same KL the smaller one tends to recover less by uptraining (docs/log.md), which
+no score made before it can show.
 
 The solvers add the first kind of rows themselves (`program.one_hot`); rows that keep away from an
 earlier solution are added to a built program (`mip.overlap_row`).
