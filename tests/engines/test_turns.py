@@ -93,7 +93,8 @@ def test_percentiles_of_what_a_batch_shows(tmp_path):
         found = child.inter_token_latency(percentile).value
         # within a turn, which is timed as a whole
         assert found == pytest.approx(np.percentile(steps, percentile), abs=TURN_STEPS / 100)
-        assert shown.parent.inter_token_latency(percentile).value == pytest.approx(1.0)
+        # the median turn of a part of the output stands for its mean, of a child that slows down
+        assert shown.parent.inter_token_latency(percentile).value == pytest.approx(1.0, rel=0.005)
     assert child.inter_token_latency().value == pytest.approx(steps.mean(), rel=0.02)
     assert shown.inter_token_latency_ratio(99).value == pytest.approx(
         np.percentile(steps, 99), 0.03
@@ -189,6 +190,29 @@ def test_under_contention_the_figure_is_that_of_a_quiet_machine(tmp_path):
     assert held >= 18
     assert np.mean([result.disturbed for result in results]) > 0.3
     assert measured(noisy(0, contended=0.0), tmp_path).disturbed < 0.02
+
+
+def lasting(seed, busy):
+    """A child twice as fast on a machine that is slowed for seconds, both sides by one factor."""
+    rng, clock = default_rng(seed), itertools.count()
+
+    def seconds(side, position, index):
+        slowed = busy and next(clock) // 150 % 3  # two thirds of the time
+        return (2.0 - side) * (1.8 if slowed else 1.0) * rng.normal(1, 0.03)
+
+    return scripted(seconds)
+
+
+def test_what_slows_both_sides_for_long_hardly_widens_the_interval(tmp_path):
+    """The slowed turns count, too: a busy machine is about as certain of a ratio as a quiet one."""
+
+    def widths(busy):
+        found = [measured(lasting(seed, busy), tmp_path).speedup for seed in range(10)]
+        assert np.mean([one.value for one in found]) == pytest.approx(2.0, rel=0.005)
+        return np.mean([one.high - one.low for one in found])
+
+    assert widths(True) < 1.5 * widths(False)
+    assert measured(lasting(0, True), tmp_path).child.latency_s.value == pytest.approx(64, rel=0.03)
 
 
 def test_an_interval_narrows_with_more_starts_and_widens_with_their_differences(tmp_path):

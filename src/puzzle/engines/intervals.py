@@ -1,14 +1,18 @@
 """From turns of steps to seconds with a 95 % interval.
 
 Parent and child take turns (`turns.py`), so every turn is a pair of times of the same second. Other
-work on the machine makes a turn slower, often several times so and not by the same factor on both
-sides. Hence the estimator: of all pairs of a phase, from all engine starts, only the quiet ones
-count, in which both sides together took at most a tenth more than in the fastest tenth; a side's
-seconds are their mean. That is the time on a quiet machine, and drift that both sides share cancels
-in a ratio.
+work on the machine makes a turn slower: both sides by about the same factor where it lasts for the
+whole turn, and one side alone where it begins or ends in it. Hence two estimators, from the turns
+of all engine starts:
 
-The interval is bootstrapped over engine starts, since the same child differs by some per cent from
-start to start, and then over the quiet turns of each.
+- the ratio of two sides is that of the median turn, quiet or not: what lasts cancels, and what hits
+  one side is as likely to hit the other (docs/log.md has the comparison with quiet turns alone);
+- the level of both together is the mean of the quiet turns, in which both sides together took at
+  most a tenth more than in the fastest tenth: the time on a quiet machine.
+
+Where two engines were served one after the other there are no pairs, and quiet turns make the
+ratio, too. The interval is bootstrapped over engine starts, since the same child differs by some
+per cent from start to start, and then over the turns of each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -141,41 +145,55 @@ Figure = Callable[[Seconds], float]
 
 
 @dataclass(frozen=True)
-class QuietPhase:
-    """The quiet turns of a phase, by start: each over what is expected at its position."""
+class PhaseTurns:
+    """The turns of a phase, by start, each over what is expected at its position."""
 
     seconds: Vector  # [sides]: of all its steps, were every turn as expected
-    by_start: list[Pairs]
+    levels: list[Vector]  # [quiet turns]: the mean over the sides
+    shares: list[Pairs]  # [turns, sides]: what every side took, over that mean
     slowness: Vector  # of every turn, quiet or not, against the fastest tenth
 
     @classmethod
-    def of(cls, phases: Sequence[Phase]) -> "QuietPhase":
-        """From the turns of all starts together."""
+    def of(cls, phases: Sequence[Phase], *, in_turn: bool = True) -> "PhaseTurns":
+        """From the turns of all starts together. `in_turn`: the sides of a turn are a pair."""
         turns = np.concatenate([phase.turns for phase in phases])
         positions = np.concatenate([phase.positions for phase in phases])
         expected = Phase(1, turns, positions).expected()
         relative = turns / expected
         slowness = relative.sum(axis=1) / np.quantile(relative.sum(axis=1), FASTEST)
-        ends = np.cumsum([len(phase.turns) for phase in phases])[:-1]
-        split = zip(np.split(relative, ends), np.split(slowness <= QUIET, ends), strict=True)
-        seconds = phases[0].steps * expected.mean(axis=0)
-        return cls(seconds, [rows[quiet] for rows, quiet in split], slowness)
+        quiet, level = slowness <= QUIET, relative.mean(axis=1)
+        shares, counted = relative / level[:, None], np.ones_like(quiet) if in_turn else quiet
+        starts = np.repeat(np.arange(len(phases)), [len(phase.turns) for phase in phases])
+        return cls(
+            phases[0].steps * expected.mean(axis=0),
+            [level[quiet & (starts == start)] for start in range(len(phases))],
+            [shares[counted & (starts == start)] for start in range(len(phases))],
+            slowness,
+        )
 
-    def mean(self, starts: Sequence[int], rng: np.random.Generator | None = None) -> Vector:
+    def estimate(self, starts: Sequence[int], rng: np.random.Generator | None = None) -> Vector:
         """Seconds of all its steps, [sides], from these starts; with `rng`, of resampled turns.
 
-        Where none of these starts has a quiet turn, all of them stand in.
+        Where none of these starts has a turn that counts, all of them stand in.
         """
-        rows = [self.by_start[index] for index in starts if len(self.by_start[index])]
-        if rng is not None:
-            rows = [turns[rng.integers(len(turns), size=len(turns))] for turns in rows]
-        mean: Vector = np.concatenate(rows or self.by_start).mean(axis=0)
-        return self.seconds * mean
+        level = _of_starts(self.levels, starts, rng).mean()
+        seconds: Vector = level * self.seconds * np.median(_of_starts(self.shares, starts, rng), 0)
+        return seconds
+
+
+def _of_starts(
+    by_start: Sequence[Vector], starts: Sequence[int], rng: np.random.Generator | None
+) -> Vector:
+    """The turns of some starts together, with `rng` resampled within each."""
+    rows = [by_start[index] for index in starts if len(by_start[index])]
+    if rng is not None:
+        rows = [turns[rng.integers(len(turns), size=len(turns))] for turns in rows]
+    return np.concatenate(rows or by_start)
 
 
 def disturbed(starts: Sequence[Start]) -> float:
     """The share of the turns that other work on the machine has slowed."""
-    phases = [QuietPhase.of(phases) for phases in zip(*starts, strict=True)]
+    phases = [PhaseTurns.of(phases) for phases in zip(*starts, strict=True)]
     return float((np.concatenate([phase.slowness for phase in phases]) > DISTURBED).mean())
 
 
@@ -193,7 +211,7 @@ def step_percentiles(phases: Sequence[Phase]) -> list[Percentiles]:
 
 
 def intervals(
-    starts: Sequence[Start], figures: Mapping[str, Figure], looks: int
+    starts: Sequence[Start], figures: Mapping[str, Figure], looks: int, *, in_turn: bool = True
 ) -> dict[str, Interval]:
     """Every figure with its interval.
 
@@ -203,8 +221,9 @@ def intervals(
         looks: at how many numbers of starts the interval may be looked at before the measurement
             ends. Each look gets its share of the 5 % (Bonferroni), so the one that it ends with
             holds as if it had been the only one.
+        in_turn: whether the sides took turns; otherwise one engine was served after the other.
     """
-    phases = [QuietPhase.of(phases) for phases in zip(*starts, strict=True)]
+    phases = [PhaseTurns.of(phases, in_turn=in_turn) for phases in zip(*starts, strict=True)]
     count, rng = len(starts), np.random.default_rng(0)
     estimate = _seconds(phases, range(count))
     # One start fewer than there are: then the variance between few starts is not underestimated.
@@ -222,7 +241,7 @@ def intervals(
 
 
 def _seconds(
-    phases: Sequence[QuietPhase], starts: Sequence[int], rng: np.random.Generator | None = None
+    phases: Sequence[PhaseTurns], starts: Sequence[int], rng: np.random.Generator | None = None
 ) -> Seconds:
-    prefill, *decode = (phase.mean(starts, rng) for phase in phases)
+    prefill, *decode = (phase.estimate(starts, rng) for phase in phases)
     return Seconds(prefill, np.sum(decode, axis=0) if decode else 0 * prefill)

@@ -293,7 +293,7 @@ def _measurement(
         figures["decode_ratio"] = lambda s: s.decode[1] / s.decode[0]
     for side, (one, served) in enumerate(zip(("parent", "child"), sides, strict=True)):
         figures |= _figures_of(one, side, served)
-    known = intervals(shown, figures, looks)
+    known = intervals(shown, figures, looks, in_turn=in_turn)
 
     decode = [phase for start in shown for phase in start[1:]]
     steps = step_percentiles(decode) if decode else [Percentiles()] * len(sides)
