@@ -31,7 +31,7 @@ from puzzle.run import Run
 from puzzle.score import SCORE
 from puzzle.score.assembled import AssembledKL
 from puzzle.score.stage import text_shards
-from puzzle.search import answers, stage
+from puzzle.search import answers, finalists, stage
 from puzzle.search.frontier import baseline_choices
 from puzzle.stage import Job
 
@@ -74,6 +74,9 @@ class Candidate(Record):
     parameters: int
     kv_bytes_per_token: int
     code: str
+    finalists: tuple[
+        int, ...
+    ] = ()  # parameters of each that was uptrained for a part of the tokens
 
     @property
     def key(self) -> str:
@@ -297,7 +300,8 @@ DISCRETE: dict[str, Knobs] = {
 SEARCHED = {"Puzzle, greedy": "greedy", "Puzzle, max-parameters": "most parameters"}
 SHAPES = {"Puzzle's shape, no BLD": "cut", "Puzzle's shape, random weights": "random"}
 DEFAULT, ADDITIVE = "Puzzle", "Puzzle, additive (as published)"
-METHODS = (DEFAULT, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
+FINALISTS = {"Puzzle, 2 finalists": 2}
+METHODS = (DEFAULT, *FINALISTS, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
 
 
 def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
@@ -385,22 +389,26 @@ def chosen_by(shop: Workshop, baseline: str) -> Callable[[float], Architecture |
     return choose
 
 
-def default(shop: Workshop) -> Iterator[list[Candidate]]:
+def default(shop: Workshop, method: str = DEFAULT) -> Iterator[list[Candidate]]:
     """The children that `puzzle child` makes: searched, served and corrected until they are met."""
+    run, number = shop.run, FINALISTS.get(method, 1)
+    uptrain = run.recipe.uptrain.model_copy(update={"tokens": shop.size.tokens})
     for wish in shop.size.wishes:
-        name = f"h2h-{wish}".replace(".", "_")
-        settings = SearchConfig(throughput=f"{wish}x")
-        shop.run.write_child(name, ChildConfig(search=settings))
-        job = shop.run.child_job(name)
+        name = f"h2h-{wish}-{number}".replace(".", "_")
+        search = SearchConfig(throughput=f"{wish}x", finalists=number)
+        run.write_child(name, ChildConfig(search=search, uptrain=uptrain))
+        job = run.child_job(name)
         try:
+            pipeline.choose_finalist(job)
             pipeline.search_and_serve(job)
         except Infeasible as error:
-            print(f"{DEFAULT} at {wish}x: {error}", flush=True)
+            print(f"{method} at {wish}x: {error}", flush=True)
             yield []
             continue
-        architecture = answers.read(job).best.architecture
-        made = shop.candidate(DEFAULT, wish, architecture, "", "library")
-        yield [made]
+        architecture, choice = answers.read(job).best.architecture, finalists.read(job)
+        made = shop.candidate(method, wish, architecture, "", "library")
+        trained = () if choice is None else tuple(one.parameters for one in choice.finalists)
+        yield [made.model_copy(update={"finalists": trained})]
 
 
 def shapes(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
@@ -430,8 +438,8 @@ def speed_part(shop: Workshop, methods: Sequence[str]) -> None:
                     common.print_row(method, f"{wish}x", one.label, speed, f"{one.parameters:,}")
             continue
         prepare(shop.run)
-        if method == DEFAULT:
-            found = default(shop)
+        if method == DEFAULT or method in FINALISTS:
+            found = default(shop, method)
         elif method in SHAPES:
             found = shapes(shop, method)
         elif method in SEARCHED or method == ADDITIVE:

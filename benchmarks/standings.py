@@ -30,6 +30,7 @@ from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.report import charts
 from puzzle.report.charts import Axis, Mark, Series
 from puzzle.run import Run
+from puzzle.search import finalists
 from puzzle.uptrain import memory
 from puzzle.uptrain.gkd import Pair
 from puzzle.uptrain.phases import phases
@@ -64,6 +65,8 @@ def tokens_for(shop: Workshop, candidate: Candidate) -> int:
     budget = library_flops(run) + shop.size.tokens * token_flops(run, reference.parameters)
     if candidate.weights == "library":
         budget -= library_flops(run)
+    part = finalists.SHARE * shop.size.tokens
+    budget -= sum(part * token_flops(run, parameters) for parameters in candidate.finalists)
     step = run.recipe.uptrain.batch_sequences * run.recipe.corpus.sequence_length
     return round(budget / token_flops(run, candidate.parameters) / step) * step
 

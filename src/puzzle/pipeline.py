@@ -99,7 +99,7 @@ def choose_finalist(job: Job) -> None:
 
     Raises `Infeasible` where none of them is met.
     """
-    from puzzle.search import answers, finalists
+    from puzzle.search import answers, finalists, tried
 
     if not finalists.children(job) or finalists.read(job) is not None:
         return
@@ -120,12 +120,13 @@ def choose_finalist(job: Job) -> None:
                 child=name,
                 capacity=capacity,
                 parameters=solution.predicted["main"].parameters,
-                before=solution.rank,
+                before=solution.objective if solution.kl is None else solution.kl,
                 kl=finalists.validation_kl(one),
             )
         )
     if not found:
         raise Infeasible("; ".join(missed))
+    tried.inherit(job, run.child_job(min(found, key=lambda one: one.kl).child))
     for line in finalists.describe(finalists.write(job, found)):
         run.progress.say(f"  {line}")
 

@@ -159,6 +159,30 @@ def test_parameters_that_count_make_the_child_larger_at_the_same_speed(run):
     assert sizes[1] > sizes[0]
 
 
+def test_where_parameters_count_it_also_begins_at_halves_of_the_parents_layers(run, monkeypatch):
+    """Without them only at the best sum; the better end is taken, and the limits are kept."""
+    begun = []
+    real = around._Walk.improve
+    monkeypatch.setattr(
+        around._Walk, "improve", lambda walk, start: begun.append(start) or real(walk, start)
+    )
+    parts = [{half.name for half in block.subblocks} for block in run.parent.shape.parent_blocks]
+    for capacity, starts in ((0.0, 1), (4.0, 3)):
+        begun.clear()
+        settings = SearchConfig(throughput="1.5x", capacity=capacity)
+        run.write_child("sized", ChildConfig(search=settings))
+        job = run.child_job("sized")
+        choices, best = start(job)
+        found = around.refine(job, choices, best.limits, [best.solutions[0].blocks], [])
+        assert len(begun) == starts
+        assert best.program.feasible(choices.columns(found.blocks))
+        walk = around._Walk(around.Measurement(job), choices, best.program)
+        assert walk.value(found.blocks) <= min(map(walk.value, begun))
+        for blocks in begun[::2] if capacity else []:  # where that search begins, and ends
+            halves = zip(parts, Architecture.from_names(blocks).blocks, strict=True)
+            assert all({half.name for half in b.subblocks} <= own | {"no_op"} for own, b in halves)
+
+
 def test_what_was_refused_is_not_taken_and_the_best_start_is(run):
     job = run.child_job("main")
     choices, best = start(job)

@@ -7,7 +7,7 @@ import pytest
 from puzzle import config, pipeline
 from puzzle.errors import Infeasible
 from puzzle.run import Run
-from puzzle.search import SEARCH, answers, finalists, stage
+from puzzle.search import SEARCH, answers, around, finalists, stage, tried
 from puzzle.uptrain import UPTRAIN, trainer
 
 pytestmark = pytest.mark.training
@@ -42,7 +42,32 @@ def test_the_best_after_a_part_of_the_uptraining_decides(run, monkeypatch):
     assert made(job).blocks == made(large).blocks and made(job).missing == made(large).missing > 0
     choice = finalists.read(job)
     assert [one.child for one in choice.finalists] == ["main-capacity-4", "main-capacity-0"]
-    assert choice.finalists[0].before == pytest.approx(made(large).rank)
+    assert choice.finalists[0].before == made(large).objective < made(large).rank  # without them
+    lines = finalists.describe(choice)
+    assert len(lines) == 2 and "0.2000 after 12.5% of it" in lines[0]
+
+
+def test_the_best_ones_measurements_are_the_childs(run, monkeypatch):
+    monkeypatch.setattr(finalists, "validation_kl", lambda job: float(job.child.search.capacity))
+    job = run.child_job("main")
+    pipeline.choose_finalist(job)
+    names = (around.ASSEMBLED, tried.MEASURED)
+    known = [(job.child.folder / name).read_text().splitlines() for name in names]
+    of_best = run.child_job("main-capacity-0").child.folder
+    assert all(known) and known == [(of_best / name).read_text().splitlines() for name in names]
+    monkeypatch.setattr(around.Measurement, "_on", None)  # nothing is left to be measured
+    pipeline.search_and_serve(job)
+    assert made(job).blocks == made(run.child_job("main-capacity-0")).blocks
+
+
+def test_how_much_the_order_before_says_of_the_order_after():
+    for kls, expected in (((1, 2, 3), 1.0), ((3, 2, 1), -1.0), ((2, 1, 3), 0.5)):
+        ranked = [
+            finalists.Finalist(child="x", capacity=0, parameters=1, before=before, kl=kl)
+            for before, kl in enumerate(kls)
+        ]
+        told = finalists.describe(finalists.Choice(asked="", finalists=ranked))
+        assert told[-1] == f"rank correlation of before and after: {expected:.2f}"
 
 
 def test_a_finalist_is_worth_what_its_kept_weights_are(run):

@@ -9,13 +9,18 @@ do, and together with the scores at the parent they make a form with interaction
 solved again with the differences, takes when 1, 2, 3, ... layers may change, the optimum of the
 form, which is proven, and the exchanges of two that promise most by the form. Of these the one with
 the least KL when it is assembled, on all of the text, is the next incumbent; and so on until none
-is better, `search.refinements` times with new differences. To every KL comes what the parameters
-that a child lacks count as (`search.capacity`).
+is better, `search.refinements` times with new differences.
+
+To every KL comes what the parameters that a child lacks count as (`search.capacity`). Where they
+count, the best sum is a poor place to begin: it buys parameters of layers whose scores no longer
+tell them apart. So the search also begins at a child that is only halves of the parent's layers and
+none of others, which it first improves among such children; the better end is taken.
 
 What is measured is remembered in `assembled.jsonl` in the child's folder, so an interrupted search
 goes on, and the next search of the same child knows it too.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +31,7 @@ import numpy as np
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.errors import UserError
-from puzzle.model.architecture import Architecture, Block
+from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, Block
 from puzzle.score import SCORE
 from puzzle.score.candidates import candidates
 from puzzle.search import interactions, mip
@@ -151,40 +156,94 @@ def refine(
         starts: children to start from; the first one keeps the limits.
         refused: children that are not taken.
     """
-    measurement = Measurement(job)
-    near = _candidates(job, choices, starts)
-    program = _without(build(near, limits, job.child.search), near, refused)
-
-    def value(blocks: list[str], *, whole: bool = True) -> float:
-        return measurement.kl(blocks, whole=whole) + near.missing_of(near.columns(blocks))
-
-    feasible = [blocks for blocks in starts if program.feasible(near.columns(blocks))]
-    best, steps, predicted = min(feasible or [starts[0]], key=value), 0, None
-    for _ in range(job.child.search.refinements):
-        before, own = best, near.columns(best)
-        exchanged = measurement.exchanged(best, near.layers)
-        if near.missing is not None:
-            elsewhere = near.missing[own].sum() - near.missing[own][program.groups]
-            exchanged = exchanged + elsewhere + near.missing
-        form = Interactions.between(program, own, float(exchanged[own[0]]), exchanged)
-        optimum = interactions.solve(program, form, gap=FORM_GAP, time_limit_s=SOLVE_S)
-        proposed = []
-        if optimum is not None:
-            proposed = [near.names(optimum.columns)]
-            predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
-        while True:
-            around_it = _solved(replace(program, costs=exchanged), near, best)
-            pairs = _exchanges_of_two(program, form, near, best)
-            promising = sorted(pairs, key=lambda b: value(b, whole=False))[:TRIED]
-            following = min([*proposed, *around_it, *promising], key=value, default=best)
-            if value(following) > (1 - LEAST_GAIN) * value(best):
-                break
-            best, steps = following, steps + 1
-        if best == before:
-            break
+    measurement, settings = Measurement(job), job.child.search
+    of_halves = _best_of_halves(measurement, choices, limits, refused)
+    near = _candidates(job, choices, [*starts, *of_halves])
+    walk = _Walk(measurement, near, _without(build(near, limits, settings), near, refused))
+    feasible = [blocks for blocks in starts if walk.program.feasible(near.columns(blocks))]
+    first = min(feasible or [starts[0]], key=walk.value)
+    ends = [walk.improve(start) for start in (first, *of_halves)]
+    best = min(ends, key=lambda end: walk.value(end.blocks))
+    kl, first_kl = measurement.kl(best.blocks), measurement.kl(starts[0])
     first_missing = near.missing_of(near.columns(starts[0]))
-    kl, first_kl = measurement.kl(best), measurement.kl(starts[0])
-    return Refined(best, kl, first_kl, first_missing, steps, predicted)
+    return Refined(best.blocks, kl, first_kl, first_missing, best.steps, best.form)
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where steps from a child have led."""
+
+    blocks: list[str]
+    steps: int
+    form: Predicted | None  # the last one
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Steps among the children of a space that keep the limits."""
+
+    measurement: Measurement
+    near: Choices
+    program: Program
+
+    def value(self, blocks: list[str], *, whole: bool = True) -> float:
+        """KL and what missing parameters count as."""
+        missing = self.near.missing_of(self.near.columns(blocks))
+        return self.measurement.kl(blocks, whole=whole) + missing
+
+    def improve(self, start: list[str]) -> _End:
+        """Step by step to a child that no step makes better, with new differences so many times."""
+        near, program, value = self.near, self.program, self.value
+        best, steps, predicted = start, 0, None
+        for _ in range(self.measurement.job.child.search.refinements):
+            before, own = best, near.columns(best)
+            exchanged = self.measurement.exchanged(best, near.layers)
+            if near.missing is not None:
+                elsewhere = near.missing[own].sum() - near.missing[own][program.groups]
+                exchanged = exchanged + elsewhere + near.missing
+            form = Interactions.between(program, own, float(exchanged[own[0]]), exchanged)
+            optimum = interactions.solve(program, form, gap=FORM_GAP, time_limit_s=SOLVE_S)
+            proposed = []
+            if optimum is not None:
+                proposed = [near.names(optimum.columns)]
+                predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
+            while True:
+                around_it = _solved(replace(program, costs=exchanged), near, best)
+                pairs = _exchanges_of_two(program, form, near, best)
+                promising = sorted(pairs, key=lambda b: value(b, whole=False))[:TRIED]
+                following = min([*proposed, *around_it, *promising], key=value, default=best)
+                if value(following) > (1 - LEAST_GAIN) * value(best):
+                    break
+                best, steps = following, steps + 1
+            if best == before:
+                break
+        return _End(best, steps, predicted)
+
+
+def _best_of_halves(
+    measurement: Measurement,
+    choices: Choices,
+    limits: Sequence[Limit],
+    refused: Sequence[list[str]],
+) -> list[list[str]]:
+    """One child of the parent's halves of layers, or none; empty where parameters do not count."""
+    if choices.missing is None or not choices.missing.any():
+        return []
+    shape, settings = measurement.job.run.parent.shape, measurement.job.child.search
+    layers, columns = [], []
+    for first, layer, own in zip(choices.starts, choices.layers, shape.parent_blocks, strict=False):
+        is_kept = [
+            block.attention in (own.attention, NO_ATTENTION) and block.ffn in (own.ffn, NO_FFN)
+            for block in layer
+        ]
+        layers.append(list(itertools.compress(layer, is_kept)))
+        columns += (int(first) + np.flatnonzero(is_kept)).tolist()
+    halves = Choices(layers, choices.losses[columns], missing=choices.missing[columns])
+    program = _without(build(halves, limits, settings), halves, refused)
+    optimum = mip.solve(program, gap=SOLVE_GAP, time_limit_s=SOLVE_S)
+    if optimum is None:
+        return []
+    return [_Walk(measurement, halves, program).improve(halves.names(optimum.columns)).blocks]
 
 
 def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choices:

@@ -8,6 +8,8 @@ tokens, and measured on validation text. The best one's value is the one that th
 searched with. `pipeline.choose_finalist` is the loop; finalists are children of their own.
 """
 
+import numpy as np
+
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.config import ChildConfig
@@ -26,7 +28,7 @@ class Finalist(Record):
     child: str  # its name
     capacity: float
     parameters: int
-    before: float  # what its search made least
+    before: float  # KL on the text for scores, before uptraining; where it is not known, the sum
     kl: float  # on validation text, after a part of uptraining
 
 
@@ -96,12 +98,24 @@ def rounds(job: Job) -> int:
 
 
 def describe(choice: Choice) -> list[str]:
-    """A line for each, the best first."""
-    return [
-        f"{one.child}: {one.parameters / 1e6:,.2f}M parameters; KL and missing parameters "
-        f"{one.before:.4f} before uptraining; KL {one.kl:.4f} after {SHARE:.1%} of it"
+    """A line for each, the best first, and how much the order before says of that."""
+    lines = [
+        f"{one.child}: {one.parameters / 1e6:,.2f}M parameters; KL {one.before:.4f} before "
+        f"uptraining, {one.kl:.4f} after {SHARE:.1%} of it"
         for one in choice.finalists
     ]
+    if len(lines) > 2:
+        before, after = ([getattr(one, at) for one in choice.finalists] for at in ("before", "kl"))
+        lines.append(
+            f"rank correlation of before and after: {_rank_correlation(before, after):.2f}"
+        )
+    return lines
+
+
+def _rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's, of values without ties."""
+    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (first, second)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _asked(job: Job) -> str:

@@ -20,6 +20,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.score import SCORE
 from puzzle.search import finalists
 from puzzle.search.answers import Solution
+from puzzle.search.around import ASSEMBLED, AssembledScore
 from puzzle.search.promise import Verdict
 from puzzle.stage import Job
 
@@ -66,6 +67,21 @@ class Neighbours(Record):
 
     source: str  # of the child that they are neighbours of
     observations: list[Observation]
+
+
+def inherit(job: Job, other: Job) -> None:
+    """Take over what the searches of another child have measured: it is not measured again."""
+    _take_over(job, other, ASSEMBLED, AssembledScore)
+    _take_over(job, other, MEASURED, MeasuredChild)
+    _take_over(job, other, NEIGHBOURS, Neighbours)
+
+
+def _take_over(job: Job, other: Job, name: str, kind: type[Record]) -> None:
+    path = job.child.folder / name
+    known = artifacts.read_records(path, kind)
+    for record in artifacts.read_records(other.child.folder / name, kind):
+        if record not in known:
+            artifacts.append_record(path, record)
 
 
 def costs_fingerprint(job: Job) -> str:
