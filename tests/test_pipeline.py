@@ -15,6 +15,7 @@ from puzzle import artifacts, config, pipeline, settings
 from puzzle.assemble import ASSEMBLE, measured
 from puzzle.commands.children import is_finished
 from puzzle.cost import COST
+from puzzle.engines.intervals import Interval
 from puzzle.errors import Infeasible, UserError
 from puzzle.library import LIBRARY
 from puzzle.progress import Progress
@@ -179,19 +180,45 @@ def test_a_child_that_keeps_missing_is_never_called_done(tiny_run, monkeypatch):
     assert artifacts.read_manifest(job_of(tiny_run).folder(UPTRAIN)) is None
 
 
-def test_an_undecided_child_is_not_called_met(tiny_run, monkeypatch):
-    real = measured.measure_pair
+def uncertain(monkeypatch, low_of_call, factor=1.0):
+    """Let the lower ends of speed-ups be such shares of them."""
+    real, calls = measured.measure_pair, []
 
-    def wide(*arguments):
+    def widened(*arguments):
+        calls.append(arguments)
         pair = real(*arguments)
-        speedup = pair.speedup.model_copy(update={"low": 1.0, "high": 3.0})
+        value = factor * pair.speedup.value
+        speedup = Interval(value=value, low=low_of_call(len(calls)) * value, high=1.5 * value)
         return pair.model_copy(update={"speedup": speedup})
 
-    monkeypatch.setattr(measured, "measure_pair", wide)
+    monkeypatch.setattr(measured, "measure_pair", widened)
+    return calls
+
+
+def test_a_child_that_no_interval_here_could_decide_is_finished_and_not_called_met(
+    tiny_run, monkeypatch
+):
+    """Likely met, but the machine is too busy: no other child is tried, and nothing is lost."""
+    calls = uncertain(monkeypatch, lambda call: 0.7)
+    for _ in range(2):
+        with pytest.raises(Infeasible, match="is finished, but its wish is undecided: .*1.3x"):
+            pipeline.execute(tiny_run)
+        job = job_of(tiny_run)
+        assert verdicts(job) == ["undecided"] and len(calls) == 2 and is_finished(job)
+
+
+def test_where_the_last_measurement_decides_the_child_is_met(tiny_run, monkeypatch):
+    uncertain(monkeypatch, lambda call: 0.7 if call == 1 else 1.0)
+    pipeline.execute(tiny_run)
+    assert verdicts(job_of(tiny_run)) == ["undecided"] and is_finished(job_of(tiny_run))
+
+
+def test_an_undecided_child_that_is_not_likely_met_is_not_called_met(tiny_run, monkeypatch):
+    uncertain(monkeypatch, lambda call: 0.7, factor=0.8)
     run = changed(tiny_run, "search", attempts=1)
     with pytest.raises(Infeasible, match="undecided; the same command tries further ones"):
         pipeline.execute(run)
-    assert verdicts(job_of(run)) == ["undecided"]
+    assert verdicts(job_of(run)) == ["undecided"] and not is_finished(job_of(run))
 
 
 def test_a_given_architecture_that_misses_is_not_made_again(tiny_run, monkeypatch):

@@ -89,6 +89,11 @@ def make_child(job: Job) -> None:
         measured.record(job, evaluated.fingerprint, served)
         raise Infeasible(results.missed(job))
     if served.verdict == "undecided":
+        if measured.read(job).verdict == "undecided":
+            raise Infeasible(
+                f"search: the child is finished, but its wish is undecided: {served.failures}; the "
+                "machine was too busy: raise cost.starts for narrower intervals"
+            )
         job.run.progress.say(
             f"{job.child.name}: met when it was assembled, undecided at the end: {served.failures}"
         )
@@ -134,7 +139,8 @@ def choose_finalist(job: Job) -> None:
 def search_and_serve(job: Job) -> None:
     """Search, assemble and serve until a child is met from just above; the best that is met stays.
 
-    Raises `Infeasible` where none is met.
+    On a machine so busy that no child from just above could be told to be met, one that is likely
+    met stays. Raises `Infeasible` where none is met.
     """
     from puzzle.assemble import measured
     from puzzle.cost import table
@@ -147,10 +153,15 @@ def search_and_serve(job: Job) -> None:
         execute_stage(SEARCH, job, again=again)
         assembled = execute_stage(ASSEMBLE, job, again=again)
         served, again = measured.read(job), True
-        measured.record(job, assembled.fingerprint, served)
+        stays = served.is_too_uncertain and tried.Tries.of(job).best is None
+        measured.record(job, assembled.fingerprint, served, stays=stays)
         if answers.read(job).final is not None or not served.scenarios:
             return
         if served.verdict == "met" and (is_given or not served.gives_away):
+            return
+        if stays:
+            job.run.progress.say("  the machine is too busy to decide that of any child from just")
+            job.run.progress.say("  above: this one goes on, and is measured again at the end")
             return
         tries = tried.Tries.of(job)
         if is_given or exhausted or not served.can_be_corrected:

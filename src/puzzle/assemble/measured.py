@@ -52,6 +52,13 @@ class Measured(Record):
         return promise.give_away(self.promises)
 
     @property
+    def is_too_uncertain(self) -> bool:
+        """Undecided, where no other child from just above could be decided on this machine now."""
+        failed = self.failed
+        undecided = all(one.verdict == "undecided" and one.is_too_uncertain for one in failed)
+        return bool(failed) and undecided
+
+    @property
     def can_be_corrected(self) -> bool:
         """Whether another search would aim differently: seconds and memory are corrected."""
         kinds = [KINDS[promise.constraint] for promise in self.failed]
@@ -189,10 +196,10 @@ def read(job: Job) -> Measured:
     return Measured.read(job.folder(ASSEMBLE) / MEASURED)
 
 
-def record(job: Job, source: str, measured: Measured) -> None:
+def record(job: Job, source: str, measured: Measured, *, stays: bool = False) -> None:
     """Append a measurement to the child's record, by which its next search is corrected.
 
-    `source` is the fingerprint of the stage that measured.
+    `source` is the fingerprint of the stage that measured; a child that `stays` corrects nothing.
     """
     if not measured.scenarios or measured.known_before:
         return
@@ -215,6 +222,7 @@ def record(job: Job, source: str, measured: Measured) -> None:
             measurements={name: s.measurement for name, s in measured.scenarios.items()},
             verdict=measured.verdict,
             gives_away=measured.gives_away,
+            stays=stays,
         ),
     )
 

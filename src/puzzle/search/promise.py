@@ -88,6 +88,18 @@ class Promise(Record):
         return self.model_copy(update={"figure": Interval(value=value, low=value, high=value)})
 
     @property
+    def is_too_uncertain(self) -> bool:
+        """Whether it is likely kept, by an interval too wide to show that of a child just above.
+
+        Even of one whose estimate is as far beyond the wish as nothing is given away, it could not.
+        """
+        if not self.by_estimate.exceeds(0.0):
+            return False
+        if self.at_least:
+            return self.figure.low < self.figure.value / (1 + GIVEN_AWAY)
+        return self.figure.high > self.figure.value * (1 + GIVEN_AWAY)
+
+    @property
     def is_surprise(self) -> bool:
         """Whether it is surely better than predicted, without the margin that was aimed at.
 
