@@ -74,9 +74,8 @@ class Candidate(Record):
     parameters: int
     kv_bytes_per_token: int
     code: str
-    finalists: tuple[
-        int, ...
-    ] = ()  # parameters of each that was uptrained for a part of the tokens
+    # Parameters of each finalist, which was uptrained on a part of the tokens
+    finalists: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -300,8 +299,8 @@ DISCRETE: dict[str, Knobs] = {
 SEARCHED = {"Puzzle, greedy": "greedy", "Puzzle, max-parameters": "most parameters"}
 SHAPES = {"Puzzle's shape, no BLD": "cut", "Puzzle's shape, random weights": "random"}
 DEFAULT, ADDITIVE = "Puzzle", "Puzzle, additive (as published)"
-FINALISTS = {"Puzzle, 2 finalists": 2}
-METHODS = (DEFAULT, *FINALISTS, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
+FINALISTS = {DEFAULT: 1, "Puzzle, 2 finalists": 2}  # as `puzzle child` makes it: search.finalists
+METHODS = (*FINALISTS, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
 
 
 def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
@@ -389,9 +388,9 @@ def chosen_by(shop: Workshop, baseline: str) -> Callable[[float], Architecture |
     return choose
 
 
-def default(shop: Workshop, method: str = DEFAULT) -> Iterator[list[Candidate]]:
+def default(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
     """The children that `puzzle child` makes: searched, served and corrected until they are met."""
-    run, number = shop.run, FINALISTS.get(method, 1)
+    run, number = shop.run, FINALISTS[method]
     uptrain = run.recipe.uptrain.model_copy(update={"tokens": shop.size.tokens})
     for wish in shop.size.wishes:
         name = f"h2h-{wish}-{number}".replace(".", "_")
@@ -438,7 +437,7 @@ def speed_part(shop: Workshop, methods: Sequence[str]) -> None:
                     common.print_row(method, f"{wish}x", one.label, speed, f"{one.parameters:,}")
             continue
         prepare(shop.run)
-        if method == DEFAULT or method in FINALISTS:
+        if method in FINALISTS:
             found = default(shop, method)
         elif method in SHAPES:
             found = shapes(shop, method)

@@ -160,8 +160,12 @@ def search_and_serve(job: Job) -> None:
         if served.verdict == "met" and (is_given or not served.gives_away):
             return
         if stays:
-            job.run.progress.say("  the machine is too busy to decide that of any child from just")
-            job.run.progress.say("  above: this one goes on, and is measured again at the end")
+            job.run.progress.say(
+                "  on so busy a machine no child just above the wish can be decided:"
+            )
+            job.run.progress.say(
+                "  this one is likely met, goes on and is measured again at the end"
+            )
             return
         tries = tried.Tries.of(job)
         if is_given or exhausted or not served.can_be_corrected:

@@ -54,9 +54,7 @@ class Measured(Record):
     @property
     def is_too_uncertain(self) -> bool:
         """Undecided, where no other child from just above could be decided on this machine now."""
-        failed = self.failed
-        undecided = all(one.verdict == "undecided" and one.is_too_uncertain for one in failed)
-        return bool(failed) and undecided
+        return bool(self.failed) and all(one.is_too_uncertain for one in self.failed)
 
     @property
     def can_be_corrected(self) -> bool:

@@ -20,7 +20,6 @@ What is measured is remembered in `assembled.jsonl` in the child's folder, so an
 goes on, and the next search of the same child knows it too.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,10 +155,10 @@ def refine(
         starts: children to start from; the first one keeps the limits.
         refused: children that are not taken.
     """
-    measurement, settings = Measurement(job), job.child.search
+    measurement = Measurement(job)
     of_halves = _best_of_halves(measurement, choices, limits, refused)
     near = _candidates(job, choices, [*starts, *of_halves])
-    walk = _Walk(measurement, near, _without(build(near, limits, settings), near, refused))
+    walk = _Walk.among(near, measurement, limits, refused)
     feasible = [blocks for blocks in starts if walk.program.feasible(near.columns(blocks))]
     first = min(feasible or [starts[0]], key=walk.value)
     ends = [walk.improve(start) for start in (first, *of_halves)]
@@ -185,6 +184,18 @@ class _Walk:
     measurement: Measurement
     near: Choices
     program: Program
+
+    @classmethod
+    def among(
+        cls,
+        near: Choices,
+        measurement: Measurement,
+        limits: Sequence[Limit],
+        refused: Sequence[list[str]],
+    ) -> "_Walk":
+        """Among the children of these blocks that keep the limits and were not refused."""
+        program = build(near, limits, measurement.job.child.search)
+        return cls(measurement, near, _without(program, near, refused))
 
     def value(self, blocks: list[str], *, whole: bool = True) -> float:
         """KL and what missing parameters count as."""
@@ -229,27 +240,24 @@ def _best_of_halves(
     """One child of the parent's halves of layers, or none; empty where parameters do not count."""
     if choices.missing is None or not choices.missing.any():
         return []
-    shape, settings = measurement.job.run.parent.shape, measurement.job.child.search
-    layers, columns = [], []
-    for first, layer, own in zip(choices.starts, choices.layers, shape.parent_blocks, strict=False):
-        is_kept = [
-            block.attention in (own.attention, NO_ATTENTION) and block.ffn in (own.ffn, NO_FFN)
+    parent_blocks = measurement.job.run.parent.shape.parent_blocks
+    layers = [
+        [
+            block
             for block in layer
+            if block.attention in (own.attention, NO_ATTENTION) and block.ffn in (own.ffn, NO_FFN)
         ]
-        layers.append(list(itertools.compress(layer, is_kept)))
-        columns += (int(first) + np.flatnonzero(is_kept)).tolist()
-    halves = Choices(layers, choices.losses[columns], missing=choices.missing[columns])
-    program = _without(build(halves, limits, settings), halves, refused)
-    optimum = mip.solve(program, gap=SOLVE_GAP, time_limit_s=SOLVE_S)
-    if optimum is None:
-        return []
-    return [_Walk(measurement, halves, program).improve(halves.names(optimum.columns)).blocks]
+        for layer, own in zip(choices.layers, parent_blocks, strict=True)
+    ]
+    walk = _Walk.among(choices.keeping(layers), measurement, limits, refused)
+    optimum = mip.solve(walk.program, gap=SOLVE_GAP, time_limit_s=SOLVE_S)
+    return [] if optimum is None else [walk.improve(walk.near.names(optimum.columns)).blocks]
 
 
 def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choices:
     """The blocks that some search could choose by their scores, and those of the starts."""
     shape = job.run.parent.shape
-    layers, columns = [], []
+    layers = []
     for index, layer in enumerate(choices.layers):
         first = int(choices.starts[index])
         costs = choices.costs[first : first + len(layer)]
@@ -257,9 +265,7 @@ def _candidates(job: Job, choices: Choices, starts: Sequence[list[str]]) -> Choi
         used = {blocks[index] for blocks in starts}
         kept += [block for block in layer if block.name in used and block not in kept]
         layers.append(kept)
-        columns += [first + layer.index(block) for block in kept]
-    missing = None if choices.missing is None else choices.missing[columns]
-    return Choices(layers, choices.losses[columns], missing=missing)
+    return choices.keeping(layers)
 
 
 def _without(program: Program, choices: Choices, refused: Sequence[list[str]]) -> Program:

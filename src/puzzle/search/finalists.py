@@ -5,7 +5,8 @@ a larger one ("architecture ranking can flip after distillation"). How much size
 the model and on the tokens, so it is tried: with `search.finalists` of 2 or more, a child is
 searched, served and met for each of so many values of `search.capacity`, uptrained on a part of the
 tokens, and measured on validation text. The best one's value is the one that the child itself is
-searched with. `pipeline.choose_finalist` is the loop; finalists are children of their own.
+searched with, and what its searches have measured is not measured again. `pipeline.choose_finalist`
+is the loop; finalists are children of their own.
 """
 
 import numpy as np
@@ -98,17 +99,16 @@ def rounds(job: Job) -> int:
 
 
 def describe(choice: Choice) -> list[str]:
-    """A line for each, the best first, and how much the order before says of that."""
+    """A line for each, the best first, and of three or more the rank correlation."""
     lines = [
         f"{one.child}: {one.parameters / 1e6:,.2f}M parameters; KL {one.before:.4f} before "
         f"uptraining, {one.kl:.4f} after {SHARE:.1%} of it"
         for one in choice.finalists
     ]
     if len(lines) > 2:
-        before, after = ([getattr(one, at) for one in choice.finalists] for at in ("before", "kl"))
-        lines.append(
-            f"rank correlation of before and after: {_rank_correlation(before, after):.2f}"
-        )
+        before = [one.before for one in choice.finalists]
+        agree = _rank_correlation(before, [one.kl for one in choice.finalists])
+        lines.append(f"rank correlation of before and after: {agree:.2f}")
     return lines
 
 

@@ -4,9 +4,9 @@ minimise  sum_ij (score_ij + missing_ij) x_ij
 subject   sum_j x_ij = 1                      every layer i takes one block j
           sum_ij resource_ij x_ij <= limit    one row per constraint and scenario
 
-missing: what the parameters that a block lacks count as (`search.capacity`). Of
-children with the same KL the smaller one tends to recover less by uptraining (docs/log.md), which
-no score made before it can show.
+missing: what the parameters that a block lacks count as (`search.capacity`). Of children with the
+same KL the smaller one tends to recover less by uptraining (docs/log.md), which no score made
+before it can show.
 
 The solvers add the first kind of rows themselves (`program.one_hot`); rows that keep away from an
 earlier solution are added to a built program (`mip.overlap_row`).
@@ -68,6 +68,16 @@ class Choices:
         """Whether every layer may take its block."""
         named = zip(names, self.layers, strict=True)
         return all(any(block.name == name for block in layer) for name, layer in named)
+
+    def keeping(self, layers: list[list[Block]]) -> "Choices":
+        """Of these blocks of every layer only, in their order."""
+        columns = [
+            int(first) + layer.index(block)
+            for first, layer, kept in zip(self.starts[:-1], self.layers, layers, strict=True)
+            for block in kept
+        ]
+        missing = None if self.missing is None else self.missing[columns]
+        return Choices(layers, self.losses[columns], missing=missing)
 
     def columns(self, names: Sequence[str]) -> np.ndarray:
         """The column of every layer's block [G]. Raises `UserError` for one without a score."""
