@@ -16,6 +16,7 @@ as they are served, where the engine serves otherwise than a probe runs.
 """
 
 import itertools
+import math
 import random
 import statistics
 import time
@@ -44,7 +45,7 @@ LEAST_SAMPLES = 4  # of each phase, for each unknown
 # and its times are even.
 FEWEST_SAMPLES = 2
 SERVED_BATCHES = 3  # of the parent as it is served; the first does not count
-MOST_PREFILLS = 8  # beside the one of a batch
+MOST_PREFILLS = 8  # to the turns of a batch
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,19 @@ class ScenarioMeasurement:
         self.workspace_bytes = self._workspace_of(self.session, self.probe.architecture)
 
     def _batch(self) -> None:
-        """A batch, each turn of its output of another architecture; then more prefills."""
-        prefill_s, decode_s = self._prefill(), 0.0
+        """A batch, each turn of its output of another architecture; then more prefills, if any.
+
+        A batch takes one prefill of P seconds and some turns of T seconds. Where all samples have
+        the same relative error, the time is spent best with sqrt(P / T) prefills to a batch's turns
+        (Neyman's allocation).
+        """
+        prefill_s, turns_s = self._prefill(), list[float]()
         for position, count in enumerate(turn_lengths(self.scenario.output_length)):
-            decode_s += count * self._turn(position, count)
-        for _ in range(min(MOST_PREFILLS, int(decode_s / prefill_s))):
+            turns_s.append(count * self._turn(position, count))
+        if not turns_s:
+            return
+        prefills = math.sqrt(prefill_s / statistics.fmean(turns_s))
+        for _ in range(int(min(prefills, MOST_PREFILLS) - 1 + self.rng.random())):
             self._prefill()
 
     def _model(self, phase: str) -> list[Part]:

@@ -425,7 +425,7 @@ def _need(job: Job) -> Need:
     """A refinement scores the blocks that a search could choose, in a smaller model."""
     if not _is_refined(job):
         return Need(memory=Bytes(host=2e8), disk_bytes=1e6, effort=Effort(beside_s=PROGRAM_S))
-    refinements = job.child.search.refinements * finalists.rounds(job)
+    refinements = job.child.search.refinements * _walks(job)
     scoring, share = SCORE.work().need(job), REFINEMENT_SHARE * refinements
     if job.run.device.type == "cuda":  # one process does what scoring shares out
         share *= launch.processes(job.run)
@@ -436,6 +436,15 @@ def _need(job: Job) -> Need:
         disk_bytes=1e6,
         effort=replace(scoring.effort.times(share), beside_s=PROGRAM_S),
     )
+
+
+def _walks(job: Job) -> int:
+    """How often the search around a child runs: where parameters count it has two more starts.
+
+    What the searches of finalists have measured, the child's own does not measure again.
+    """
+    capacities = list(finalists.children(job)) or [job.child.search.capacity]
+    return sum(3 if capacity else 1 for capacity in capacities)
 
 
 WORK = Work(facts=_facts, execute=_execute, need=_need, check=_check)
