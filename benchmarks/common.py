@@ -5,10 +5,12 @@ tokens, which shows that the script works) and `--json` (a machine-readable last
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,15 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from puzzle import config, settings
+from puzzle.cost.scenarios import served_scenarios
 from puzzle.device import EFFICIENCY, Device
 from puzzle.engines import machine
+from puzzle.engines.intervals import Start
+from puzzle.engines.turns import serve_in_turn
 from puzzle.model.parent import locate
 from puzzle.progress import Progress
 from puzzle.run import Run
+from puzzle.stage import Job
 
 Settings = dict[str, Any]  # a recipe, or one of its sections
 WORKER = "--worker"  # first argument of a script that is started by `in_own_process`
@@ -201,6 +207,19 @@ def open_run(folder: Path, recipe: Settings, **sections: Settings) -> Run:
 
 
 # ------------------------------------------------------------------------------------ measurement
+
+
+def serve_together(job: Job, folders: Sequence[Path], count: int) -> list[Start]:
+    """The turns of `count` starts of the engine on every folder, all side by side."""
+    scenario, starts = served_scenarios(job)["main"], []
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(job.engine.serve(f, scenario)) for f in folders]
+        for number in range(count):
+            if number:
+                for session in sessions:
+                    session.restart()
+            starts.append(serve_in_turn(sessions, [scenario] * len(sessions)))
+    return starts
 
 
 def in_own_process(script: str, *arguments: object) -> Any:

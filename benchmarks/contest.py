@@ -1,6 +1,7 @@
 """The contestants of the head-to-head, and the speeds of what they make. Not a benchmark itself."""
 
 import argparse
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,7 @@ from puzzle.artifacts import Record
 from puzzle.assemble.stage import ChildState
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
-from puzzle.cost.scenarios import served_scenarios
-from puzzle.engines.intervals import Interval
-from puzzle.engines.turns import Served, measure_pair
+from puzzle.engines.intervals import Figure, Interval, intervals
 from puzzle.errors import Infeasible
 from puzzle.evaluate.bootstrap import UnitSums
 from puzzle.library import LIBRARY
@@ -56,6 +55,8 @@ LIBRARY_CODE = (  # decides which child, and its first weights
     "search/mip.py",
     "search/around.py",
 )
+COST_S = 300.0  # methods are compared, not the luck of a table of a minute
+TOGETHER = 5  # children that are served beside one parent
 AIMS, MOST_TRIES, ASK_MORE = 10, 3, 1.02  # of a way of choosing, at one wish
 TOO_MUCH = 1.05  # a child that was aimed at a wish is searched again where it is faster than this
 Weights = str  # library, parent, cut or random: where a child's weights come from
@@ -82,6 +83,11 @@ class Candidate(Record):
         """Of the model: two methods may make the same one."""
         narrow = None if self.narrow is None else vars(self.narrow)
         return artifacts.fingerprint([self.blocks, self.weights, narrow])
+
+
+def served_as(one: Candidate) -> tuple[object, ...]:
+    """What its speed depends on: not on the weights."""
+    return (*one.blocks, one.narrow)
 
 
 class Row(Record):
@@ -131,6 +137,7 @@ def open_run(folder: Path, args: argparse.Namespace) -> Run:
         recipe["search"] = {"throughput": "1.02x"}
     else:
         recipe = settings.read_yaml(settings.recipe_path("pocket"))
+        recipe["cost"] |= {"seconds": COST_S}
     return Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=args.quick))
 
 
@@ -195,17 +202,25 @@ class Workshop:
 
     # ------------------------------------------------------------------------------------- speeds
 
-    def measure(self, candidate: Candidate) -> Candidate:
-        """With its speed-up, as the product measures it."""
+    def measure(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """With their speed-ups, all served beside one parent, each a few steps in turn."""
         job = self.run.place_job()
-        scenario = served_scenarios(job)["main"]
-        with tempfile.TemporaryDirectory() as name:
-            made, architecture, state = self.state(candidate)
-            child.save(Path(name), made, architecture, state, self.run.parent.folder, "")
-            sides = (Served(self.run.parent.folder, scenario, 0), Served(Path(name), scenario, 0))
-            starts = self.size.starts
-            measurement = measure_pair(job.engine, *sides, starts, lambda m: True, lambda: None)
-        return candidate.model_copy(update={"speedup": measurement.speedup})
+        with contextlib.ExitStack() as stack:
+            folders = [self.run.parent.folder]
+            for one in candidates:
+                folders.append(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+                made, architecture, state = self.state(one)
+                child.save(folders[-1], made, architecture, state, self.run.parent.folder, "")
+            starts = common.serve_together(job, folders, self.size.starts)
+        figures: dict[str, Figure] = {
+            str(index): lambda s, i=index + 1: s.total[0] / s.total[i]
+            for index in range(len(candidates))
+        }
+        shown = intervals(starts, figures, looks=1)
+        return [
+            one.model_copy(update={"speedup": shown[str(index)]})
+            for index, one in enumerate(candidates)
+        ]
 
     def candidate(
         self,
@@ -235,10 +250,10 @@ class Workshop:
             code=code_of(weights),
         )
         known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
-        same = [one for one in known if (one.blocks, one.narrow) == (made.blocks, narrow)]
-        if same:  # speed does not depend on the weights
+        same = [one for one in known if served_as(one) == served_as(made)]
+        if same:
             return made.model_copy(update={"speedup": same[-1].speedup})
-        return self.measure(made)
+        return self.measure([made])[0]
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
         """Append to `candidates.jsonl` and print."""
@@ -447,3 +462,27 @@ def speed_part(shop: Workshop, methods: Sequence[str]) -> None:
             found = discrete(shop, method)
         for group in found:
             shop.keep(group)
+
+
+def serve_part(shop: Workshop, methods: Sequence[str]) -> None:
+    """Measure all that was measured before anew: speed-ups of different days cannot be compared."""
+    prepare(shop.run)
+    known = [
+        one
+        for method in methods
+        for wish in shop.size.wishes
+        for one in candidates_of(shop, method, wish)
+    ]
+    models = {served_as(one): one for one in known}
+    common.print_header("method", "wish", "child", "speed-up", "parameters")
+    chosen = list(models.values())
+    for first in range(0, len(chosen), TOGETHER):
+        measured = shop.measure(chosen[first : first + TOGETHER])
+        speeds = {served_as(one): one.speedup for one in measured}
+        shop.keep(
+            [
+                one.model_copy(update={"speedup": speeds[served_as(one)]})
+                for one in known
+                if served_as(one) in speeds
+            ]
+        )

@@ -45,7 +45,7 @@ from puzzle.cost import COST, table
 from puzzle.cost.probe import write_checkpoint
 from puzzle.cost.scenarios import served_scenarios
 from puzzle.engines.intervals import intervals
-from puzzle.engines.turns import LOOKS, Measurement, Served, measure_pair, serve_in_turn
+from puzzle.engines.turns import LOOKS, Measurement, Served, measure_pair
 from puzzle.errors import Infeasible
 from puzzle.library import LIBRARY
 from puzzle.model.architecture import Architecture
@@ -366,16 +366,10 @@ def serve_group(
     job: Job, architectures: Sequence[Architecture], size: Size
 ) -> list[tuple[float, float]]:
     """(speed-up, its standard deviation between starts) of every architecture."""
-    scenario, starts = served_scenarios(job)["main"], []
     with contextlib.ExitStack() as stack:
         folders = [job.run.parent.folder]
         folders += [stack.enter_context(checkpoint(job.run, a)) for a in architectures]
-        sessions = [stack.enter_context(job.engine.serve(f, scenario)) for f in folders]
-        for number in range(size.prediction_starts):
-            if number:
-                for session in sessions:
-                    session.restart()
-            starts.append(serve_in_turn(sessions, [scenario] * len(sessions)))
+        starts = common.serve_together(job, folders, size.prediction_starts)
     speedups = []
     for index in range(1, len(folders)):
         figure = {"speedup": lambda s, i=index: s.total[0] / s.total[i]}

@@ -240,7 +240,7 @@ class CostConfig(Section):
     precision: float = Field(default=0.01, gt=0)
     # Seconds of serving for each scenario and batch size; less where `precision` is reached before,
     # more where there are too few samples for a fit.
-    seconds: float = Field(default=60.0, gt=0)
+    seconds: float = Field(default=120.0, gt=0)
     # Starts of the engines before a measurement of parent and child is looked at. What is not
     # decided then goes on for as many again, twice at most.
     starts: Annotated[int, Field(ge=2)] = 4
