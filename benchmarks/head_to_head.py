@@ -5,7 +5,8 @@
                                       [--seeds N] [--final] [--readme] [--quick] [--json]
 
 speed     What every method makes of the parent for each wish (benchmarks/baselines.py), served
-          beside the parent in turn: half an hour that needs a quiet machine.
+          beside the parent in turn: half an hour that needs a quiet machine. The cost table that
+          they are searched with is measured for five minutes.
 serve     All of them served anew, five at a time beside one parent: the same children have shown
           2.20x and 2.06x on different days, so the speeds of a table are of one day. Only where it
           is asked for.

@@ -154,9 +154,8 @@ class ScenarioMeasurement:
         the same relative error, the time is spent best with sqrt(P / T) prefills to a batch's turns
         (Neyman's allocation).
         """
-        prefill_s, turns_s = self._prefill(), list[float]()
-        for position, count in enumerate(turn_lengths(self.scenario.output_length)):
-            turns_s.append(count * self._turn(position, count))
+        prefill_s, turns = self._prefill(), turn_lengths(self.scenario.output_length)
+        turns_s = [count * self._turn(position, count) for position, count in enumerate(turns)]
         if not turns_s:
             return
         prefills = math.sqrt(prefill_s / statistics.fmean(turns_s))

@@ -439,7 +439,9 @@ def _need(job: Job) -> Need:
 
 
 def _walks(job: Job) -> int:
-    """How often the search around a child runs: where parameters count it has two more starts.
+    """How often the search around a child runs (`around.refine`).
+
+    Where parameters count it runs among halves of layers and from what that finds, too.
 
     What the searches of finalists have measured, the child's own does not measure again.
     """
