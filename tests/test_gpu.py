@@ -5,6 +5,7 @@ What needs none is checked on fake CUDA (`tests/fake_cuda`), and docs/gpu.md say
 
 import importlib
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import NEEDS_VLLM, make_parent, tiny_recipe
 
 from puzzle import config, engines, pipeline
 from puzzle.config import CostConfig, ScenarioConfig
+from puzzle.device import Device
 from puzzle.evaluate import results
 from puzzle.model import parent
 from puzzle.progress import Progress
@@ -75,6 +77,28 @@ def test_the_shapes_of_an_8b_model_take_what_a_plan_says(part, tmp_path, monkeyp
     gpu = importlib.import_module("gpu")
     figures = gpu.PARTS[part](gpu.Scale.of("cuda", quick=False, layers=2), tmp_path)
     assert abs(figures["planned_over_peak"] - 1) <= TOLERANCE
+
+
+def test_batches_come_from_the_host_while_the_device_computes():
+    """As those of a library that is read layer by layer; all but the first, which is waited for."""
+    device, rows, width = Device.choose("cuda", "auto"), 32_768, 4096
+    weight = torch.randn(width, 4 * width, device="cuda", dtype=torch.bfloat16)
+    here = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    host = [device.to_host(x_TD) for x_TD in here]
+
+    def seconds(batches: list[torch.Tensor], products: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for x_TD in device.fetched(batches):
+            for _ in range(products):
+                x_TD @ weight
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    seconds(host, 4)
+    computing, copying, both = seconds(here, 4), seconds(host, 0), seconds(host, 4)
+    print(f"products {computing:.3f} s, copies {copying:.3f} s, both {both:.3f} s")
+    assert both < computing + copying / 2
 
 
 @NEEDS_VLLM
