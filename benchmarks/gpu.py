@@ -197,7 +197,7 @@ def made_run(scale: Scale, part: str, root: Path, **sections: Settings) -> Run:
     llama.save_pretrained(folder)
     AutoTokenizer.from_pretrained(locate("pocket")).save_pretrained(folder)
     recipe = config.parse(scale.recipe(**sections) | {"parent": str(folder)})
-    run = Run(recipe, root / f"run-{part}", Progress(quiet=True))
+    run = Run(recipe, root / f"run-{part}", Progress(quiet=scale.sizes is TINY))
     made = MadeParent(**vars(parent.describe(str(folder))))
     MadeParent.on = run.device.torch_device
     text = RandomText(scale.sequence_length, made.shape.vocab_size)
@@ -459,6 +459,7 @@ def serving(scale: Scale, root: Path, part: str, output_length: int) -> Settings
     timed = Taken()
     with timing(run.device, timed):
         pipeline.execute_stage(COST, job)
+    run.progress.say(f"costs took {timed.seconds:.0f} s")
     costs = table.read(job)
     shape = run.parent.shape
     of_parent = Architecture.of_parent(shape)
@@ -506,7 +507,7 @@ def _served(run: Run, folder: Path, architecture: Architecture, scenario: Any) -
 
 
 def _measure(engine: Engine, of_parent: Served, of_child: Served) -> Measurement:
-    return measure_pair(engine, of_parent, of_child, 2, lambda shown: True, lambda: None)
+    return measure_pair(engine, of_parent, of_child, STARTS, lambda shown: True, lambda: None)
 
 
 def costs_part(scale: Scale, root: Path) -> Settings:
@@ -519,6 +520,7 @@ def child_part(scale: Scale, root: Path) -> Settings:
     return serving(scale, root, "child", 32 if scale.sizes is TINY else 1024)
 
 
+STARTS = 1  # of the engines: on a GPU one takes a minute
 PER_LAYER = 31  # blocks of a layer that are scored: as many wait for the head together
 PARTS: dict[str, Callable[[Scale, Path], Settings]] = {
     "pipeline": pipeline_part,

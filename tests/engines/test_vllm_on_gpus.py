@@ -1,6 +1,7 @@
 """What Puzzle asks of vLLM on GPUs and makes of its answers, on a stub (`vllm_stub.py`)."""
 
 import ast
+import gc
 import io
 import itertools
 import sys
@@ -130,14 +131,21 @@ def test_a_child_is_served_as_vllm_serves_by_itself(gpu, checkpoint):
     assert arguments["enforce_eager"] is False and "load_format" not in arguments
 
 
-def test_vllm_is_started_with_what_is_free(gpu, checkpoint):
-    """It does not start where less is free than the share it was given."""
+def test_vllm_asks_for_no_more_than_is_free_while_another_engine_starts(gpu, checkpoint):
+    """It ends where less is free than the share it was given, however much it would use."""
     arguments = vllm_worker.engine_arguments(checkpoint, SCENARIO, 123, probe=False)
-    assert 0.45 <= arguments["gpu_memory_utilization"] <= 0.5
-    gpu.setattr(torch.cuda, "mem_get_info", lambda device=0: ((40 - 30 * device) * GIB, 80 * GIB))
-    assert vllm_worker.memory_share(2) <= 10 / 80
-    gpu.setattr(torch.cuda, "mem_get_info", lambda device=0: (0, 80 * GIB))
-    assert vllm_worker.memory_share(1) == 0.01
+    assert arguments["gpu_memory_utilization"] <= 0.01
+
+
+def test_no_garbage_is_collected_around_a_capture(gpu, checkpoint):
+    """vLLM collects before and after each; of a probe's many captures it was most of the time."""
+    asked = []
+    own = {name: lambda *generation, n=name: asked.append(n) for name in ("collect", "unfreeze")}
+    for name, function in own.items():
+        gpu.setattr(gc, name, function)
+    talk(gpu, checkpoint, SCENARIO, [request(4, [0, 2], begin=SCENARIO)], probe=True)
+    assert StubLLM.made.captured and not asked
+    assert {name: getattr(gc, name) for name in own} == own
 
 
 def test_a_checkpoint_without_weights_gets_them_on_the_device(gpu, tmp_path):

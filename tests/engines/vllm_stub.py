@@ -4,6 +4,7 @@
 has made, so that a step always runs ahead.
 """
 
+import gc
 import sys
 import types
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ class Runner:
     def capture_model(self) -> None:
         assert self.released, "graphs of other layers are still there"
         self.released = False
+        for collect in (gc.collect, gc.freeze, gc.unfreeze, gc.collect):  # as vLLM does
+            collect()
         self.llm.captured.append(list(self.llm.model.model.layers))
 
 

@@ -14,10 +14,11 @@ session has its turn.
 
 import argparse
 import contextlib
-import math
+import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ RESTART = 64  # exit status of an engine that is to be started anew
 LARGEST_PAGE = 128  # tokens; on CPUs, and a multiple of those on GPUs
 SPARE_TOKENS = 4 * LARGEST_PAGE  # of the whole batch: the engine keeps a page for itself
 LEAST_CACHE_BYTES = 16 << 20
-SPARE_DEVICE_BYTES = 1 << 30  # for contexts of the driver: one for each of vLLM's processes
+# The share of a GPU's memory that must be free when vLLM starts. It decides nothing else, as the
+# size of the KV cache is given; what is free changes while parent and child start side by side.
+FREE_AT_START = 0.01
 
 
 def attention_names(model: Any) -> list[str | None]:
@@ -78,7 +81,25 @@ def capture_graphs(worker: Any) -> None:
         manager.release_graphs()
     else:
         CUDAGraphWrapper.clear_all_graphs()
-    runner.capture_model()
+    with no_collections():
+        runner.capture_model()
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Python's garbage is not collected inside, even where that is asked for.
+
+    vLLM asks for it before and after every capture, which takes longer than the capture.
+    """
+    names = ("collect", "freeze", "unfreeze")
+    own = {name: getattr(gc, name) for name in names}
+    try:
+        for name in names:
+            setattr(gc, name, lambda *generation: 0)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gc, name, function)
 
 
 def finish_kernels(worker: Any) -> None:
@@ -152,7 +173,7 @@ def engine_arguments(
         arguments["load_format"] = "dummy"
     if not torch.cuda.is_available():
         return arguments
-    arguments["gpu_memory_utilization"] = memory_share(scenario.tensor_parallel)
+    arguments["gpu_memory_utilization"] = FREE_AT_START
     if probe:
         arguments["compilation_config"] = {
             "mode": 0,
@@ -162,21 +183,6 @@ def engine_arguments(
     if scenario.output_length == 2:  # its only decode step would run ahead, in nobody's time
         arguments["async_scheduling"] = False
     return arguments
-
-
-def memory_share(devices: int) -> float:
-    """The share of a GPU's memory that vLLM may ask for: what is free now, less some spare.
-
-    It decides nothing, as the size of the KV cache is given, but vLLM does not start where less is
-    free.
-    """
-    import torch
-
-    shares = []
-    for device in range(devices):
-        free, total = torch.cuda.mem_get_info(device)
-        shares.append((free - SPARE_DEVICE_BYTES) / total)
-    return max(0.01, math.floor(100 * min(shares)) / 100)
 
 
 def serve(folder: Path, scenario: ScenarioConfig, probe: bool) -> None:
