@@ -195,22 +195,30 @@ def uncertain(monkeypatch, low_of_call, factor=1.0):
     return calls
 
 
-def test_a_child_that_no_interval_here_could_decide_is_finished_and_not_called_met(
-    tiny_run, monkeypatch
-):
-    """Likely met, but the machine is too busy: no other child is tried, and nothing is lost."""
+def test_the_best_undecided_child_is_finished_and_not_called_met(tiny_run, monkeypatch):
+    """Likely met, and the last try is used up: nothing is lost."""
     calls = uncertain(monkeypatch, lambda call: 0.7)
+    run = changed(tiny_run, "search", attempts=2)
     for _ in range(2):
         with pytest.raises(Infeasible, match="is finished, but its wish is undecided: .*1.3x"):
-            pipeline.execute(tiny_run)
-        job = job_of(tiny_run)
-        assert verdicts(job) == ["undecided"] and len(calls) == 2 and is_finished(job)
+            pipeline.execute(run)
+        job = job_of(run)
+        assert verdicts(job) == ["undecided"] * 2 and len(calls) == 3 and is_finished(job)
+
+
+def test_after_an_undecided_child_the_next_is_aimed_beyond_the_interval(tiny_run, monkeypatch):
+    uncertain(monkeypatch, lambda call: 0.96)
+    pipeline.execute(changed(tiny_run, "search", attempts=2))
+    job = job_of(tiny_run)
+    assert verdicts(job)[0] == "undecided"
+    assert answers.read(job).margin >= 0.04
 
 
 def test_where_the_last_measurement_decides_the_child_is_met(tiny_run, monkeypatch):
     uncertain(monkeypatch, lambda call: 0.7 if call == 1 else 1.0)
-    pipeline.execute(tiny_run)
-    assert verdicts(job_of(tiny_run)) == ["undecided"] and is_finished(job_of(tiny_run))
+    run = changed(tiny_run, "search", attempts=1)
+    pipeline.execute(run)
+    assert verdicts(job_of(run)) == ["undecided"] and is_finished(job_of(run))
 
 
 def test_an_undecided_child_that_is_not_likely_met_is_not_called_met(tiny_run, monkeypatch):

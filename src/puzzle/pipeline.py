@@ -139,8 +139,8 @@ def choose_finalist(job: Job) -> None:
 def search_and_serve(job: Job) -> None:
     """Search, assemble and serve until a child is met from just above; the best that is met stays.
 
-    On a machine so busy that no child from just above could be told to be met, one that is likely
-    met stays. Raises `Infeasible` where none is met.
+    After the last try one that is likely met but undecided will do: it is measured again at the
+    end. Raises `Infeasible` where there is none either.
     """
     from puzzle.assemble import measured
     from puzzle.cost import table
@@ -153,25 +153,20 @@ def search_and_serve(job: Job) -> None:
         execute_stage(SEARCH, job, again=again)
         assembled = execute_stage(ASSEMBLE, job, again=again)
         served, again = measured.read(job), True
-        stays = served.is_too_uncertain and tried.Tries.of(job).best is None
-        measured.record(job, assembled.fingerprint, served, stays=stays)
+        measured.record(job, assembled.fingerprint, served)
         if answers.read(job).final is not None or not served.scenarios:
+            if served.verdict == "undecided":
+                job.run.progress.say("  this one is likely met, and is measured again at the end")
             return
         if served.verdict == "met" and (is_given or not served.gives_away):
             return
-        if stays:
-            job.run.progress.say(
-                "  on so busy a machine no child just above the wish can be decided:"
-            )
-            job.run.progress.say(
-                "  this one is likely met, goes on and is measured again at the end"
-            )
+        if is_given and served.is_likely:
             return
         tries = tried.Tries.of(job)
         if is_given or exhausted or not served.can_be_corrected:
             raise Infeasible(measured.missed(job, max(1, len(tries.children))))
         exhausted = len(tries.children) >= job.child.search.attempts
-        if exhausted and tries.best is None:
+        if exhausted and not tries.are_used_up(job.child.search.attempts):
             raise Infeasible(measured.missed(job, len(tries.children)))
 
 

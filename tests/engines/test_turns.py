@@ -125,6 +125,16 @@ def test_steps_after_a_switch_and_the_first_prefill_do_not_count(tmp_path):
     assert measured(scripted(seconds), tmp_path).speedup.value == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "turns"),
+    [(1.0, 14), (0.03, 14), (0.024, 21), (0.02, 28), (0.001, 56)],  # a batch of both has 7
+)
+def test_a_start_has_more_turns_where_they_are_fast(seconds, turns):
+    sessions = [ScriptedSession(side, [], lambda *_: seconds) for side in (0, 1)]
+    _, *decode = serve_in_turn(sessions, [SCENARIO] * 2)
+    assert sum(len(phase.turns) for phase in decode) == turns
+
+
 @pytest.mark.parametrize("output", [1, 5, 64, 1000])
 def test_drift_and_longer_contexts_cancel_and_a_batch_is_summed(tmp_path, output):
     """A step takes longer as the context grows; on both sides the machine slows from step to step.

@@ -43,18 +43,15 @@ def test_a_speed_is_met_missed_or_undecided_by_its_whole_interval(
     assert edge.verdict == "met"  # the interval may touch the wish
 
 
-def test_an_interval_is_too_wide_where_two_per_cent_beyond_the_wish_would_not_be_seen():
+def test_a_child_is_likely_by_its_estimate_and_as_uncertain_as_its_interval():
     for relative, at_least in ((1.0, True), (1.0, False)):
         result = judged("throughput" if at_least else "latency", relative, True)
-        for value, off, expected in (
-            (1.01, 0.03, True),  # likely met, three per cent either way
-            (1.01, 0.015, False),  # another child may well be decided
-            (0.99, 0.03, False),  # likely missed
-        ):
+        for value, is_likely in ((1.01, True), (0.99, False)):
             value = value if at_least else 1 / value
-            low, high = value / (1 + off), value * (1 + off)
-            figure = Interval(value=value, low=low, high=high)
-            assert result.model_copy(update={"figure": figure}).is_too_uncertain == expected
+            figure = Interval(value=value, low=value / 1.03, high=value * 1.03)
+            shown = result.model_copy(update={"figure": figure})
+            assert shown.is_likely == is_likely
+            assert shown.uncertainty == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(

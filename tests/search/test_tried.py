@@ -137,6 +137,25 @@ def test_the_best_in_score_that_is_met_goes_on():
     assert Tries(children).refused == [SECOND]
 
 
+def test_a_likely_child_goes_on_after_the_last_try_where_none_is_met():
+    likely = [
+        measured("a", objective=1.0, verdict="undecided", is_likely=True),
+        measured("b", SECOND, objective=0.8, verdict="undecided"),
+    ]
+    assert settled(likely, 0.5) is None  # another may be met
+    assert settled(likely, 0.5, attempts=2) == "a" and settled(likely, None) == "a"
+    assert not Tries(likely[1:]).are_used_up(1)
+    met = measured("c", ["a", "b"], objective=1.5, gives_away=True)
+    assert settled([*likely, met], 0.5, attempts=3) == "c"
+    missed = measured("d", verdict="missed")  # the same as "a", at the end
+    assert settled([likely[0], missed], 0.5, attempts=2) is None
+
+
+def test_what_is_measured_is_as_uncertain_as_the_widest_interval():
+    assert Tries([]).uncertainty == 0.0
+    assert Tries([measured("a", uncertainty=0.03), measured("b")]).uncertainty == 0.03
+
+
 def test_a_child_that_a_later_measurement_refutes_is_not_taken_again():
     """`assemble` found it met, `evaluate` missed."""
     children = [measured("a", gives_away=True), measured("b", verdict="missed")]

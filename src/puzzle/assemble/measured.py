@@ -52,9 +52,14 @@ class Measured(Record):
         return promise.give_away(self.promises)
 
     @property
-    def is_too_uncertain(self) -> bool:
-        """Undecided, where no other child from just above could be decided on this machine now."""
-        return bool(self.failed) and all(one.is_too_uncertain for one in self.failed)
+    def is_likely(self) -> bool:
+        """Undecided, but by its estimates what was asked."""
+        return self.verdict == "undecided" and all(one.is_likely for one in self.failed)
+
+    @property
+    def uncertainty(self) -> float:
+        """Of the widest interval; see `Promise.uncertainty`."""
+        return max((one.uncertainty for one in self.promises), default=0.0)
 
     @property
     def can_be_corrected(self) -> bool:
@@ -194,10 +199,10 @@ def read(job: Job) -> Measured:
     return Measured.read(job.folder(ASSEMBLE) / MEASURED)
 
 
-def record(job: Job, source: str, measured: Measured, *, stays: bool = False) -> None:
+def record(job: Job, source: str, measured: Measured) -> None:
     """Append a measurement to the child's record, by which its next search is corrected.
 
-    `source` is the fingerprint of the stage that measured; a child that `stays` corrects nothing.
+    `source` is the fingerprint of the stage that measured.
     """
     if not measured.scenarios or measured.known_before:
         return
@@ -220,7 +225,8 @@ def record(job: Job, source: str, measured: Measured, *, stays: bool = False) ->
             measurements={name: s.measurement for name, s in measured.scenarios.items()},
             verdict=measured.verdict,
             gives_away=measured.gives_away,
-            stays=stays,
+            is_likely=measured.is_likely,
+            uncertainty=measured.uncertainty,
         ),
     )
 

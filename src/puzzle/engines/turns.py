@@ -40,6 +40,10 @@ from puzzle.model.weight_files import stored_bytes
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
 TURNS_PER_START = 14  # at least, of decode steps
+# More of them, until they have taken as long as a start takes: one start differs from another by no
+# more than turns do (docs/log.md), so its turns are the cheaper samples.
+SECONDS_PER_START = 8.0
+MOST_TURNS = 56
 PREFILLS_PER_START = 4  # at least, unless they take longer than the decode steps
 SECTION_TURNS = 8  # of a batch, that are looked at together: their contexts are about as long
 MOST_SECTIONS = 8
@@ -219,21 +223,24 @@ def serve_in_turn(sessions: Sequence[Session], scenarios: Sequence[ScenarioConfi
     The output lengths must be equal. The first prefill and the first turn do not count.
     """
     turns = turn_lengths(scenarios[0].output_length)
-    rounds = max(1, -(-TURNS_PER_START // max(1, len(turns))))
     prefills: list[list[float]] = []
     steps: list[list[list[float]]] = [[] for _ in turns]
     _prefill(sessions, scenarios)
     if turns:
         _turn(sessions, turns[0])
-    per_round = -(-PREFILLS_PER_START // rounds)
-    for number in range(rounds):
+    number, rounds, per_round = 0, 1, 1
+    while number < rounds:
         prefills.append(_prefill(sessions, scenarios))
         for index, count in enumerate(turns):
             steps[index].append(_turn(sessions, count))
-        if number == 0:  # more prefills, as many as take no longer than the decode steps
+        if number == 0:
             decode_s = sum(sum(turn[0]) * count for turn, count in zip(steps, turns, strict=True))
-            per_round = max(1, min(per_round, int(decode_s / sum(prefills[0]))))
+            rounds = _rounds(len(turns), decode_s)
+            # more prefills, as many as take no longer than the decode steps
+            most = int(decode_s / sum(prefills[0]))
+            per_round = max(1, min(-(-PREFILLS_PER_START // rounds), most))
         prefills += [_prefill(sessions, scenarios) for _ in range(per_round - 1)]
+        number += 1
     phases = [Phase.of(1, prefills)]
     sections = max(1, min(MOST_SECTIONS, len(turns) // SECTION_TURNS)) if turns else 0
     for section in np.array_split(np.arange(len(turns)), sections) if sections else []:
@@ -241,6 +248,14 @@ def serve_in_turn(sessions: Sequence[Session], scenarios: Sequence[ScenarioConfi
         positions = np.repeat(section.astype(float), rounds)
         phases.append(Phase(sum(turns[index] for index in section), np.array(shown), positions))
     return phases
+
+
+def _rounds(turns: int, seconds: float) -> int:
+    """Batches of a start: of so many turns each, which take so many seconds."""
+    if not turns:
+        return TURNS_PER_START
+    wanted = min(MOST_TURNS, int(SECONDS_PER_START * turns / seconds))
+    return -(-max(TURNS_PER_START, wanted) // turns)
 
 
 def turn_lengths(output_length: int) -> list[int]:

@@ -88,16 +88,15 @@ class Promise(Record):
         return self.model_copy(update={"figure": Interval(value=value, low=value, high=value)})
 
     @property
-    def is_too_uncertain(self) -> bool:
-        """Whether it is likely kept, by an interval too wide to show that of a child just above.
+    def is_likely(self) -> bool:
+        """Whether its estimate is what was asked, or better."""
+        return self.by_estimate.exceeds(0.0)
 
-        Even of one whose estimate is as far beyond the wish as nothing is given away, it could not.
-        """
-        if not self.by_estimate.exceeds(0.0):
-            return False
-        if self.at_least:
-            return self.figure.low < self.figure.value / (1 + GIVEN_AWAY)
-        return self.figure.high > self.figure.value * (1 + GIVEN_AWAY)
+    @property
+    def uncertainty(self) -> float:
+        """From the estimate to that end of its interval that decides, as a share."""
+        figure = self.figure
+        return figure.value / figure.low - 1 if self.at_least else figure.high / figure.value - 1
 
     @property
     def is_surprise(self) -> bool:

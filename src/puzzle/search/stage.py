@@ -57,6 +57,7 @@ from puzzle.training import launch
 # A measurement's interval is about so wide on either side: aimed at with less, a wish is missed or
 # left undecided.
 LEAST_MARGIN = 0.01
+MOST_FOR_INTERVALS = 0.05  # of a margin, for what is measured with wide intervals
 PROGRAM_S = 5.0  # the programs of a search and its frontier, about
 REFINEMENT_SHARE = 0.75  # of the work of the scores that one refinement takes, about (docs/log.md)
 
@@ -169,8 +170,7 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
     settings, cost = job.child.search, job.place.cost
     _check(job)
     models, tries = _models(job), tried.Tries.of(job)
-    refused = [names for names in tries.refused if choices.has(names)]
-    swept = [_search_one(job, name, models, choices, refused) for name in cost.sweep]
+    swept = [_search_one(job, name, models, choices, tries) for name in cost.sweep]
     solved = [one for one in swept if one.solutions]
     best = min(solved, key=lambda one: one.solutions[0].rank, default=swept[0])
     final = None
@@ -188,8 +188,8 @@ def search(job: Job, choices: Choices, *, settle: bool = False) -> tuple[Answer,
         )
         if settings.kl is not None:
             message += f"; kl {settings.kl:g} is asked, too"
-        if refused:
-            message += f"; {len(refused)} that were served and missed are not tried again"
+        if tries.refused:
+            message += f"; {len(tries.refused)} that were served and missed are not tried again"
         raise Infeasible(message)
     tables = {name: model.table for name, model in models.items()}
     parent = Architecture.of_parent(job.run.parent.shape)
@@ -299,15 +299,16 @@ def _search_one(
     name: str,
     models: Mapping[str, CostModel],
     choices: Choices,
-    refused: Sequence[list[str]],
+    tries: tried.Tries,
 ) -> Searched:
-    """Search with the table called `name` as the main scenario's; not for what was `refused`."""
+    """Search with the table called `name` as the main scenario's; not for what was refused."""
     settings, cost = job.child.search, job.place.cost
     tables = {"main": models[name].table}
     tables |= {other: models[other].table for other in cost.scenarios}
     parent = Architecture.of_parent(job.run.parent.shape)
     swept = {other: models[other].table for other in cost.sweep}
     asked = constraints(settings, tables, best_of_parent(swept, swept, parent), parent)
+    refused = [names for names in tries.refused if choices.has(names)]
     rows = [choices.columns(names) for names in refused]
     away = tuple(mip.overlap_row(columns, len(columns) - 1) for columns in rows)
 
@@ -336,8 +337,9 @@ def _search_one(
     answer = _first_feasible(searched, LEAST_MARGIN)
     if not answer.solutions:
         return answer
-    margin = LEAST_MARGIN + models[name].uncertainty(answer.solutions[0].architecture)
-    return _first_feasible(searched, margin)
+    of_model = models[name].uncertainty(answer.solutions[0].architecture)
+    of_intervals = min(tries.uncertainty, MOST_FOR_INTERVALS)
+    return _first_feasible(searched, LEAST_MARGIN + max(of_model, of_intervals))
 
 
 def _first_feasible(searched: Callable[[float], Searched], margin: float) -> Searched:

@@ -5,7 +5,8 @@
 model of this child's searches (`cost/refit.py`), as long as they are of the costs of now.
 
 A child is searched, assembled and served until one is met from just above: less than 2 % beyond
-what was asked. The child that goes on is the best in score that is met.
+what was asked. The child that goes on is the best in score that is met; after the last try, where
+none is, the best of those that are likely met but undecided.
 """
 
 from collections.abc import Sequence
@@ -55,12 +56,13 @@ class MeasuredChild(Record):
     measurements: dict[str, Measurement]  # by scenario
     verdict: Verdict
     gives_away: bool  # more than 2 % beyond every constraint
-    stays: bool = False  # likely met, on a machine too busy to decide that of any child
+    is_likely: bool = False  # undecided, but its estimates are what was asked
+    uncertainty: float = 0.0  # from estimates to the ends of their intervals, as a share of them
 
     @property
     def is_accepted(self) -> bool:
-        """Met, from just above; or likely, where nothing could be decided."""
-        return self.stays or (self.verdict == "met" and not self.gives_away)
+        """Met, from just above."""
+        return self.verdict == "met" and not self.gives_away
 
 
 class Neighbours(Record):
@@ -192,12 +194,26 @@ class Tries:
     @property
     def best(self) -> MeasuredChild | None:
         """The best in score that is met, and that nothing measured later has refused."""
-        met = [c for c in self.children if c.verdict == "met" and c.blocks not in self.refused]
-        return min(met, key=lambda child: child.objective, default=None)
+        return self._best_of([child for child in self.children if child.verdict == "met"])
+
+    @property
+    def likely(self) -> MeasuredChild | None:
+        """The same of those that are likely met, but undecided."""
+        return self._best_of([child for child in self.children if child.is_likely])
+
+    def _best_of(self, children: Sequence[MeasuredChild]) -> MeasuredChild | None:
+        left = [child for child in children if child.blocks not in self.refused]
+        return min(left, key=lambda child: child.objective, default=None)
+
+    @property
+    def uncertainty(self) -> float:
+        """Of what is measured here and now, as a share: that of the widest interval."""
+        return max((child.uncertainty for child in self.children), default=0.0)
 
     def are_used_up(self, attempts: int) -> bool:
-        """Whether one of them is met and no further one may be tried."""
-        return self.best is not None and len(self.children) >= attempts
+        """Whether one of them goes on and no further one may be tried."""
+        goes_on = self.best or self.likely
+        return goes_on is not None and len(self.children) >= attempts
 
     def settle(self, following: Solution | None, attempts: int) -> MeasuredChild | None:
         """The child that goes on, where no further try is worth it; None where one is.
@@ -207,8 +223,10 @@ class Tries:
             attempts: how many are tried at most.
         """
         best = self.best
-        if best is None or following is None or self.are_used_up(attempts):
-            return best
+        if following is None or self.are_used_up(attempts):
+            return best or self.likely
+        if best is None:
+            return None
         gain = best.objective - following.rank
         is_worth_it = following.blocks != best.blocks and gain > LEAST_GAIN * abs(best.objective)
         return None if is_worth_it else best
