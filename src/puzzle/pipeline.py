@@ -90,10 +90,7 @@ def make_child(job: Job) -> None:
         raise Infeasible(results.missed(job))
     if served.verdict == "undecided":
         if measured.read(job).verdict == "undecided":
-            raise Infeasible(
-                f"search: the child is finished, but its wish is undecided: {served.failures}; the "
-                "machine was too busy: raise cost.starts for narrower intervals"
-            )
+            raise Infeasible(results.undecided(job))
         job.run.progress.say(
             f"{job.child.name}: met when it was assembled, undecided at the end: {served.failures}"
         )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,22 +76,24 @@ def written_to(folder: Path) -> set[tuple[str, int]]:
 
 
 def kill_in(recipe: Path, run: Run, processes: int, stage: str, draw: random.Random) -> None:
-    """`puzzle run`, of which one process is killed after a seeded number of writes of a stage."""
-    command = [sys.executable, "-m", "puzzle.cli", "run", str(recipe), "--quiet"]
-    started = subprocess.Popen(
-        [*command, "--set", f"processes={processes}"], stderr=subprocess.PIPE, text=True
-    )
-    at, rank, folder = draw.randint(1, 5), draw.randrange(processes), run.folder / stage
-    before, seen = written_to(folder), set()
-    while len(seen) < at:
-        assert started.poll() is None, (stage, started.stderr.read())
-        seen |= written_to(folder) - before
-        time.sleep(0.002)
-    if processes == 1:
-        started.kill()
-    else:
-        kill_process(run, rank)
-    _, said = started.communicate(timeout=120)
+    """`puzzle run`, of which one process is killed after a seeded number of writes of a stage.
+
+    On a busy machine the stage may be over before it is seen to have written so often: then it is
+    removed, and the first write will do.
+    """
+    rank, folder = draw.randrange(processes), run.folder / stage
+    at = draw.randint(1, 5)
+    while True:
+        started = begun_and_written(recipe, folder, processes, at)
+        if processes > 1:
+            kill_process(run, rank)
+        else:
+            started.kill()
+        _, said = started.communicate(timeout=120)
+        if started.returncode != 0:
+            break
+        shutil.rmtree(folder)
+        at = 1
     if processes > 1:
         assert started.returncode == 2, said
         assert f"process {rank} was killed (SIGKILL); the same command goes on (log: " in said
@@ -98,7 +101,20 @@ def kill_in(recipe: Path, run: Run, processes: int, stage: str, draw: random.Ran
     assert not processes_of(run)
 
 
-@pytest.mark.parametrize("seed", range(3))
+def begun_and_written(recipe: Path, folder: Path, processes: int, at: int) -> subprocess.Popen:
+    """A `puzzle run` that has written so often into a stage's folder, or that has ended."""
+    command = [sys.executable, "-m", "puzzle.cli", "run", str(recipe), "--quiet"]
+    started = subprocess.Popen(
+        [*command, "--set", f"processes={processes}"], stderr=subprocess.PIPE, text=True
+    )
+    before, seen = written_to(folder), set()
+    while len(seen) < at and started.poll() is None:
+        seen |= written_to(folder) - before
+        time.sleep(0.002)
+    return started
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_uninterrupted_one(
     tiny_folder, text_folder, tmp_path, tally, seed
 ):

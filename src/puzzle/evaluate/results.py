@@ -232,3 +232,12 @@ def missed(job: Job) -> str:
         f"run {job.run.folder}: the finished child {job.child.name} misses what was asked: "
         f"{read(job).served.failures}; {hint}"
     )
+
+
+def undecided(job: Job) -> str:
+    """The message of a finished child of which no measurement has decided whether it is met."""
+    return (
+        f"run {job.run.folder}: the child {job.child.name} is finished, but its wish is undecided: "
+        f"{read(job).served.failures}; the machine was too busy: raise cost.starts for narrower "
+        "intervals"
+    )
