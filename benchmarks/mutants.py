@@ -50,15 +50,24 @@ TESTS = {
     "data/corpus.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
     "data/packing.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
 }
-# Lines of which a change changes no result, only how soon it is reached: they are left out
+# Lines of which a change changes no result, only how soon it is reached: they are left out. So are
+# constants that were found by measuring (docs/log.md), and what matters on a GPU alone.
 EXPLAINED = {
+    "training/losses.py": [
+        'return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()',
+    ],
+    "search/program.py": [  # equality, to rounding
+        "return all(taken[row.columns] @ row.values <= row.limit + TOLERANCE for row in self.extra)",
+    ],
     "cost/regression.py": [
+        "ORDER, LEAST_FOR_ORDER = 2, 40  # of the autoregression of errors; samples that it needs",
         "ROUNDS = 6  # of fitting and discarding outliers",
         "first_mean = float(np.median(y) / np.abs(counts).sum(axis=1).max())",
     ],
     "search/mip.py": [  # how a core grows until the optimum is proven
         "narrow = len(columns) < len(reduced_C) / 2",
         "width = max(3 * width, TOLERANCE) if narrow else reduced_C.max()",
+        "extra_C = np.minimum(extra_C, 2 * size)",
     ],
 }
 # Changes that no test noticed once: file, what is replaced, by what, the tests that must notice

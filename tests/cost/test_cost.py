@@ -27,6 +27,17 @@ def costed(tiny_run) -> Job:
     return job
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_what_lasts_of_an_error_does_not_depend_on_its_size(scale):
+    """Errors of 2 % as well as of 200: .6 of the last one is left, .2 of the one before."""
+    rng, errors = np.random.default_rng(0), [0.0, 0.0]
+    for _ in range(4000):
+        errors.append(0.6 * errors[-1] + 0.2 * errors[-2] + rng.normal())
+    found = regression._autoregression(scale * np.array(errors), 2)
+    assert found == pytest.approx([0.6, 0.2], abs=0.05)
+    assert (regression._autoregression(np.zeros(50), 2) == 0).all()
+
+
 def time_on_roofline(job, folder, scenario):
     sheet = roofline_engine.sheet(job.place.cost.device_sheet)
     session = roofline_engine.RooflineSession(folder, scenario, sheet)

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import time
 from typing import get_args
 
 import numpy as np
@@ -191,8 +192,10 @@ def test_a_changed_file_makes_the_corpus_anew(tmp_path, tokenizer):
     folder.mkdir()
     for i, text in enumerate(texts(90)):
         (folder / f"{i}.txt").write_text(text)
+    began = time.perf_counter()
     build(tmp_path, tokenizer, [str(folder)])
     before = artifacts.read_manifest(tmp_path / "corpus")
+    assert 0 < before.seconds < time.perf_counter() - began
     build(tmp_path, tokenizer, [str(folder)])
     assert artifacts.read_manifest(tmp_path / "corpus") == before
     (folder / "3.txt").write_text(TEXT * 9)
