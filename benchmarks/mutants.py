@@ -57,7 +57,7 @@ EXPLAINED = {
         'return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()',
     ],
     "search/program.py": [  # equality, to rounding
-        "return all(taken[row.columns] @ row.values <= row.limit + TOLERANCE for row in self.extra)",
+        "return all(taken[r.columns] @ r.values <= r.limit + TOLERANCE for r in self.extra)",
     ],
     "cost/regression.py": [
         "ORDER, LEAST_FOR_ORDER = 2, 40  # of the autoregression of errors; samples that it needs",

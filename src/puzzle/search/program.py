@@ -109,7 +109,7 @@ class Program:
             return False
         taken = np.zeros(len(self.costs))
         taken[columns] = 1
-        return all(taken[row.columns] @ row.values <= row.limit + TOLERANCE for row in self.extra)
+        return all(taken[r.columns] @ r.values <= r.limit + TOLERANCE for r in self.extra)
 
 
 def starts_of(sizes: Sequence[int]) -> np.ndarray:
