@@ -5,6 +5,8 @@ FUZZ ?= 2000
 MUTANTS ?= 100
 # Test files that run at a time, each on one thread: more take more memory.
 JOBS ?= 2
+# Of the tests of faults; it comes first, so that the others fill the second process.
+LONGEST := tests/faults/test_ranks.py
 TALLY ?= $(CURDIR)/runs/faults.jsonl
 VENV := .venv
 # A machine with an NVIDIA GPU gets a torch built for CUDA and vLLM's own wheel, others the CPU builds.
@@ -49,11 +51,10 @@ test-gpu: $(VENV)/vllm-$(FLAVOUR).stamp  ## what needs a GPU; without one every 
 test-engines: $(VENV)/llamacpp-$(FLAVOUR).stamp  ## slow tests: exports in the engines they are for, benchmarks; builds llama.cpp first (minutes)
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults --ignore=tests/fake_cuda
 
-# Its longest file comes first, so that the others fill the second process.
 test-faults: $(VENV)/dev-$(FLAVOUR).stamp  ## what a run survives: kills, full disks, damaged files, strangers' files, mutants of our own code; up to 20 minutes, ends with a table
 	mkdir -p $(dir $(TALLY)) && rm -f $(TALLY)
 	-PUZZLE_FAULTS_TALLY=$(TALLY) PUZZLE_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 \
-	$(PYTEST) tests/faults/test_ranks.py tests/faults tests/bad_input tests/fuzz
+	$(PYTEST) --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/faults/test_*.py)) tests/bad_input tests/fuzz
 	-PUZZLE_FAULTS_TALLY=$(TALLY) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py --sample $(MUTANTS) --seconds 480
 	$(BIN)/python tests/faults/table.py $(TALLY)
 
