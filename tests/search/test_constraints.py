@@ -2,7 +2,7 @@ import pytest
 
 from puzzle.config import SearchConfig
 from puzzle.errors import UserError
-from puzzle.search.constraints import asked_in_words, parse_quantity
+from puzzle.search.constraints import KINDS, asked_in_words, parse_quantity
 
 
 def test_parameters_are_asked_once_and_what_differs_between_scenarios_in_each():
@@ -98,3 +98,11 @@ def test_every_unit_is_as_large_as_it_says(name, sizes):
     for each in sizes.split():
         unit, size = each.split("=")
         assert parse_quantity(name, f"2{unit}").number == 2 * float(size)
+
+
+def test_what_is_timed_and_what_is_asked_for_at_least():
+    """The rest is counted, or measured in bytes, and asked for at most."""
+    speeds = {"throughput", "user_throughput"}
+    times = {"latency", "time_to_first_token", "inter_token_latency"}
+    assert {name for name, kind in KINDS.items() if kind.timed} == speeds | times
+    assert {name for name, kind in KINDS.items() if kind.at_least} == speeds
