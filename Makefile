@@ -5,7 +5,7 @@ FUZZ ?= 2000
 MUTANTS ?= 100
 # Test files that run at a time, each on one thread: more take more memory.
 JOBS ?= 2
-# Of the tests of faults; it comes first, so that the others fill the second process.
+# The slowest file of test-faults: it comes first, so that the others run beside it.
 LONGEST := tests/faults/test_ranks.py
 TALLY ?= $(CURDIR)/runs/faults.jsonl
 VENV := .venv

@@ -138,7 +138,7 @@ def test_vllm_asks_for_no_more_than_is_free_while_another_engine_starts(gpu, che
 
 
 def test_no_garbage_is_collected_around_a_capture(gpu, checkpoint):
-    """vLLM collects before and after each; of a probe's many captures it was most of the time."""
+    """vLLM asks for it before and after each, and a probe has hundreds."""
     asked = []
     own = {name: lambda *generation, n=name: asked.append(n) for name in ("collect", "unfreeze")}
     for name, function in own.items():

@@ -40,8 +40,8 @@ from puzzle.model.weight_files import stored_bytes
 TURN_STEPS = 8
 SETTLING_STEPS = 4  # of a turn, that do not count (docs/log.md)
 TURNS_PER_START = 14  # at least, of decode steps
-# More of them, until they have taken as long as a start takes: one start differs from another by no
-# more than turns do (docs/log.md), so its turns are the cheaper samples.
+# More of them where they are fast, for so many seconds: their ratios scatter by more than those of
+# whole starts (docs/log.md), and another start has prefills and warm-up steps of its own.
 SECONDS_PER_START = 8.0
 MOST_TURNS = 56
 PREFILLS_PER_START = 4  # at least, unless they take longer than the decode steps

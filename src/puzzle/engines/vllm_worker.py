@@ -89,7 +89,7 @@ def capture_graphs(worker: Any) -> None:
 def no_collections() -> Iterator[None]:
     """Python's garbage is not collected inside, even where that is asked for.
 
-    vLLM asks for it before and after every capture, which takes longer than the capture.
+    vLLM asks for it before and after every capture, and a probe captures for every architecture.
     """
     names = ("collect", "freeze", "unfreeze")
     own = {name: getattr(gc, name) for name in names}
