@@ -64,7 +64,12 @@ EXPLAINED = {
         "ROUNDS = 6  # of fitting and discarding outliers",
         "first_mean = float(np.median(y) / np.abs(counts).sum(axis=1).max())",
     ],
-    "search/mip.py": [  # how a core grows until the optimum is proven
+    "score/candidates.py": [
+        "KV_SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of what an attention's size is made of",
+    ],
+    "search/mip.py": [  # how a core grows until the optimum is proven, how HiGHS solves a program
+        "CORE_PER_GROUP, CORE_SPARE = 2, 30",
+        'answer = model.run({"mip_rel_gap": 1e-3, "time_limit": time_limit_s, "random_seed": 0})',
         "narrow = len(columns) < len(reduced_C) / 2",
         "width = max(3 * width, TOLERANCE) if narrow else reduced_C.max()",
         "extra_C = np.minimum(extra_C, 2 * size)",
@@ -258,8 +263,10 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield node.operand
+    elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
+        yield node.operand  # of a constant, -1 becomes -2: 1 would be the same axis of a matrix
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
@@ -273,8 +280,10 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_nothing(node: ast.expr | None) -> bool:
-    """Whether None in its place would change nothing: no value, or False."""
-    return node is None or (isinstance(node, ast.Constant) and node.value is False)
+    """Whether None in its place would change nothing: no value, None itself, or False."""
+    return node is None or (
+        isinstance(node, ast.Constant) and (node.value is None or node.value is False)
+    )
 
 
 class _Replace(ast.NodeTransformer):
@@ -301,29 +310,34 @@ def _left_alone(tree: ast.AST) -> set[int]:
     return {id(inner) for part in parts if part is not None for inner in ast.walk(part)}
 
 
-def mutants_of(module: str) -> list[Mutant]:
-    """Every mutant of a module, without those of what `_left_alone` names."""
+Site = tuple[str, int, int]  # module, number of the node in `ast.walk`, number of the change
+
+
+def sites_of(module: str) -> list[Site]:
+    """Where a module can be changed: everywhere but where `_left_alone` or `EXPLAINED` say."""
     source = (PACKAGE / module).read_text(encoding="utf-8")
     lines, explained = source.splitlines(), EXPLAINED.get(module, [])
     if lost := {*explained} - {line.strip() for line in lines}:
         raise SystemExit(f"mutants of {module}: no line is {lost.pop()!r} any more")
-    found = []
-    for index, first in enumerate(ast.walk(ast.parse(source))):
-        for number in range(len(list(changes(first)))):
-            tree = ast.parse(source)
-            node = list(ast.walk(tree))[index]
-            is_explained = lines[getattr(node, "lineno", 1) - 1].strip() in explained
-            if is_explained or id(node) in _left_alone(tree):
-                continue
-            new = list(changes(node))[number]
-            before = ast.unparse(node).splitlines()[0]
-            after = ast.unparse(ast.fix_missing_locations(new)).splitlines()[0]
-            changed = ast.unparse(ast.fix_missing_locations(_Replace(node, new).visit(tree)))
-            what = f"line {first.lineno}: {before} -> {after}"
-            if changed == ast.unparse(ast.parse(source)):  # `return None` for `return None`
-                continue
-            found.append(Mutant(module, changed, what, TESTS[module]))
+    tree, found = ast.parse(source), []
+    left_alone = _left_alone(tree)
+    for index, node in enumerate(ast.walk(tree)):
+        is_explained = lines[getattr(node, "lineno", 1) - 1].strip() in explained
+        if not is_explained and id(node) not in left_alone:
+            found += [(module, index, number) for number, _ in enumerate(changes(node))]
     return found
+
+
+def mutant_at(site: Site) -> Mutant:
+    """The module with that one change."""
+    module, index, number = site
+    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    node = list(ast.walk(tree))[index]
+    new = ast.fix_missing_locations(list(changes(node))[number])
+    before, after = (ast.unparse(part).splitlines()[0] for part in (node, new))
+    what = f"line {getattr(node, 'lineno', 1)}: {before} -> {after}"
+    changed = ast.unparse(ast.fix_missing_locations(_Replace(node, new).visit(tree)))
+    return Mutant(module, changed, what, TESTS[module])
 
 
 def named() -> list[Mutant]:
@@ -340,35 +354,50 @@ def named() -> list[Mutant]:
 def fails(mutant: Mutant | None, tests: list[str]) -> str | None:
     """The first of the tests that fails on a copy of the package, changed or not; None if none."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "src"
+        source, output = Path(folder) / "src", Path(folder) / "output"
         shutil.copytree(PACKAGE, source / "puzzle", ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             (source / "puzzle" / mutant.module).write_text(mutant.text, encoding="utf-8")
-        environment = {
-            "PYTHONPATH": str(source),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        inherited = {k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"}
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-        try:
-            ended = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *tests],
-                cwd=ROOT,
-                env=inherited | environment,
-                capture_output=True,
-                text=True,
-                timeout=MOST_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        job = {"source": str(source), "tests": tests, "output": str(output), "timeout": MOST_S}
+        code = _forks().run(job)
+        if not code:
+            return None
+        if code < 0:
             return TIME_IS_UP
-    if not ended.returncode:
-        return None
-    lines = [line.split(" ", 1) for line in ended.stdout.splitlines()]
+        lines = [line.split(" ", 1) for line in output.read_text(encoding="utf-8").splitlines()]
     failed = [line[1] for line in lines if line[0] in ("FAILED", "ERROR") and len(line) == 2]
     return failed[0].split(" - ")[0] if failed else "the tests cannot be collected"
+
+
+class Forks:
+    """A `pytest_forks.py` that runs: one test run at a time."""
+
+    def __init__(self) -> None:
+        inherited = {k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"}
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / "pytest_forks.py")],
+            cwd=ROOT,
+            env=inherited | own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, job: dict[str, JsonValue]) -> int:
+        """The exit code of pytest; negative where the time was up or the process was killed."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+_of_thread = threading.local()
+
+
+def _forks() -> Forks:
+    if not hasattr(_of_thread, "forks"):
+        _of_thread.forks = Forks()
+    return _of_thread.forks
 
 
 @functools.cache
@@ -420,9 +449,10 @@ def main() -> None:
     if args.named:
         chosen = named()
     else:
-        pool = [mutant for module in modules for mutant in mutants_of(module)]
+        pool = [site for module in modules for site in sites_of(module)]
         draw = random.Random(args.seed)
-        chosen = draw.sample(pool, min(2 if args.quick else args.sample, len(pool)))
+        drawn = draw.sample(pool, min(2 if args.quick else args.sample, len(pool)))
+        chosen = [mutant_at(site) for site in drawn]
         print(f"{len(chosen)} of {len(pool)} mutants")
     RECORDS.parent.mkdir(parents=True, exist_ok=True)
     lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []

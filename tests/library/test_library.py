@@ -271,6 +271,16 @@ def test_a_variant_whose_validation_loss_is_flat_stops(tiny_run):
     assert all(r.tokens == 3 * 8 * 32 for r in index)
 
 
+def test_what_was_gained_before_the_last_chunks_does_not_count():
+    trainer = VariantTrainer(0, FFN("linear"), steps=100)
+    settings = config.LibraryConfig(stop_when_flat=0.1, stop_patience=2)
+    stopped = []
+    for number, loss in enumerate([1.0, 0.5, 0.49, 0.3, 0.29, 0.28]):
+        trainer.end_chunk(LossPoint(tokens=number, validation=loss), settings)
+        stopped.append(trainer.stopped)
+    assert stopped == [""] * 5 + ["validation loss flat after 5 tokens"]
+
+
 def test_least_squares_starts_lower_than_the_paper(tiny_run, finished_run):
     settings = {"initialization": "least_squares", "tokens": 256, "calibration_sequences": 64}
     run = with_library(tiny_run, **settings)

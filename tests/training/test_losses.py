@@ -84,6 +84,15 @@ def test_in_float32_and_under_autocast_the_gradients_are_those_of_float64(sides,
         ].norm()  # bfloat16 rounds to 0.4 %
 
 
+def test_the_heads_gradient_is_not_rounded_under_autocast(sides):
+    """The inputs of its product are; one chunk, so that nothing is added to it."""
+    child, head, *others = [s.float() if s.is_floating_point() else s for s in sides]
+    head = head.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.distillation_losses(child, head, *others, losses.LogitLoss())[0].backward()
+    assert not torch.equal(head.grad, head.grad.bfloat16().float())
+
+
 def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one(sides):
     child, head = sides[0].clone().requires_grad_(), sides[1]
     total, _, _ = losses.distillation_losses(child, head, *sides[2:], losses.LogitLoss())

@@ -1,0 +1,69 @@
+"""Run pytest many times without importing torch and transformers each time. No benchmark itself.
+
+    python benchmarks/pytest_forks.py
+
+Every line of standard input is a job in JSON: `source` (a folder with a package `puzzle`), `tests`,
+`output` (a file), `timeout` (seconds). A process that has the heavy libraries loaded already, but
+nothing of puzzle, is forked for it; its exit code, or -1 where the time was up, is a line of
+standard output.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets  # noqa: F401
+import highspy  # noqa: F401
+import hypothesis
+import pydantic  # noqa: F401
+import pytest
+import torch  # noqa: F401
+from transformers import (  # noqa: F401
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+# The first example that fails is enough: none is made smaller, none is kept for the next run.
+hypothesis.settings.register_profile(
+    "forks", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
+)
+hypothesis.settings.load_profile("forks")
+OPTIONS = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+
+
+def run(source: str, tests: Sequence[str], output: str) -> None:
+    """In the forked process: pytest with the package of that folder. Does not return."""
+    os.setsid()
+    with Path(output).open("w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ["PYTHONPATH"] = source
+    sys.path.insert(0, source)
+    code = pytest.main([*OPTIONS, *tests])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+def main() -> None:
+    """Fork a process for every job, one after the other."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            run(job["source"], job["tests"], job["output"])
+        alarm = threading.Timer(job["timeout"], os.killpg, (pid, signal.SIGKILL))
+        alarm.start()
+        _, status = os.waitpid(pid, 0)
+        alarm.cancel()
+        code = os.waitstatus_to_exitcode(status)
+        print(-1 if code == -signal.SIGKILL else code, flush=True)
+
+
+if __name__ == "__main__":
+    main()
