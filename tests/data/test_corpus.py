@@ -50,6 +50,17 @@ def test_a_corpus_that_ends_before_its_training_tokens_says_so(
     assert any(ends in text for text in said) == is_said
 
 
+def test_a_damaged_corpus_is_made_again_and_says_so(tmp_path, tokenizer, text_folder, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    before = build(tmp_path, tokenizer, [str(text_folder)])["train"].rows([0]).tolist()
+    assert not any("made again" in text for text in said)
+    damaged = max((tmp_path / "corpus").iterdir(), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    after = build(tmp_path, tokenizer, [str(text_folder)])["train"].rows([0]).tolist()
+    assert after == before and any(damaged.name in text for text in said)
+
+
 def texts(count):
     return [TEXT.replace("add", f"name_{i}") for i in range(count)]
 

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,3 +339,16 @@ def test_the_learning_rate_falls_with_the_root_of_a_small_first_loss(loss, share
     trainer = VariantTrainer(0, FFN("linear"), steps=1)
     trainer.history = [LossPoint(tokens=0, validation=loss), LossPoint(tokens=8, validation=9.0)]
     assert trainer.rate_share == pytest.approx(share)
+
+
+def test_a_step_is_taken_with_that_share_of_the_learning_rate(monkeypatch):
+    monkeypatch.setattr(VariantTrainer, "error", lambda self, batch: self.module(batch.x_BSD).sum())
+    rates = []
+    for loss in (0.5, 2e-4):
+        trainer = VariantTrainer(0, FFN("linear"), steps=4)
+        trainer.history = [LossPoint(tokens=0, validation=loss)]
+        trainer.begin(torch.nn.Linear(4, 4))
+        batch = SimpleNamespace(x_BSD=torch.ones(1, 2, 4))
+        trainer.train_step(batch, config.LibraryConfig(warmup_share=0.0))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[1] == pytest.approx(0.1 * rates[0])

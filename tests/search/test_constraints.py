@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
-from puzzle.config import SearchConfig
+from puzzle.config import ScenarioConfig, SearchConfig
 from puzzle.errors import UserError
 from puzzle.search.constraints import KINDS, asked_in_words, parse_quantity
 
@@ -106,3 +108,12 @@ def test_what_is_timed_and_what_is_asked_for_at_least():
     times = {"latency", "time_to_first_token", "inter_token_latency"}
     assert {name for name, kind in KINDS.items() if kind.timed} == speeds | times
     assert {name for name, kind in KINDS.items() if kind.at_least} == speeds
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_limit_is_where_the_figure_is_what_was_asked_at_a_percentile_too(name):
+    kind = KINDS[name]
+    table = SimpleNamespace(scenario=ScenarioConfig(batch_size=2, input_length=8, output_length=4))
+    assert kind.figure(table, kind.limit(table, 40.0, 1.25), 1.25) == pytest.approx(40.0)
+    stretched = kind.figure(table, 2.0, 1.25) / kind.figure(table, 2.0)
+    assert stretched == pytest.approx(1 / 1.25 if kind.at_least else 1.25)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from puzzle.training import losses
 
@@ -91,6 +92,22 @@ def test_the_heads_gradient_is_not_rounded_under_autocast(sides):
     with torch.autocast("cpu", torch.bfloat16):
         losses.distillation_losses(child, head, *others, losses.LogitLoss())[0].backward()
     assert not torch.equal(head.grad, head.grad.bfloat16().float())
+
+
+def test_a_two_byte_head_is_multiplied_in_its_own_dtype(sides):
+    """No float32 copy of it: of a vocabulary of 128k that would be gigabytes."""
+    halves = [s.bfloat16() if s.is_floating_point() else s for s in sides]
+    multiplied = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.mm:
+                multiplied.extend(arg.dtype for arg in args)
+            return function(*args, **(kwargs or {}))
+
+    with Products(), torch.no_grad():
+        losses.distillation_losses(*halves, losses.LogitLoss())
+    assert set(multiplied) == {torch.bfloat16}
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one(sides):
@@ -184,12 +201,14 @@ def test_a_massive_channel_weighs_what_the_most_can():
     torch.manual_seed(0)
     parent_TD, error_TD = torch.randn(512, 64), 0.1 * torch.randn(512, 64)
     assert losses.channel_roots(parent_TD).tolist() == [1.0] * 64
+    assert losses.channel_roots(torch.zeros(4, 64)).tolist() == [1.0] * 64
     usual = error_TD.square().sum() / parent_TD.square().sum()
     parent_TD[:, 7] *= 1000
     error_TD[:, 7] *= 1000
     roots_D = losses.channel_roots(parent_TD)
     energy_D = parent_TD.square().sum(0)
     assert roots_D[7] ** 2 == pytest.approx((100 * energy_D.median() / energy_D[7]).item())
+    torch.testing.assert_close(losses.channel_roots(1e-4 * parent_TD), roots_D)
     child_TD = (parent_TD + error_TD).requires_grad_()
     loss = losses.squared_error(child_TD, parent_TD, roots_D)
     loss.backward()
