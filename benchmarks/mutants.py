@@ -72,6 +72,9 @@ EXPLAINED = {
         "CORE_PER_GROUP, CORE_SPARE = 2, 30",
         "width = np.sort(reduced_C)[core_size - 1]",
         "solution = core.solve(gap, max(time_left_s, 0.1))",
+        "if proven or time.perf_counter() - began > time_limit_s:",
+        # any multipliers that are not negative prove a bound; these prove the best one
+        "multipliers = np.maximum(0.0, -answer.row_duals[group_count:])",
         "excess[group_count : group_count + len(scaled.limits)] = -1.0",  # its unit
         'answer = model.run({"mip_rel_gap": 1e-3, "time_limit": time_limit_s, "random_seed": 0})',
         "narrow = len(columns) < len(reduced_C) / 2",

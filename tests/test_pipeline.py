@@ -229,6 +229,16 @@ def test_an_undecided_child_that_is_not_likely_met_is_not_called_met(tiny_run, m
     assert verdicts(job_of(run)) == ["undecided"] and not is_finished(job_of(run))
 
 
+def test_a_given_architecture_that_is_likely_met_goes_on_and_says_so(tiny_run, monkeypatch):
+    uncertain(monkeypatch, lambda call: 0.01 if call == 1 else 1.0)
+    blocks, said = [layer.blocks[-1].name for layer in tiny_run.full_space.layers], []
+    run = changed(tiny_run, "search", architecture=blocks)
+    monkeypatch.setattr(run.progress, "say", said.append)
+    pipeline.execute(run)
+    assert verdicts(job_of(run)) == ["undecided"] and is_finished(job_of(run))
+    assert "  this one is likely met, and is measured again at the end" in said
+
+
 def test_a_given_architecture_that_misses_is_not_made_again(tiny_run, monkeypatch):
     """Nothing could come out otherwise, so its finished uptraining is not given up."""
     slower(monkeypatch, lambda call: 0.01 if call == 2 else 1.0)  # `assemble` meets, `evaluate` not

@@ -122,7 +122,7 @@ def choose_finalist(job: Job) -> None:
                 child=name,
                 capacity=capacity,
                 parameters=solution.predicted["main"].parameters,
-                before=solution.objective if solution.kl is None else solution.kl,
+                before=solution.loss,
                 kl=finalists.validation_kl(one),
             )
         )
@@ -151,13 +151,11 @@ def search_and_serve(job: Job) -> None:
         assembled = execute_stage(ASSEMBLE, job, again=again)
         served, again = measured.read(job), True
         measured.record(job, assembled.fingerprint, served)
-        if answers.read(job).final is not None or not served.scenarios:
-            if served.verdict == "undecided":
-                job.run.progress.say("  this one is likely met, and is measured again at the end")
+        is_last = is_given or answers.read(job).final is not None
+        if is_last and served.is_likely:
+            job.run.progress.say("  this one is likely met, and is measured again at the end")
             return
-        if served.verdict == "met" and (is_given or not served.gives_away):
-            return
-        if is_given and served.is_likely:
+        if not served.scenarios or (served.verdict == "met" and (is_last or not served.gives_away)):
             return
         tries = tried.Tries.of(job)
         if is_given or exhausted or not served.can_be_corrected:

@@ -129,6 +129,9 @@ def test_a_mixture_keeps_its_weights_in_tokens():
     taken = itertools.islice(packing.mixture(streams, [3.0, 1.0]), 400)
     tokens = np.concatenate([document.ids for document in taken])
     assert (tokens == 0).mean() == pytest.approx(0.75, abs=0.02)
+    single = [iter([Tokenised(number, [number], [True])] * 9) for number in (0, 1)]
+    order = [document.number for document in packing.mixture(single, [1.0, 3.0])]
+    assert order[:8] == [0, 1, 1, 1, 0, 1, 1, 1]
 
 
 def test_one_long_text_file_has_all_sides(tmp_path, tokenizer):

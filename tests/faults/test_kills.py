@@ -65,22 +65,18 @@ def test_a_run_killed_in_every_part_gives_the_same_bytes(command, uninterrupted,
     kill_in_each(command, uninterrupted, tally, PARTS, seed)
 
 
-def fill(command, uninterrupted, tally, part, seed) -> None:
-    """A disk that is full from a seeded write of a part on, then not."""
-    out = command.folder / f"full-{seed}"
-    # Of all writes; what is deleted is among them and does not fail
-    at = random.Random(seed).randint(1, uninterrupted.writes[part] * 6 // 10)
-    with tally.fault("full disk"):
-        one_line(command.run(out, "full", at, part), str(out), "No space left on device")
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_one_part_after_the_other(command, uninterrupted, tally):
+    """Each time from a seeded write on; then there is room for the next part."""
+    draw, out = random.Random(101), command.folder / "full"
+    with tally.fault("full disk", len(PARTS)):
+        for part in PARTS:
+            most = uninterrupted.writes[part] if part else WRITES_OF_A_FINISHED_RUN
+            at = draw.randint(1, most * 6 // 10)  # what is deleted is among them and does not fail
+            one_line(command.run(out, "full", at, part), str(out), "No space left on device")
         assert command.run(out).status == 0
         assert_same(out, uninterrupted)
     shutil.rmtree(out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_a_full_disk_in_every_part(command, uninterrupted, tally, part):
-    fill(command, uninterrupted, tally, part, seed=101 + PARTS.index(part))
 
 
 @pytest.fixture
@@ -123,11 +119,11 @@ def test_a_real_disk_that_is_read_only_and_then_not(command, uninterrupted, tall
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_a_read_only_folder_in_every_part(command, uninterrupted, tally, part):
+def test_a_folder_that_is_read_only_in_one_part_after_the_other(command, uninterrupted, tally):
     out = command.folder / "read-only"
-    with tally.fault("read-only folder"):
-        one_line(command.run(out, "read-only", 1, part), str(out), "Read-only file system")
+    with tally.fault("read-only folder", len(PARTS)):
+        for part in ("", *PARTS[:-1]):  # the first write of all, then of every part
+            one_line(command.run(out, "read-only", 1, part), str(out), "Read-only file system")
         assert command.run(out).status == 0
         assert_same(out, uninterrupted)
     shutil.rmtree(out)

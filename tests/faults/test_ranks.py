@@ -114,19 +114,20 @@ def begun_and_written(recipe: Path, folder: Path, processes: int, at: int) -> su
     return started
 
 
-@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_uninterrupted_one(
-    tiny_folder, text_folder, tmp_path, tally, seed
+    tiny_folder, text_folder, tmp_path, tally
 ):
-    draw = random.Random(seed)
+    """Begun on two, killed at ten seeded points, gone on with one, three and two."""
+    draw = random.Random(0)
     settings = tiny_recipe(tiny_folder, text_folder, tmp_path / "run")
     settings["uptrain"] |= {"batch_sequences": 12, "tokens": 12 * 12 * 32}
     expected = Run(config.parse(settings), tmp_path / "expected", Progress(quiet=True))
     pipeline.execute(expected)
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
     run = Run(config.parse(settings), tmp_path / "run", Progress(quiet=True))
-    kills = [(2, "library"), (1, "library"), (3, "library"), (2, "score"), (3, "score")]
-    kills += [(2, "children/main/uptrained"), (3, "children/main/uptrained")]
+    kills = [(2, "library"), (1, "library"), (3, "library"), (2, "library")]
+    kills += [(2, "score"), (1, "score"), (3, "score")]
+    kills += [(processes, "children/main/uptrained") for processes in (2, 1, 3)]
     with tally.fault("process of a group that dies", len(kills)):
         for processes, stage in kills:
             kill_in(recipe, run, processes, stage, draw)

@@ -43,8 +43,7 @@ def test_the_best_after_a_part_of_the_uptraining_decides(run, monkeypatch):
     choice = finalists.read(job)
     assert [one.child for one in choice.finalists] == ["main-capacity-4", "main-capacity-0"]
     best = made(large)
-    kl = best.objective if best.kl is None else best.kl
-    assert choice.finalists[0].before == kl < best.rank  # without missing parameters
+    assert choice.finalists[0].before == best.loss < best.rank  # without missing parameters
     lines = finalists.describe(choice)
     assert len(lines) == 2 and "0.2000 after 12.5% of it" in lines[0]
 

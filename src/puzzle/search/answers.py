@@ -58,11 +58,14 @@ class Solution(Record):
     predicted: dict[str, Figures]  # by scenario
 
     @property
+    def loss(self) -> float:
+        """The KL of the assembled child, or the sum where that is not known."""
+        return self.objective if self.kl is None else self.kl
+
+    @property
     def rank(self) -> float:
-        """What is least in the best solution: with the KL of the assembled child, where known."""
-        if self.target is not None:
-            return self.target
-        return self.missing + (self.objective if self.kl is None else self.kl)
+        """What is least in the best solution."""
+        return self.missing + self.loss if self.target is None else self.target
 
     @property
     def architecture(self) -> Architecture:
