@@ -55,7 +55,7 @@ test-faults: $(VENV)/dev-$(FLAVOUR).stamp  ## what a run survives: kills, full d
 	mkdir -p $(dir $(TALLY)) && rm -f $(TALLY)
 	-PUZZLE_FAULTS_TALLY=$(TALLY) PUZZLE_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 \
 	$(PYTEST) --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/faults/test_*.py)) tests/bad_input tests/fuzz --durations=10
-	-PUZZLE_FAULTS_TALLY=$(TALLY) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py --sample $(MUTANTS) --seconds 480
+	-PUZZLE_FAULTS_TALLY=$(TALLY) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py --sample $(MUTANTS) --seconds 540
 	$(BIN)/python tests/faults/table.py $(TALLY)
 
 lint: $(VENV)/dev-$(FLAVOUR).stamp

@@ -34,7 +34,14 @@ from puzzle import artifacts
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, RECORDS = ROOT / "src" / "puzzle", ROOT / "runs" / "mutants.jsonl"
 TIME_IS_UP = "the time is up"
-KEYWORDS = ("strict", "non_blocking", "pin_memory", "verbose")  # arguments that change no result
+KEYWORDS = (
+    "fused",
+    "strict",
+    "non_blocking",
+    "pin_memory",
+    "verbose",
+    "return_attention_mask",
+)  # arguments that change no result
 MOST_S = 120.0  # of a mutant's tests, four times the longest: an endless loop is noticed, too
 TESTS = {
     "training/losses.py": ["tests/training/test_losses.py"],
@@ -48,11 +55,18 @@ TESTS = {
     "search/constraints.py": ["tests/search/test_constraints.py", "tests/search/test_search.py"],
     "cost/regression.py": ["tests/cost/test_cost.py"],
     "data/corpus.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
-    "data/packing.py": ["tests/data/test_corpus.py", "tests/data/test_splits.py"],
+    "data/packing.py": [
+        "tests/data/test_chats.py",
+        "tests/data/test_corpus.py",
+        "tests/data/test_splits.py",
+    ],
 }
 # Lines of which a change changes no result, only how soon it is reached: they are left out. So are
 # constants that were found by measuring (docs/log.md), and what matters on a GPU alone.
 EXPLAINED = {
+    "data/corpus.py": [
+        "SHARD_TOKENS = 1 << 26  # 256 MiB of int32: small enough to redo after an interruption",
+    ],
     "training/losses.py": [
         'return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()',
     ],
@@ -75,7 +89,9 @@ EXPLAINED = {
         "if proven or time.perf_counter() - began > time_limit_s:",
         # any multipliers that are not negative prove a bound; these prove the best one
         "multipliers = np.maximum(0.0, -answer.row_duals[group_count:])",
-        "excess[group_count : group_count + len(scaled.limits)] = -1.0",  # its unit
+        # its unit, twice
+        "excess[group_count : group_count + len(scaled.limits)] = -1.0",
+        "model = Model(np.append(np.zeros(column_count), 1.0), np.hstack([rows, excess]))",
         'answer = model.run({"mip_rel_gap": 1e-3, "time_limit": time_limit_s, "random_seed": 0})',
         "narrow = len(columns) < len(reduced_C) / 2",
         "width = max(3 * width, TOLERANCE) if narrow else reduced_C.max()",

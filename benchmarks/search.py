@@ -195,7 +195,7 @@ def frontier(library: BlockLibrary, points: int) -> dict[str, float]:
     began = time.perf_counter()
     for speedup in np.linspace(1.0, 5.0, points):
         limit = np.array([parent_s / speedup])
-        optimum = mip.solve(Program(library.starts, library.kl, resources, limit))
+        optimum = mip.solve(Program(library.starts, library.kl, resources, limit), gap=1e-4)
         assert optimum is not None
         gaps.append(optimum.gap)
     seconds = time.perf_counter() - began

@@ -19,6 +19,7 @@ NO_BENCHMARKS = {
     "baselines.py",
     "common.py",
     "contest.py",
+    "pytest_forks.py",
     "readme.py",
     "standings.py",
     "wishes.py",

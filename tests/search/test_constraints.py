@@ -117,3 +117,9 @@ def test_a_limit_is_where_the_figure_is_what_was_asked_at_a_percentile_too(name)
     assert kind.figure(table, kind.limit(table, 40.0, 1.25), 1.25) == pytest.approx(40.0)
     stretched = kind.figure(table, 2.0, 1.25) / kind.figure(table, 2.0)
     assert stretched == pytest.approx(1 / 1.25 if kind.at_least else 1.25)
+
+
+def test_throughput_is_of_the_batch_and_of_each_sequence_after_its_first_token():
+    table = SimpleNamespace(scenario=ScenarioConfig(batch_size=3, input_length=8, output_length=5))
+    assert KINDS["throughput"].figure(table, 2.0) == 3 * 5 / 2
+    assert KINDS["user_throughput"].figure(table, 2.0) == (5 - 1) / 2

@@ -50,7 +50,7 @@ class Optimum:
         return max(0.0, self.objective - self.bound) / max(abs(self.objective), 1e-12)
 
 
-def solve(program: Program, *, gap: float = 1e-4, time_limit_s: float = 60.0) -> Optimum | None:
+def solve(program: Program, *, gap: float, time_limit_s: float = 60.0) -> Optimum | None:
     """The best choice, or None where none keeps the limits.
 
     Raises `UserError` where the time ends without a solution.
