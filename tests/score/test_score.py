@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import shutil
@@ -423,3 +424,27 @@ def test_gradients_of_drawn_predictions_are_those_of_autograd_with_soft_caps():
         tokens = torch.multinomial(logits.exp().detach(), 1, generator=generator)
         (expected,) = torch.autograd.grad(logits.gather(1, tokens).sum(), hidden, retain_graph=True)
         torch.testing.assert_close(gradient, expected)
+
+
+def test_what_goes_on_together_has_no_more_tokens_than_a_pass_may_have():
+    batches = []
+
+    class Layers:
+        def __len__(self):
+            return 2
+
+        def layer(self, index):
+            def run(hidden_BSD):
+                batches.append((index, len(hidden_BSD)))
+                return hidden_BSD + 1
+
+            return contextlib.nullcontext(run)
+
+    parent = SimpleNamespace(norm=lambda hidden_BSD: hidden_BSD)
+    tokens_BS = torch.zeros(1, 4, dtype=torch.long)
+    suffix = exact.Suffix(Layers(), parent, {}, torch.zeros(1, 4, 2), tokens_BS)
+    outputs = {0: [(number, torch.full((1, 4, 2), float(number))) for number in range(5)]}
+    finals = dict(suffix.finals(outputs, tokens_per_pass=8))
+    assert batches == [(1, 2), (1, 2), (1, 1)]
+    assert all(torch.equal(finals[number], torch.full((3, 2), number + 1.0)) for number in finals)
+    assert sorted(finals) == [*range(5)]

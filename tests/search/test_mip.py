@@ -99,6 +99,16 @@ def test_a_program_on_which_presolve_fails_is_solved_without_it(monkeypatch):
     assert "off" in asked and found.objective == expected.objective == 2.0
 
 
+def test_a_gap_is_relative_to_the_objective_not_to_the_costs_that_it_is_the_difference_of():
+    """The core has -2 and nothing outside it less than -4: no gap of 20 %, though of the 10 above
+    a base of -12 it would be.
+    """
+    costs, resources = np.array([-12.0, -2.0, -4.0]), np.array([[2.0, 0.0, 1.0]])
+    program = Program(starts_of([3]), costs, resources, np.array([1.0]))
+    with mock.patch.multiple(mip, CORE_PER_GROUP=1, CORE_SPARE=0):
+        assert mip.solve(program, gap=0.2).objective == -4.0
+
+
 @settings(max_examples=100, deadline=None)
 @given(uneven_programs(), st.integers(0, 4), st.sampled_from([0.0, 1e-2, 0.5]))
 def test_diverse_solutions_come_best_first_also_within_a_gap(program, overlap, gap):
