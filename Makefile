@@ -39,7 +39,7 @@ headline: $(VENV)/vllm-$(FLAVOUR).stamp  ## 2.17x the embedded parent's throughp
 test: $(VENV)/vllm-$(FLAVOUR).stamp lint  ## everything: lint, types, tests with training and engines
 	$(PYTEST) -m "not slow" --durations=10
 
-test-fast: $(VENV)/dev-$(FLAVOUR).stamp  ## no engine, no training
+test-fast: $(VENV)/dev-$(FLAVOUR).stamp  ## no engine, no training, nothing that takes seconds
 	$(PYTEST) -m "not training and not slow"
 
 test-fake-cuda: $(VENV)/dev-$(FLAVOUR).stamp  ## all families and the widths of an 8B model on tensors that say they are on a GPU (minutes)

@@ -39,6 +39,7 @@ def run_copy(finished_run, tmp_path):
     return copy
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

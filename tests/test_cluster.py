@@ -176,6 +176,7 @@ def quoted() -> dict[str, str]:
     return dict(plans)  # type: ignore[arg-type]
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("command", quoted())
 def test_plans_on_the_page_are_what_is_printed(command):
     assert shown(command) == quoted()[command]
@@ -193,6 +194,7 @@ def test_the_page_shows_a_plan_of_every_recipe_and_quotes_the_scripts():
         assert str(script.relative_to(ROOT)) in text
 
 
+@pytest.mark.training
 def test_memory_of_a_served_8b_parent_is_what_others_publish():
     """Model-Optimizer's example: two H100, batch 96, 4,096 tokens in and out."""
     (command,) = [command for command in quoted() if "batch_size: 96" in command]

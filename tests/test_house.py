@@ -185,6 +185,7 @@ def test_the_circles_that_are_found_are_those_that_python_meets(package, capsys,
         del sys.modules[name]
 
 
+@pytest.mark.training
 def test_every_exception_is_needed():
     """A function that keeps the rule again leaves the list of those that may break it."""
     tree = house.read(PACKAGE)

@@ -93,6 +93,7 @@ def test_other_weights_tokenizer_or_text_are_other_inputs(own_run, name, changed
     assert facts(own_run, stage) != before
 
 
+@pytest.mark.training
 def test_every_byte_of_large_weights_counts(own_run):
     """A sparse file of more than a gibibyte, changed where no window at its ends would see it."""
     folder = Path(own_run.recipe.parent)

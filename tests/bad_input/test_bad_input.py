@@ -22,6 +22,7 @@ from puzzle import cli, config, pipeline
 from puzzle.progress import Progress
 from puzzle.run import Run
 
+pytestmark = pytest.mark.training  # hundreds of commands: half a minute
 TABLE = [*recipes.CASES, *parents.CASES, *texts.CASES, *tables.CASES, *directories.CASES]
 
 

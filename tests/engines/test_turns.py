@@ -191,6 +191,7 @@ def noisy(seed, true=2.0, start_sd=0.01, step_sd=0.03, contended=0.5):
     return Engine("scripted", measured=True, facts=facts, serve=serve, probe=serve)
 
 
+@pytest.mark.training
 def test_under_contention_the_figure_is_that_of_a_quiet_machine(tmp_path):
     """Nine of ten intervals hold the quiet value, and their centres scatter little."""
     results = [measured(noisy(seed), tmp_path) for seed in range(20)]
@@ -213,6 +214,7 @@ def lasting(seed, busy):
     return scripted(seconds)
 
 
+@pytest.mark.training
 def test_what_slows_both_sides_for_long_hardly_widens_the_interval(tmp_path):
     """The slowed turns count, too: a busy machine is about as certain of a ratio as a quiet one."""
 
@@ -225,6 +227,7 @@ def test_what_slows_both_sides_for_long_hardly_widens_the_interval(tmp_path):
     assert measured(lasting(0, True), tmp_path).child.latency_s.value == pytest.approx(64, rel=0.03)
 
 
+@pytest.mark.training
 def test_an_interval_narrows_with_more_starts_and_widens_with_their_differences(tmp_path):
     def width(**changes):
         starts = changes.pop("starts", 3)

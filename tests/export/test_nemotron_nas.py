@@ -17,6 +17,7 @@ from puzzle.model import child
 TOKENS = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("kind", [None, "bf16", "f16", "f32"])
 def test_a_nemotron_nas_export_loads_in_transformers_with_the_childs_logits(tmp_path, kind):
     job = job_with_child(tmp_path, MIXED["reduced"])

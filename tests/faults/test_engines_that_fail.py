@@ -14,6 +14,7 @@ from puzzle.cost import COST
 from puzzle.engines import Engine, vllm_engine
 from puzzle.errors import UserError
 
+pytestmark = pytest.mark.training
 READY = '@puzzle {"pages": [[16, 1024]]}'
 STEPS = '@puzzle {"seconds": [0.1], "memory_bytes": 1, "preemptions": 0}'
 # What a worker does: Python that gets no request, or answers each line it reads

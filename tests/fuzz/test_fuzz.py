@@ -43,6 +43,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.search import constraints, published
 from puzzle.search.table import Table
 
+pytestmark = pytest.mark.training  # hundreds of files: a quarter of a minute
 TRIES = int(os.environ.get("PUZZLE_FUZZ", "0"))
 MOST_SECONDS, MOST_GROWTH_KIB = 5.0, 512 << 10
 counts = Counter()

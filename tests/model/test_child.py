@@ -49,6 +49,7 @@ def test_saved_and_loaded_logits_are_equal(mixed, tmp_path):
     assert torch.equal(first(tokens).logits, second(tokens).logits)
 
 
+@pytest.mark.training
 def test_transformers_alone_generates_the_same_tokens(tiny, tmp_path):
     """`trust_remote_code=True` in a process that cannot import puzzle, with and without a cache."""
     folders = write_children(tiny, tmp_path)
@@ -83,6 +84,7 @@ assert not any(name.split(".")[0] == "puzzle" for name in sys.modules)
         assert theirs[2 * i] == theirs[2 * i + 1] == ours[0].tolist()
 
 
+@pytest.mark.training
 def test_with_our_package_imported_a_child_loads_without_trusting_its_code(tiny, tmp_path):
     folders = write_children(tiny, tmp_path)
     script = f"""

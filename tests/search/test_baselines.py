@@ -8,7 +8,7 @@ from puzzle.search import baselines, mip
 from puzzle.search.program import Program, starts_of
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)  # each solves a dozen programs
 @given(programs())
 def test_no_baseline_beats_the_exact_search_and_none_breaks_a_limit(program):
     optimum = mip.solve(program, gap=0.0)

@@ -55,6 +55,7 @@ def check(seed):
     return True
 
 
+@pytest.mark.training
 def test_the_least_value_is_that_of_all_choices():
     feasible = sum(check(seed) for seed in range(300))
     assert 150 < feasible < 300  # impossible ones are among them

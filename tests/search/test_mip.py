@@ -15,6 +15,8 @@ from puzzle.search import mip
 from puzzle.search.highs import Model
 from puzzle.search.program import Program, starts_of
 
+pytestmark = pytest.mark.training  # thousands of programs: half a minute
+
 
 def check_against_brute_force(program):
     optimum, expected = mip.solve(program, gap=0.0), brute_force(program)
