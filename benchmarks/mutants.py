@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,14 +34,8 @@ from puzzle import artifacts
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, RECORDS = ROOT / "src" / "puzzle", ROOT / "runs" / "mutants.jsonl"
 TIME_IS_UP = "the time is up"
-KEYWORDS = (
-    "fused",
-    "strict",
-    "non_blocking",
-    "pin_memory",
-    "verbose",
-    "return_attention_mask",
-)  # arguments that change no result
+# Arguments that change no result
+KEYWORDS = ("fused", "non_blocking", "pin_memory", "return_attention_mask", "strict", "verbose")
 MOST_S = 120.0  # of a mutant's tests, four times the longest: an endless loop is noticed, too
 TESTS = {
     "training/losses.py": ["tests/training/test_losses.py"],
@@ -87,9 +81,9 @@ EXPLAINED = {
         "width = np.sort(reduced_C)[core_size - 1]",
         "solution = core.solve(gap, max(time_left_s, 0.1))",
         "if proven or time.perf_counter() - began > time_limit_s:",
-        # any multipliers that are not negative prove a bound; these prove the best one
+        # any multipliers that are not negative prove a bound; these prove the highest one
         "multipliers = np.maximum(0.0, -answer.row_duals[group_count:])",
-        # its unit, twice
+        # in which unit a violation is counted
         "excess[group_count : group_count + len(scaled.limits)] = -1.0",
         "model = Model(np.append(np.zeros(column_count), 1.0), np.hstack([rows, excess]))",
         'answer = model.run({"mip_rel_gap": 1e-3, "time_limit": time_limit_s, "random_seed": 0})',
@@ -286,8 +280,6 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield node.operand
     elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
         yield node.operand  # of a constant, -1 becomes -2: 1 would be the same axis of a matrix
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
@@ -374,15 +366,14 @@ def named() -> list[Mutant]:
     return found
 
 
-def fails(mutant: Mutant | None, tests: list[str]) -> str | None:
+def fails(mutant: Mutant | None, tests: Sequence[str]) -> str | None:
     """The first of the tests that fails on a copy of the package, changed or not; None if none."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "src", Path(folder) / "output"
         shutil.copytree(PACKAGE, source / "puzzle", ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             (source / "puzzle" / mutant.module).write_text(mutant.text, encoding="utf-8")
-        job = {"source": str(source), "tests": tests, "output": str(output), "timeout": MOST_S}
-        code = _forks().run(job)
+        code = _forks().run(source, tests, output)
         if not code:
             return None
         if code < 0:
@@ -393,7 +384,7 @@ def fails(mutant: Mutant | None, tests: list[str]) -> str | None:
 
 
 class Forks:
-    """A `pytest_forks.py` that runs: one test run at a time."""
+    """A process of `pytest_forks.py`, for one test run at a time."""
 
     def __init__(self) -> None:
         inherited = {k: v for k, v in os.environ.items() if k != "PUZZLE_FAULTS_TALLY"}
@@ -407,9 +398,11 @@ class Forks:
             text=True,
         )
 
-    def run(self, job: dict[str, JsonValue]) -> int:
-        """The exit code of pytest; negative where the time was up or the process was killed."""
+    def run(self, source: Path, tests: Sequence[str], output: Path) -> int:
+        """The exit code of pytest; negative where the time was up or a signal ended it."""
         assert self.process.stdin and self.process.stdout
+        files = {"source": str(source), "output": str(output)}
+        job = files | {"tests": [*tests], "timeout": MOST_S}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
@@ -423,18 +416,8 @@ def _forks() -> Forks:
     return _of_thread.forks
 
 
-@functools.cache
-def fails_unchanged(tests: tuple[str, ...]) -> str | None:
-    """Which test fails on the package as it is: such a one can tell no mutant."""
-    return fails(None, [*tests])
-
-
 def run(mutant: Mutant) -> dict[str, JsonValue]:
-    """Run a mutant's tests: whether it was killed, and by which. Raises `SystemExit` for a test
-    that fails without any mutant.
-    """
-    if failed := fails_unchanged(tuple(mutant.tests)):
-        raise SystemExit(f"{failed} fails on the package as it is; mend that first")
+    """Run a mutant's tests: whether it was killed, and by which."""
     began = time.monotonic()
     by = fails(mutant, mutant.tests)
     return {
@@ -491,6 +474,11 @@ def main() -> None:
         return row
 
     with ThreadPoolExecutor(os.cpu_count()) as workers:
+        # A test that fails without any mutant cannot tell one
+        needed = sorted({tuple(m.tests) for m in chosen if m.key not in known})
+        for failed in workers.map(functools.partial(fails, None), needed):
+            if failed:
+                raise SystemExit(f"{failed} fails on the package as it is; mend that first")
         for row in workers.map(tried, chosen):
             if row is None:  # no time was left for it
                 continue

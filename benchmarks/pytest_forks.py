@@ -1,11 +1,11 @@
-"""Run pytest many times without importing torch and transformers each time. No benchmark itself.
+"""Run pytest many times and import torch and transformers once. Not a benchmark itself.
 
     python benchmarks/pytest_forks.py
 
 Every line of standard input is a job in JSON: `source` (a folder with a package `puzzle`), `tests`,
 `output` (a file), `timeout` (seconds). A process that has the heavy libraries loaded already, but
-nothing of puzzle, is forked for it; its exit code, or -1 where the time was up, is a line of
-standard output.
+nothing of puzzle, is forked for it. Its exit code is a line of standard output: negative where a
+signal ended it, as one does when the time is up.
 """
 
 import json
@@ -72,8 +72,7 @@ def main() -> None:
         alarm.start()
         _, status = os.waitpid(pid, 0)
         alarm.cancel()
-        code = os.waitstatus_to_exitcode(status)
-        print(-1 if code == -signal.SIGKILL else code, flush=True)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

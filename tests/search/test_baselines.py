@@ -1,6 +1,7 @@
 """The baselines against the exact search, and the greedy by hand."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from programs import programs
 
@@ -8,7 +9,8 @@ from puzzle.search import baselines, mip
 from puzzle.search.program import Program, starts_of
 
 
-@settings(max_examples=60, deadline=None)  # each solves a dozen programs
+@pytest.mark.training  # for seconds: each example solves a dozen programs
+@settings(max_examples=200, deadline=None)
 @given(programs())
 def test_no_baseline_beats_the_exact_search_and_none_breaks_a_limit(program):
     optimum = mip.solve(program, gap=0.0)

@@ -102,8 +102,8 @@ def test_a_program_on_which_presolve_fails_is_solved_without_it(monkeypatch):
 
 
 def test_a_gap_is_relative_to_the_objective_not_to_the_costs_that_it_is_the_difference_of():
-    """The core has -2 and nothing outside it less than -4: no gap of 20 %, though of the 10 above
-    a base of -12 it would be.
+    """The core's best choice has -2, the best of all -4: farther apart than 20 % of 2, but not than
+    20 % of the base of -12 and of the 10 above it.
     """
     costs, resources = np.array([-12.0, -2.0, -4.0]), np.array([[2.0, 0.0, 1.0]])
     program = Program(starts_of([3]), costs, resources, np.array([1.0]))
