@@ -37,6 +37,7 @@ from puzzle.stage import Job
 WISHES, TRAINED = (1.25, 1.5, 2.17, 3.0), (1.5, 2.17)
 CODE = (  # decides a row
     "training/losses.py",
+    "training/muon.py",
     "training/schedules.py",
     "uptrain/gkd.py",
     "uptrain/trainer.py",

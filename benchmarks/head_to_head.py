@@ -47,7 +47,8 @@ def print_budget(shop: Workshop) -> None:
     score = SCORE.work().need(Job(run)).flops
     print(
         "training FLOPs: BLD = tokens x 2 x the parent's layers + 6 x every variant x its tokens = "
-        f"{standings.library_flops(run):.3g}; distillation = tokens x (6 x child + 2 x parent); "
+        f"{standings.library_flops(run):.3g}; distillation = tokens x (6 x child + 2 x parent + "
+        "Muon's of a step / a batch's tokens); "
         f"scoring, beside it: {score:.3g}"
     )
 

@@ -53,10 +53,18 @@ def library_flops(run: Run) -> float:
     return float(2 * parent * library_memory.longest_budget(run) + 6 * trained)
 
 
-def token_flops(run: Run, parameters: int) -> float:
-    """Distillation: 6 FLOPs a parameter of the child and 2 of the parent, for every token."""
-    shape = run.parent.shape
-    return 6.0 * parameters + 2.0 * Architecture.of_parent(shape).parameters(shape)
+def token_flops(run: Run, parameters: int, narrower: float = 1.0) -> float:
+    """Distillation: 6 FLOPs a parameter of the child and 2 of the parent, for every token.
+
+    And the optimiser's of a step, for which a batch of tokens is taken. `narrower`: the child's
+    hidden width as a share of the parent's; Muon's products of a matrix go with its short side.
+    """
+    shape, recipe = run.parent.shape, run.recipe
+    batch = recipe.uptrain.batch_sequences * recipe.corpus.sequence_length
+    per_step = memory.step_flops(run.job_of("head-to-head", ChildConfig(uptrain=recipe.uptrain)))
+    stepped = narrower * per_step / batch * (parameters - narrower * shape.constant_parameters)
+    parent = Architecture.of_parent(shape).parameters(shape)
+    return 6.0 * parameters + 2.0 * parent + stepped
 
 
 def tokens_for(shop: Workshop, candidate: Candidate) -> int:
@@ -68,7 +76,9 @@ def tokens_for(shop: Workshop, candidate: Candidate) -> int:
     part = finalists.SHARE * shop.size.tokens
     budget -= sum(part * token_flops(run, parameters) for parameters in candidate.finalists)
     step = run.recipe.uptrain.batch_sequences * run.recipe.corpus.sequence_length
-    return round(budget / token_flops(run, candidate.parameters) / step) * step
+    narrow, width = candidate.narrow, run.parent.shape.hidden_size
+    narrower = 1.0 if narrow is None else narrow.hidden / width
+    return round(budget / token_flops(run, candidate.parameters, narrower) / step) * step
 
 
 def quality_of(shop: Workshop, model: PuzzleForCausalLM, split: str) -> tuple[UnitSums, UnitSums]:

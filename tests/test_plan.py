@@ -19,7 +19,7 @@ from puzzle.errors import UserError
 from puzzle.library import memory as library_memory
 from puzzle.progress import Progress
 from puzzle.run import Run
-from puzzle.stage import Effort, Job
+from puzzle.stage import Effort, Job, Need
 from puzzle.training.speed import Speed
 from puzzle.uptrain import memory
 
@@ -56,23 +56,24 @@ def test_weights_of_a_parent_alone_take_what_they_take(tmp_path):
     case = memory.Case.of(job)
     assert case.parameters == 8_030_261_248  # as Meta's model card has it
     choice = memory.choose(job)
-    assert (choice.optimizer, choice.activation_checkpointing) == ("host", True)
+    assert (choice.optimizer_memory, choice.activation_checkpointing) == ("host", True)
     taken = case.taken(choice)
     assert taken.device > case.parameters * (2 + 2 + 4)
-    assert taken.host == case.parameters * (12 + 12)  # and a snapshot
+    constant = job.run.parent.shape.constant_parameters  # has two moments, matrices have one
+    assert taken.host == 2 * (8 * case.parameters + 4 * constant)  # and a snapshot
 
 
 def test_a_child_of_5_5b_parameters_can_be_uptrained_on_an_h100(tmp_path):
     job = run_8b(tmp_path, "79.6GiB", "search.parameters=5.5B").child_job("main")
     assert memory.Case.of(job).parameters == 5_500_000_000
     assert memory.Case.of(job).fits(memory.choose(job))
-    on_device = memory.choose(job).model_copy(update={"optimizer": "device"})
+    on_device = memory.choose(job).model_copy(update={"optimizer_memory": "device"})
     assert not memory.Case.of(job).fits(on_device)  # otherwise this would show nothing
 
 
 @pytest.mark.parametrize("gpu_memory", ["24GiB", "40GiB", "56GiB"])
 @pytest.mark.parametrize(
-    "assignments", [(), ("uptrain.micro_batch_sequences=64",), ("uptrain.optimizer=device",)]
+    "assignments", [(), ("uptrain.micro_batch_sequences=64",), ("uptrain.optimizer_memory=device",)]
 )
 def test_the_change_that_a_refusal_names_is_enough(tmp_path, gpu_memory, assignments):
     job = run_8b(tmp_path, gpu_memory, *assignments).child_job("main")
@@ -175,25 +176,49 @@ def test_more_devices_than_a_machine_has_are_on_several():
     assert (given.memory.device_bytes, given.memory.host_bytes) == (64 * 2**30, 2**40)
 
 
-def test_several_devices_share_weights_work_and_what_they_send(tmp_path):
+def uptraining_8b(folder: Path, devices: int, optimizer: str) -> Need:
+    recipe = recipe_8b(
+        "uptrain.activation_checkpointing=true",
+        "uptrain.micro_batch_sequences=1",
+        f"uptrain.optimizer={optimizer}",
+    )
+    device = planning.device("B200", devices=devices)
+    run = Run(recipe, folder, Progress(quiet=True), device=device)
+    return memory.need(run.child_job("main"))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_several_devices_share_weights_work_and_what_they_send(tmp_path, optimizer):
     """Sharded, all that does not pass a device with the text is divided."""
-    needs = {}
-    for devices in (1, 4, 8):
-        run = Run(
-            recipe_8b("uptrain.activation_checkpointing=true", "uptrain.micro_batch_sequences=1"),
-            tmp_path,
-            Progress(quiet=True),
-            device=planning.device("B200", devices=devices),
-        )
-        needs[devices] = memory.need(run.child_job("main"))
-    one, four, eight = needs.values()
+    one, four, eight = (uptraining_8b(tmp_path, devices, optimizer) for devices in (1, 4, 8))
     assert one.effort.network == 0
     assert four.memory.optimizer == pytest.approx(one.memory.optimizer / 4)
     assert eight.memory.optimizer == pytest.approx(one.memory.optimizer / 8)
     assert eight.effort.training == pytest.approx(one.effort.training / 8)
     assert one.flops == four.flops == eight.flops
     # as many micro-batches in each of twice as many, of which all but one's share is sent
-    assert eight.effort.network == pytest.approx(four.effort.network * (7 / 8) / (3 / 4) / 2)
+    half = four.effort.network * (7 / 8) / (3 / 4) / 2
+    if optimizer == "adamw":
+        assert eight.effort.network == pytest.approx(half)
+    else:  # every step sends matrices, however many micro-batches it has
+        assert half < eight.effort.network < 1.05 * half
+
+
+def test_what_muon_takes_instead_of_adamw(tmp_path):
+    """One moment instead of two; products for every step; matrices to one process and back."""
+    shape = run_8b(tmp_path, "80GiB").parent.shape
+    muon, adamw = (uptraining_8b(tmp_path, 4, optimizer) for optimizer in ("muon", "adamw"))
+    layers = 8_030_261_248 - shape.constant_parameters
+    assert adamw.memory.optimizer - muon.memory.optimizer == pytest.approx(4 * layers / 4)
+    settings, length = recipe_8b().uptrain, recipe_8b().corpus.sequence_length
+    steps = settings.tokens / (settings.batch_sequences * length)
+    sent = steps * 2 * 2 * layers * 3 / 4
+    assert muon.effort.network - adamw.effort.network == pytest.approx(sent)
+    # q, o: 4096 x 4096; k, v: 4096 x 1024; gate, up, down: 4096 x 14336
+    wide = 4 * 4096**2 * 14336 + 2 * 4096**3
+    square, narrow = 6 * 4096**3, 4 * 1024**2 * 4096 + 2 * 1024**3
+    of_layer = 5 * (3 * wide + 2 * square + 2 * narrow)
+    assert muon.flops - adamw.flops == pytest.approx(steps * 32 * of_layer, rel=1e-3)
 
 
 @pytest.mark.parametrize("slowest", ["network", "link", "files", "forward"])

@@ -1,11 +1,13 @@
 """What is kept on the host computes what it would on the device."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from puzzle.training.offload import HostAdamW, fetch_layers
+from puzzle.training.muon import Muon
+from puzzle.training.offload import HostWeights, fetch_layers
 
 BETAS = (0.9, 0.95)
 
@@ -15,23 +17,31 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def learn(weights: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for step in range(steps):
-        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+def optimizers(weights: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    matrices = [weight for weight in weights.parameters() if weight.ndim == 2]
+    rest = [weight for weight in weights.parameters() if weight.ndim == 1]
+    muon = Muon(matrices, torch.float32, torch.device("cpu"))
+    muon.param_groups[0]["lr"] = rate
+    return [muon, torch.optim.AdamW(rest, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)]
+
+
+def learn(weights: nn.Module, step: Callable[[], None], steps: int) -> None:
+    for number in range(steps):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(number))
         for half in x.split(3):  # micro-batches
             weights(half.to(next(weights.parameters()).dtype)).float().square().sum().backward()
         torch.nn.utils.clip_grad_norm_(weights.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step()
+        weights.zero_grad()
 
 
-def test_in_float32_it_is_adamw_to_the_bit():
+def test_in_float32_it_is_what_the_optimisers_do_to_the_bit():
     plain, masters, computing = model(), model(), model()
-    settings = {"lr": 1e-2, "betas": BETAS, "weight_decay": 0.0, "fused": True}
-    learn(plain, torch.optim.AdamW(plain.parameters(), **settings), 5)
-    host = HostAdamW(masters, computing, BETAS)
-    host.param_groups[0]["lr"] = 1e-2
-    learn(computing, host, 5)
+    on_device, on_host = optimizers(plain, 1e-2), optimizers(masters, 1e-2)
+    learn(plain, lambda: [each.step() for each in on_device], 5)
+    host = HostWeights(masters, computing)
+    learn(computing, lambda: host.step(on_host), 5)
+    assert not torch.equal(masters[0].weight, model()[0].weight)
     for expected, master, weight in zip(
         plain.parameters(), masters.parameters(), computing.parameters(), strict=True
     ):
@@ -41,9 +51,9 @@ def test_in_float32_it_is_adamw_to_the_bit():
 def test_updates_too_small_for_bfloat16_add_up():
     masters, start = model(), model()
     computing = copy.deepcopy(masters).to(torch.bfloat16)
-    host = HostAdamW(masters, computing, BETAS)
-    host.param_groups[0]["lr"] = 1e-5
-    learn(computing, host, 50)
+    host = HostWeights(masters, computing)
+    adamw = torch.optim.AdamW(masters.parameters(), lr=1e-5, betas=BETAS, weight_decay=0.0)
+    learn(computing, lambda: host.step([adamw]), 50)
     assert all(weight.dtype == torch.bfloat16 for weight in computing.parameters())
     for master, before, weight in zip(
         masters.parameters(), start.parameters(), computing.parameters(), strict=True
@@ -55,7 +65,7 @@ def test_updates_too_small_for_bfloat16_add_up():
 
 def test_gradients_of_micro_batches_add_up_in_float32():
     computing = model().to(torch.bfloat16)
-    HostAdamW(model(), computing, BETAS)
+    HostWeights(model(), computing)
     weight = computing[0].weight
     for _ in range(300):  # in bfloat16 the sum stays at 256
         weight.sum().backward()
@@ -66,7 +76,7 @@ def test_frozen_weights_have_no_master_that_learns():
     masters, computing = model(), model()
     for both in (masters, computing):
         both[0].requires_grad_(False)
-    assert len(HostAdamW(masters, computing, BETAS).pairs) == 2
+    assert len(HostWeights(masters, computing).pairs) == 2
 
 
 def test_layers_that_are_fetched_give_the_same_output(tiny):

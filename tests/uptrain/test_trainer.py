@@ -54,12 +54,12 @@ def test_uptraining_brings_the_child_closer_to_the_parent(finished_run):
     assert models.parent.quality.kl.value == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["device", "host"])
+@pytest.mark.parametrize("optimizer_memory", ["device", "host"])
 def test_an_interrupted_uptraining_ends_bit_identical(
-    finished_run, tmp_path, monkeypatch, optimizer
+    finished_run, tmp_path, monkeypatch, optimizer_memory
 ):
     """In float32 the place of the optimiser changes no bit either."""
-    job = assembled(finished_run, tmp_path / "run", optimizer=optimizer)
+    job = assembled(finished_run, tmp_path / "run", optimizer_memory=optimizer_memory)
     real, calls = gkd.Pair.losses, []
 
     def dies(*args):

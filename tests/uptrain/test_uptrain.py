@@ -25,7 +25,7 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
     savings = {
         "micro_batch_sequences": 1,
         "activation_checkpointing": True,
-        "optimizer": "host",
+        "optimizer_memory": "host",
         "lora_rank": 2,
         "processes": 2,
     }
@@ -48,8 +48,8 @@ def test_the_plan_knows_what_saves_memory(finished_run, tmp_path):
         ),
         ({"stages": [{"sequence_length": 64, "share": 0.5}]}, "add up to 0.5; expected 1"),
         ({"processes": 3}, "cannot be shared by 3 processes"),
-        ({"optimizer": "host", "processes": 2}, "host is for one process"),
-        ({"optimizer": "host", "lora_rank": 4}, "host is for one process"),
+        ({"optimizer_memory": "host", "processes": 2}, "host is for one process"),
+        ({"optimizer_memory": "host", "lora_rank": 4}, "host is for one process"),
         ({"cosine_weight": 0, "kl_weight": 0}, "nothing to learn"),
         ({"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}, "exceed 1"),
         ({"lora_rank": 4}, "pip install peft"),

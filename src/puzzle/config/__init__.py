@@ -294,11 +294,14 @@ class UptrainConfig(Section):
     # device's memory or in the host's.
     micro_batch_sequences: Positive | None = None
     activation_checkpointing: bool | Literal["auto"] = "auto"
-    optimizer: Literal["auto", "device", "host"] = "auto"
+    optimizer_memory: Literal["auto", "device", "host"] = "auto"
     # Layers by torch.compile; auto: on CPUs, where it pays (uptrain/compiled.py).
     compile: bool | Literal["auto"] = "auto"
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
-    # Default: 1e-3, less for parents wider than 256 (training/schedules.py).
+    # muon: of the layers' matrices; what else learns, and adapters, do so by AdamW.
+    optimizer: Literal["muon", "adamw"] = "muon"
+    # Default: 8e-3 for Muon (AdamW beside it has a quarter), 1e-3 for AdamW; less for parents wider
+    # than 256 (training/schedules.py).
     learning_rate: float | None = Field(default=None, gt=0)
     # wsd: constant, then linear to zero over `decay_share`.
     schedule: Literal["cosine", "wsd"] = "cosine"

@@ -1,53 +1,46 @@
-"""What is kept in the host's memory: AdamW's float32 weights and moments, a frozen model's layers.
+"""What is kept in the host's memory: float32 weights and their moments, a frozen model's layers.
 
 The device holds the weights in the dtype of products, and float32 gradients, to which micro-batches
 add up. A step brings one tensor's gradient to the host, updates the float32 weight there, and sends
-it back rounded: 2 + 4 bytes a parameter on the device instead of 16, for one transfer of gradients
-and weights a step (as in ZeRO-Offload). A frozen layer is on the device while it computes.
+it back rounded: 2 + 4 bytes a parameter on the device instead of 12 or 16, for one transfer of
+gradients and weights a step (as in ZeRO-Offload). A frozen layer is on the device while it
+computes.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import AdamW
 
 from puzzle.device import pinned
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 
 
-class HostAdamW(AdamW):
-    """Steps the float32 weights of `masters`, and copies them to a model that computes."""
+class HostWeights:
+    """Float32 weights on the host, which optimisers step, and a model that computes with them."""
 
-    def __init__(
-        self, masters: nn.Module, computing: nn.Module, betas: tuple[float, float]
-    ) -> None:
+    def __init__(self, masters: nn.Module, computing: nn.Module) -> None:
         """Both have the same parameters in the same order, and the same of them learn.
 
         Args:
             masters: on the host, in float32.
             computing: on the device, in the dtype of products.
-            betas: of AdamW; nothing decays.
         """
         pairs = zip(masters.parameters(), computing.parameters(), strict=True)
         self.pairs = [pair for pair in pairs if pair[0].requires_grad]
         for _, weight in self.pairs:
             weight.grad_dtype = torch.float32
-        learning = [master for master, _ in self.pairs]
-        super().__init__(learning, betas=betas, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One tensor after the other; AdamW passes over those that have no gradient."""
+    def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """One tensor after the other; optimisers pass over those that have no gradient."""
         for master, weight in self.pairs:
             if weight.grad is not None:
                 master.grad = weight.grad.to(master.device)
-                super().step(closure)
+                for optimizer in optimizers:
+                    optimizer.step()
                 master.grad = None
                 weight.copy_(master)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients on the device."""
-        for _, weight in self.pairs:
-            weight.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -9,7 +9,7 @@ SAME_RESULT = {
     "wandb",
     "micro_batch_sequences",
     "activation_checkpointing",
-    "optimizer",
+    "optimizer_memory",
     "checkpoint_minutes",
     "checkpoint_steps",
 }

@@ -1,9 +1,9 @@
 """What uptraining takes, and what is chosen so that it fits: one function for plan and stage.
 
-What the recipe leaves to us (`micro_batch_sequences`, `activation_checkpointing`, `optimizer`) is
-chosen here, from the fastest to the smallest: everything on the device, then layers that are
-computed twice, then the optimiser in the host's memory, then the parent's layers there, too; within
-each the largest micro-batch.
+What the recipe leaves to us (`micro_batch_sequences`, `activation_checkpointing`,
+`optimizer_memory`) is chosen here, from the fastest to the smallest: everything on the device, then
+layers that are computed twice, then the optimiser in the host's memory, then the parent's layers
+there, too; within each the largest micro-batch.
 """
 
 import itertools
@@ -21,8 +21,9 @@ from puzzle.model.architecture import Architecture
 from puzzle.search import finalists
 from puzzle.search.constraints import parse_quantity
 from puzzle.stage import Bytes, Effort, Job, Need
-from puzzle.training import launch
+from puzzle.training import launch, muon
 from puzzle.training.losses import LOSS_ELEMENTS
+from puzzle.uptrain import trained_weights
 
 PROJECTIONS = 7  # of a layer: q, k, v, o, gate, up, down
 CHOICE = "choice.json"
@@ -38,14 +39,14 @@ class Choice(Record):
 
     micro_batch_sequences: int  # of corpus.sequence_length, in each process
     activation_checkpointing: bool
-    optimizer: Place
+    optimizer_memory: Place
     parent: Place
 
     def __str__(self) -> str:
         return (
             f"micro_batch_sequences {self.micro_batch_sequences}, activation_checkpointing "
-            f"{str(self.activation_checkpointing).lower()}, optimizer on the {self.optimizer}, "
-            f"parent on the {self.parent}"
+            f"{str(self.activation_checkpointing).lower()}, optimizer on the "
+            f"{self.optimizer_memory}, parent on the {self.parent}"
         )
 
 
@@ -66,7 +67,7 @@ def choose(job: Job, folder: Path | None = None) -> Choice:
     if folder is None:
         return case.fitting() or case.choices()[-1]
     path = folder / artifacts.UNFINISHED / CHOICE
-    keys = ("micro_batch_sequences", "activation_checkpointing", "optimizer")
+    keys = ("micro_batch_sequences", "activation_checkpointing", "optimizer_memory")
     asked = {key: str(getattr(job.child.uptrain, key)) for key in keys}
     asked["processes"] = str(case.processes)
     if path.exists():
@@ -146,8 +147,8 @@ class Case:
         again = settings.activation_checkpointing
         has_host = not self.job.run.device.memory.is_shared
         optimizers: list[Place] = ["device"]
-        if settings.optimizer != "auto":
-            optimizers = [settings.optimizer]
+        if settings.optimizer_memory != "auto":
+            optimizers = [settings.optimizer_memory]
         elif has_host and not refuses_host(settings, self.processes):
             optimizers.append("host")
         parents: list[Place] = ["device"]
@@ -160,18 +161,19 @@ class Case:
             yield Choice(
                 micro_batch_sequences=size,
                 activation_checkpointing=checkpointing,
-                optimizer=optimizer,
+                optimizer_memory=optimizer,
                 parent=parent,
             )
 
     def taken(self, choice: Choice) -> Bytes:
         """Peak memory of models, optimiser and one micro-batch.
 
-        A parameter that learns takes, on the device, 12 bytes (weight, two moments), those of
-        layers a copy in the dtype of products; with the optimiser on the host the weight in that
-        dtype, and 12 bytes on the host. Its float32 gradient is there after the backward pass, and
-        beside a micro-batch that is not the step's first. Sharded models divide by the processes,
-        and a layer, or the head, of each is there in full.
+        A parameter that learns takes, on the device, 8 bytes with Muon (weight, momentum) and 12
+        with AdamW (two moments), those of layers a copy in the dtype of products; with the
+        optimiser on the host the weight in that dtype, and 8 or 12 bytes on the host. Its float32
+        gradient is there after the backward pass, beside a micro-batch that is not the step's
+        first, and beside what Muon makes orthogonal. Sharded models divide by the processes, and a
+        layer, or the head, of each is there in full.
         """
         run, settings = self.job.run, self.job.child.uptrain
         shape = run.parent.shape
@@ -186,52 +188,95 @@ class Case:
             widths = shape.hidden_size + shape.intermediate_size
             learning = settings.lora_rank * widths * PROJECTIONS * shape.num_hidden_layers
             models += frozen * self.parameters
-        if choice.optimizer == "host":
+        if choice.optimizer_memory == "host":
             models += product * learning
-            host += 12.0 * learning
+            host += self._state(learning)
         else:
-            optimizer = 12.0 * learning / self.processes
+            optimizer = self._state(learning) / self.processes
         if self.processes > 1:
             head = shape.vocab_size * shape.hidden_size
             largest = max(shape.parameters(shape.widest_block), head)
             models += largest * 2 * (frozen + product + 4)
         elif self._casts(choice):
             models += product * max(0.0, learning - shape.constant_parameters)
-        host += 12.0 * learning  # of a snapshot
+        host += self._state(learning)  # of a snapshot
         gradients = 4.0 * learning / self.processes
+        step = self._step()
         passing = self._micro_batch(choice) * ALLOCATED[run.device.type]
         rows = settings.batch_sequences // self.processes
         is_whole = self._tokens(choice) >= rows * run.recipe.corpus.sequence_length
         if is_whole:  # the one is gone when the other is there
-            gradients, passing = (gradients, 0.0) if gradients > passing else (0.0, passing)
+            stepping = gradients + step > passing
+            gradients, passing = (gradients, step) if stepping else (0.0, passing)
+        else:
+            passing = max(passing, step)
         peak = Bytes(weights=models, optimizer=optimizer + gradients, activations=passing)
         memory = self.job.run.device.memory
         # where processes share one memory it is that of all
         beside = self.processes if memory.is_shared else 1
         return replace(peak.times(beside), host=host / memory.machines)
 
+    @property
+    def kept(self) -> float:
+        """Bytes of a checkpoint of whole weights."""
+        return self._state(self.parameters)
+
+    def _steps(self, tokens: int) -> float:
+        length = self.job.run.recipe.corpus.sequence_length
+        return tokens / (self.job.child.uptrain.batch_sequences * length)
+
+    @property
+    def _stepped(self) -> float:
+        """Parameters that Muon makes orthogonal."""
+        layers = self.parameters - self.job.run.parent.shape.constant_parameters
+        return float(layers) if trained_weights.has_muon(self.job.child.uptrain) else 0.0
+
+    def _state(self, learning: float) -> float:
+        """Bytes of float32 weights that learn, and of what the optimisers keep of them."""
+        if not trained_weights.has_muon(self.job.child.uptrain):
+            return 12.0 * learning
+        return 8.0 * learning + 4.0 * self.job.run.parent.shape.constant_parameters
+
+    def _step(self) -> float:
+        """Bytes beside the gradients while Muon makes matrices orthogonal.
+
+        The momentum in float32 and in the dtype of products, two of the same size that take turns,
+        and two squares at most as large; of several processes each keeps its part of all.
+        """
+        if not trained_weights.has_muon(self.job.child.uptrain):
+            return 0.0
+        shape = self.job.run.parent.shape
+        largest = shape.hidden_size * max(shape.intermediate_size, shape.hidden_size)
+        own = 0.0
+        if self.processes > 1:
+            own = self._product * self._stepped / self.processes
+        return largest * (4.0 + 5 * self._product) + own
+
     def sent(self, choice: Choice, tokens: int) -> float:
         """Bytes that each process sends to the others.
 
         With every micro-batch the layers' weights are gathered twice, forward and backward, those
         of embedding and head once, and float32 gradients are added up. So are the parent's weights,
-        which no gradient needs: FSDP2 fetches ahead what came before in the forward pass. Of all
-        that a process sends its share to every other one (ring).
+        which no gradient needs: FSDP2 fetches ahead what came before in the forward pass. With
+        every step Muon gathers matrices and sends them back. Of all that a process sends its share
+        to every other one (ring).
         """
         run, constant = self.job.run, self.job.run.parent.shape.constant_parameters
         parent = Architecture.of_parent(run.parent.shape).parameters(run.parent.shape)
         child = self._product * (2.0 * self.parameters - constant) + 4.0 * self.parameters
         passed = child + run.placement.dtype.itemsize * (2.0 * parent - constant)
         micro_batches = tokens / (self._tokens(choice) * self.processes)
-        return micro_batches * passed * (self.processes - 1) / self.processes
+        stepped = self._steps(tokens) * 2 * self._product * self._stepped
+        return (micro_batches * passed + stepped) * (self.processes - 1) / self.processes
 
     def crossing(self, choice: Choice, tokens: int) -> float:
         """Bytes between device and host: what each step, and each micro-batch, brings over."""
-        run, settings = self.job.run, self.job.child.uptrain
+        run = self.job.run
         shape, total = run.parent.shape, 0.0
-        if choice.optimizer == "host":  # float32 gradients there, weights for products back
-            steps = tokens / (settings.batch_sequences * run.recipe.corpus.sequence_length)
+        if choice.optimizer_memory == "host":  # float32 gradients there, weights for products back
+            steps = self._steps(tokens)
             total += steps * (4.0 + self._product) * self.parameters
+            total += steps * 2 * self._product * self._stepped
         if choice.parent == "host":
             layers = Architecture.of_parent(shape).parameters(shape) - shape.constant_parameters
             total += tokens / self._tokens(choice) * run.placement.dtype.itemsize * layers
@@ -244,7 +289,7 @@ class Case:
 
     def _casts(self, choice: Choice) -> bool:
         """Whether layers have float32 weights in full, which autocast rounds for products."""
-        has_float32 = choice.optimizer == "device" and self.processes == 1
+        has_float32 = choice.optimizer_memory == "device" and self.processes == 1
         if self.job.child.uptrain.lora_rank:
             has_float32 = self.job.run.placement.dtype.itemsize == 4
         return has_float32 and self._product < 4
@@ -317,7 +362,11 @@ def smallest_change(case: Case) -> str:
         wish = replace(job.child, uptrain=settings.model_copy(update=changes))
         return replace(case, job=replace(job, wish=wish))
 
-    free = {"micro_batch_sequences": None, "activation_checkpointing": "auto", "optimizer": "auto"}
+    free = {
+        "micro_batch_sequences": None,
+        "activation_checkpointing": "auto",
+        "optimizer_memory": "auto",
+    }
     given = [f"uptrain.{key}" for key, ours in free.items() if getattr(settings, key) != ours]
     if given and changed(**free).fitting():
         return f"leave out {', '.join(given)}"
@@ -341,6 +390,17 @@ def smallest_change(case: Case) -> str:
     return ""
 
 
+def step_flops(job: Job) -> float:
+    """Of an optimiser step, for each parameter of the parent's layers: what Muon takes."""
+    shape = job.run.parent.shape
+    if not trained_weights.has_muon(job.child.uptrain):
+        return 0.0
+    width, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    key = shape.kv_elements_per_token(shape.widest_block) // 2
+    columns = [query, query, key, key, *3 * [shape.intermediate_size]]
+    return sum(muon.flops(width, each) for each in columns) / (width * sum(columns))
+
+
 def need(job: Job) -> Need:
     """What the stage will take, for the child that there is or the largest that may come."""
     run, settings, shape = job.run, job.child.uptrain, job.run.parent.shape
@@ -349,16 +409,19 @@ def need(job: Job) -> Need:
     tokens = round(settings.tokens * (1 + finalists.SHARE * len(finalists.children(job))))
     forward = Architecture.of_parent(shape).parameters(shape)
     per_token = (4.0 if settings.lora_rank else 6.0) + 2.0 * choice.activation_checkpointing
-    flops = tokens * (2.0 * forward + per_token * parameters)
+    per_step, batch = step_flops(job), settings.batch_sequences * run.recipe.corpus.sequence_length
+    layers = parameters - shape.constant_parameters
+    flops = tokens * (2.0 * forward + per_token * parameters + per_step / batch * layers)
+    trained = _trained_in_layers(job)
     effort = Effort(
         forward=forward - shape.constant_parameters,
-        training=_trained_in_layers(job) * per_token / 6,
+        training=trained * (per_token + per_step / batch) / 6,
         loss=1.0,
     ).times(tokens)
     if run.device.type == "cuda":  # side by side; processes on a CPU share its cores
         effort = effort.times(1 / case.processes)
     effort = replace(effort, network=case.sent(choice, tokens), link=case.crossing(choice, tokens))
-    checkpoints = (12.0 + 4.0 * (settings.keep == "best")) * parameters
+    checkpoints = case.kept + 4.0 * (settings.keep == "best") * parameters
     if settings.lora_rank:
         checkpoints *= 0.02
     return Need(

@@ -41,10 +41,10 @@ def check(job: Job) -> None:
         raise UserError(
             "uptrain.lora_rank: is for one process; use `puzzle uptrain RUN`, or lora_rank: 0"
         )
-    if settings.optimizer == "host" and memory.refuses_host(settings, number):
+    if settings.optimizer_memory == "host" and memory.refuses_host(settings, number):
         raise UserError(
-            "uptrain.optimizer: host is for one process whose own weights learn; use auto, or "
-            "processes=1 and lora_rank: 0"
+            "uptrain.optimizer_memory: host is for one process whose own weights learn; use auto, "
+            "or processes=1 and lora_rank: 0"
         )
     packages = {"peft": ("lora_rank", settings.lora_rank), "wandb": ("wandb", settings.wandb)}
     for package, (key, is_used) in packages.items():
@@ -98,7 +98,7 @@ def distil(job: Job, folder: Path) -> None:
     choice = sharding.shared(choice)
     run.progress.say(f"  {choice}")
     masters = None
-    if choice.optimizer == "host":
+    if choice.optimizer_memory == "host":
         masters = child.load(source, torch.float32, torch.device("cpu"))
         trained_weights.select(masters, settings, architecture, run.parent.shape.parent_blocks)
     trainer = Trainer(job, folder, load(job, source, architecture, choice), choice, masters)
@@ -141,7 +141,7 @@ def load(job: Job, source: Path, architecture: Architecture, choice: Choice) -> 
 
     if sharding.size() == 1:
         dtype = torch.float32
-        if choice.optimizer == "host" and run.device.bfloat16:
+        if choice.optimizer_memory == "host" and run.device.bfloat16:
             dtype = torch.bfloat16
         model = child.load(source, frozen.dtype if settings.lora_rank else dtype, device, attention)
         select(model)

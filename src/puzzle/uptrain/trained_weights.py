@@ -1,4 +1,4 @@
-"""Which of the child's weights learn: all, those of replaced blocks, patterns, or adapters."""
+"""Which of the child's weights learn, and how: all, replaced blocks, patterns, or adapters."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -58,6 +58,11 @@ def select(
         raise UserError(
             "uptrain: train and freeze leave no weight to learn; freeze less, or use train: all"
         )
+
+
+def has_muon(settings: UptrainConfig) -> bool:
+    """Whether Muon steps the layers' matrices; adapters learn by AdamW."""
+    return settings.optimizer == "muon" and not settings.lora_rank
 
 
 def add_adapters(child: PuzzleForCausalLM, settings: UptrainConfig) -> None:

@@ -1,7 +1,8 @@
 """The training loop of uptraining (paper: section 4.3; one micro-batch: gkd.py).
 
-AdamW on float32 weights, products in bf16, warm-up, then cosine or warm-up-stable-decay. Gradients
-of micro-batches add up to those of the batch. A step whose gradient is not finite is skipped and
+Muon for the matrices of layers and AdamW for the rest, on float32 weights, products in bf16,
+warm-up, then cosine or warm-up-stable-decay. Gradients of micro-batches add up to those of the
+batch. A step whose gradient is not finite is skipped and
 counted. Of several processes each takes every n-th sequence of every batch, and all losses are
 means over the full batch, so the curve is the same however many there are.
 
@@ -20,13 +21,15 @@ import torch
 from puzzle import artifacts
 from puzzle.artifacts import Record
 from puzzle.config import UptrainConfig
+from puzzle.device import Device
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.stage import Job
 from puzzle.training import checkpoint, schedules, sharding
 from puzzle.training.losses import METRICS
-from puzzle.training.offload import HostAdamW
+from puzzle.training.muon import Muon
+from puzzle.training.offload import HostWeights
 from puzzle.training.snapshots import Snapshots
-from puzzle.uptrain import UPTRAIN
+from puzzle.uptrain import UPTRAIN, trained_weights
 from puzzle.uptrain.gkd import TERMS, Pair
 from puzzle.uptrain.memory import Choice
 from puzzle.uptrain.phases import Batches, Phase, phases
@@ -35,6 +38,7 @@ VALIDATION_SEQUENCES = 32
 CURVE_EVERY = 5  # steps
 BETAS = (0.9, 0.95)
 CURVE, LAST, BEST = "curve.jsonl", "uptrain", "best"
+MUON, ADAMW = "muon", "adamw"
 
 
 class CurvePoint(Record):
@@ -85,13 +89,8 @@ class Trainer:
         self.checkpoints = folder / artifacts.UNFINISHED
         self.stored = pair.child if masters is None else masters  # whose weights are kept
         self.learning = [p for p in pair.child.parameters() if p.requires_grad]
-        self.optimizer: torch.optim.Optimizer
-        if masters is not None:
-            self.optimizer = HostAdamW(masters, pair.child, betas=BETAS)
-        else:
-            self.optimizer = torch.optim.AdamW(
-                self.learning, betas=BETAS, weight_decay=0.0, fused=True
-            )
+        self.host = None if masters is None else HostWeights(masters, pair.child)
+        self.optimizers = optimizers(self.stored, self.settings, job.run.device)
         self.skipped, self.best_kl, self.stale = 0, math.inf, 0
         self.snapshots, self.saved_at = Snapshots(self.checkpoints), time.monotonic()
 
@@ -105,7 +104,8 @@ class Trainer:
         settings, schedule = self.settings, phases(self.job)
         steps, batches = schedule[-1].last, self._batches(schedule)
         progress, width = self.job.run.progress, self.job.run.parent.shape.hidden_size
-        peak = schedules.peak(settings.learning_rate, schedules.UPTRAIN_RATE, width)
+        default = schedules.MUON_RATE if MUON in self.optimizers else schedules.ADAMW_RATE
+        peak = schedules.peak(settings.learning_rate, default, width)
         self.pair.child.train()
         start = self._restore()
         done = start
@@ -113,7 +113,7 @@ class Trainer:
             task.skip(start * batches.tokens)
             for step in range(start, steps):
                 rate = peak * rate_factor(settings, step, steps)
-                schedules.set_learning_rate(self.optimizer, rate)
+                self._set_learning_rate(rate)
                 loss, terms = self._step(batches, step)
                 done = step + 1
                 is_validation_step = done % settings.validate_steps == 0 or done == steps
@@ -130,6 +130,13 @@ class Trainer:
                 task.advance(batches.tokens, f"loss {loss:.4f}")
         if self.skipped == done:
             raise RuntimeError("uptraining diverged: every step was non-finite")
+
+    def _set_learning_rate(self, rate: float) -> None:
+        """Muon's, and a share of it for what AdamW steps beside it; where AdamW is alone, its."""
+        for name, optimizer in self.optimizers.items():
+            is_beside = name == ADAMW and MUON in self.optimizers
+            share = schedules.ADAMW_SHARE if is_beside else 1.0
+            schedules.set_learning_rate(optimizer, share * rate)
 
     def _batches(self, schedule: list[Phase]) -> Batches:
         return Batches(self.job, schedule, self.choice.micro_batch_sequences)
@@ -150,18 +157,21 @@ class Trainer:
             terms += micro_terms * share
         norm = torch.nn.utils.clip_grad_norm_(self.learning, self.settings.gradient_clip)
         if torch.isfinite(checkpoint.gathered(norm)):
-            self.optimizer.step()
+            if self.host is not None:
+                self.host.step(self.optimizers.values())
+            else:
+                for optimizer in self.optimizers.values():
+                    optimizer.step()
         else:
             self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.pair.child.zero_grad(set_to_none=True)
         return loss.item(), terms
 
     def _restore(self) -> int:
         """The step to go on from; the curve is cut there."""
-        modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
-        last = self.snapshots.restore(LAST, modules, optimizers)
-        if isinstance(self.optimizer, HostAdamW):
-            self.optimizer.publish()
+        last = self.snapshots.restore(LAST, {"child": self.stored}, self.optimizers)
+        if self.host is not None:
+            self.host.publish()
         start = 0 if last is None else last.step
         notes = TrainerNotes.model_validate({} if last is None else last.notes)
         self.skipped, self.stale = notes.skipped, notes.stale
@@ -182,8 +192,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         best = None if math.isinf(self.best_kl) else self.best_kl
         notes = TrainerNotes(skipped=self.skipped, best_kl=best, stale=self.stale)
-        modules, optimizers = {"child": self.stored}, {"adamw": self.optimizer}
-        self.snapshots.save(LAST, step, modules, optimizers, notes.as_json())
+        self.snapshots.save(LAST, step, {"child": self.stored}, self.optimizers, notes.as_json())
         self.saved_at = time.monotonic()
 
     def _validate(self, step: int) -> dict[str, float]:
@@ -247,6 +256,25 @@ class Trainer:
         logged = {"training": losses} | ({"validation": metrics} if metrics else {})
         name = f"uptrain-{self.job.child.name}"
         self.job.run.metrics.log(name, step, logged, wandb=settings.wandb)
+
+
+def optimizers(
+    model: PuzzleForCausalLM, settings: UptrainConfig, device: Device
+) -> dict[str, torch.optim.Optimizer]:
+    """By name, those that step what learns; adapters learn by AdamW alone."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.model.layers.parameters() if p.requires_grad and p.ndim == 2]
+    if not trained_weights.has_muon(settings):
+        matrices = []
+    found: dict[str, torch.optim.Optimizer] = {}
+    if matrices:
+        products = torch.bfloat16 if device.bfloat16 else torch.float32
+        found[MUON] = Muon(matrices, products, device.torch_device)
+    others = {id(matrix) for matrix in matrices}
+    rest = [p for p in learning if id(p) not in others]
+    if rest:
+        found[ADAMW] = torch.optim.AdamW(rest, betas=BETAS, weight_decay=0.0, fused=True)
+    return found
 
 
 def rate_factor(settings: UptrainConfig, step: int, steps: int) -> float:
