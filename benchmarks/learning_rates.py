@@ -1,6 +1,6 @@
 """Which learning rates are best at two widths: what the defaults' dependence on width stands on.
 
-    python benchmarks/learning_rates.py [--json] [--quick]
+    python benchmarks/learning_rates.py [--stages library uptrain] [--json] [--quick]
 
 Two parents of random weights that differ in width only. For each: the library is trained at several
 rates (the mean over variants of the log of the loss after over that before), and a child of
@@ -11,6 +11,7 @@ the slope between the widths says how the best rate falls.
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from puzzle.uptrain.trainer import read_curve
 
 WIDTHS = (128, 512)
 LIBRARY_RATES = [2.5e-4 * 2**n for n in range(6)]
-UPTRAIN_RATES = [1.25e-4 * 2**n for n in range(6)]
+UPTRAIN_RATES = [1e-3 * 2**n for n in range(6)]  # of Muon
+STAGES = ("library", "uptrain")
 RECIPE: common.Settings = {
     "deploy": ["transformers"],
     "corpus": {"sequence_length": 64, "train_tokens": 400_000, "held_out_tokens": 65_536},
@@ -105,8 +107,8 @@ def best(rates: list[float], losses: list[float]) -> float:
     return rates[index] * (rates[1] / rates[0]) ** shift
 
 
-def sweep(root: Path, width: int, quick: bool) -> dict[str, Any]:
-    """Both stages at all rates."""
+def sweep(root: Path, width: int, stages: Sequence[str], quick: bool) -> dict[str, Any]:
+    """The stages at all rates."""
     folder = root / str(width)
     common.make_parent(folder / "parent", sizes(width, quick))
     recipe = RECIPE | {"parent": str(folder / "parent")}
@@ -117,12 +119,14 @@ def sweep(root: Path, width: int, quick: bool) -> dict[str, Any]:
         recipe["library"] = recipe["library"] | {"tokens": 2048}
         recipe["uptrain"] = recipe["uptrain"] | {"tokens": 2048}
     figures: dict[str, Any] = {"width": width}
-    libraries = [library_loss(folder / f"{r:g}", recipe, r) for r in library_rates]
-    figures["library"] = dict(zip(library_rates, libraries, strict=True))
-    job = assembled(folder / "run", recipe)
-    children = [uptrained_kl(job, rate) for rate in uptrain_rates]
-    figures["uptrain"] = dict(zip(uptrain_rates, children, strict=True))
-    for stage in ("library", "uptrain"):
+    if "library" in stages:
+        libraries = [library_loss(folder / f"{r:g}", recipe, r) for r in library_rates]
+        figures["library"] = dict(zip(library_rates, libraries, strict=True))
+    if "uptrain" in stages:
+        job = assembled(folder / "run", recipe)
+        children = [uptrained_kl(job, rate) for rate in uptrain_rates]
+        figures["uptrain"] = dict(zip(uptrain_rates, children, strict=True))
+    for stage in stages:
         losses = figures[stage]
         cells = [f"{rate:.2e}: {loss:.4f}" for rate, loss in losses.items()]
         figures[f"best_{stage}"] = best(list(losses), list(losses.values()))
@@ -132,15 +136,17 @@ def sweep(root: Path, width: int, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Sweep both widths and print the slopes."""
-    args = common.start(common.parser(__doc__, quick="two rates, two layers, few tokens"))
+    options = common.parser(__doc__, quick="two rates, two layers, few tokens")
+    options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    args = common.start(options)
     common.print_header("width", "stage", "best rate", "loss by rate")
     with tempfile.TemporaryDirectory() as root:
-        rows = [sweep(Path(root), width, args.quick) for width in WIDTHS]
+        rows = [sweep(Path(root), width, args.stages, args.quick) for width in WIDTHS]
     narrow, wide = rows
     ratio = math.log(WIDTHS[1] / WIDTHS[0])
     slopes = {
         stage: math.log(wide[f"best_{stage}"] / narrow[f"best_{stage}"]) / ratio
-        for stage in ("library", "uptrain")
+        for stage in args.stages
     }
     for stage, slope in slopes.items():
         print(f"{stage}: the best rate goes with width to the power of {slope:.2f}")
