@@ -97,8 +97,6 @@ QUICK = Size(1, 1, 1, 1, ("1.1x",), (1.1,), 1, 2, 2, 1)
 
 def open_run(folder: Path, args: argparse.Namespace) -> Run:
     """A run with a library and scores, made where they are not there."""
-    if (folder / "run.yaml").exists():
-        return Run.open(folder, Progress())
     recipe: common.Settings
     if args.quick:
         recipe = common.tiny_recipe(folder.parent)
@@ -106,8 +104,11 @@ def open_run(folder: Path, args: argparse.Namespace) -> Run:
         recipe["search"] = {"throughput": "1.1x"}
     else:
         recipe = settings.read_yaml(settings.recipe_path("pocket"))
-    run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=args.quick))
-    run.write()
+    if (folder / "run.yaml").exists():
+        run = Run.open(folder, Progress())
+    else:
+        run = Run(config.parse(recipe | {"out": str(folder)}), folder, Progress(quiet=args.quick))
+        run.write()
     for each in (LIBRARY, SCORE):
         pipeline.execute_stage(each, Job(run))
     return run
