@@ -16,6 +16,7 @@ from puzzle.assemble import ASSEMBLE, measured
 from puzzle.commands.children import is_finished
 from puzzle.cost import COST
 from puzzle.engines.intervals import Interval
+from puzzle.engines.turns import LOOKS
 from puzzle.errors import Infeasible, UserError
 from puzzle.library import LIBRARY
 from puzzle.progress import Progress
@@ -180,8 +181,8 @@ def test_a_child_that_keeps_missing_is_never_called_done(tiny_run, monkeypatch):
     assert artifacts.read_manifest(job_of(tiny_run).folder(UPTRAIN)) is None
 
 
-def uncertain(monkeypatch, low_of_call, factor=1.0):
-    """Let the lower ends of speed-ups be such shares of them."""
+def uncertain(monkeypatch, low_of_call, factor=1.0, starts=1):
+    """Let the lower ends of speed-ups be such shares of them, after so many starts."""
     real, calls = measured.measure_pair, []
 
     def widened(*arguments):
@@ -189,7 +190,7 @@ def uncertain(monkeypatch, low_of_call, factor=1.0):
         pair = real(*arguments)
         value = factor * pair.speedup.value
         speedup = Interval(value=value, low=low_of_call(len(calls)) * value, high=1.5 * value)
-        return pair.model_copy(update={"speedup": speedup})
+        return pair.model_copy(update={"speedup": speedup, "starts": starts})
 
     monkeypatch.setattr(measured, "measure_pair", widened)
     return calls
@@ -206,12 +207,37 @@ def test_the_best_undecided_child_is_finished_and_not_called_met(tiny_run, monke
         assert verdicts(job) == ["undecided"] * 2 and len(calls) == 3 and is_finished(job)
 
 
-def test_after_an_undecided_child_the_next_is_aimed_beyond_the_interval(tiny_run, monkeypatch):
-    uncertain(monkeypatch, lambda call: 0.96)
-    pipeline.execute(changed(tiny_run, "search", attempts=2))
-    job = job_of(tiny_run)
+@pytest.mark.parametrize(("looks", "least"), [(LOOKS, 0.05), (LOOKS / 4, 0.03)])
+def test_after_an_undecided_child_the_next_is_aimed_beyond_the_interval(
+    tiny_run, monkeypatch, looks, least
+):
+    """Of that after all looks: of a quarter of them it is twice as wide. And .01 in any case."""
+    run = changed(tiny_run, "search", attempts=2)
+    starts = round(looks * run.recipe.cost.starts)
+    assert starts == looks * run.recipe.cost.starts
+    uncertain(monkeypatch, lambda call: 1 / 1.04, starts=starts)
+    pipeline.execute(run)
+    job = job_of(run)
     assert verdicts(job)[0] == "undecided"
-    assert answers.read(job).margin >= 0.04
+    assert answers.read(job).margin == pytest.approx(least)
+
+
+def test_a_child_that_is_likely_less_than_asked_is_looked_at_again_only_as_the_last(
+    tiny_run, monkeypatch
+):
+    real, decided = measured.measure_pair, []
+
+    def looked_at(engine, parent, child, starts, decides, on_start):
+        pair = real(engine, parent, child, starts, decides, on_start)
+        speedup = Interval(value=1.29, low=1.2, high=1.4)
+        pair = pair.model_copy(update={"speedup": speedup, "starts": starts})
+        decided.append(decides(pair))
+        return pair
+
+    monkeypatch.setattr(measured, "measure_pair", looked_at)
+    with pytest.raises(Infeasible, match="after 2 attempts"):
+        pipeline.execute(changed(tiny_run, "search", attempts=2))
+    assert decided == [True, False]
 
 
 def test_where_the_last_measurement_decides_the_child_is_met(tiny_run, monkeypatch):

@@ -137,6 +137,7 @@ def test_quality_is_given_away_where_a_child_is_surely_faster_than_asked_and_pre
         (1.54, 0.03, 1.53, True),  # met, and hardly beyond
         (1.59, 0.07, 1.60, True),  # as the search has predicted it
         (1.51, 0.05, 1.53, False),  # neither met nor missed
+        (1.49, 0.05, 1.53, True),  # nor here, but it will hardly be met
         (1.40, 0.05, 1.53, True),  # missed
     ],
 )

@@ -10,7 +10,7 @@ from puzzle.artifacts import Record
 from puzzle.assemble import ASSEMBLE
 from puzzle.cost.scenarios import served
 from puzzle.cost.table import are_from_elsewhere
-from puzzle.engines.turns import Measurement, Served, measure_pair
+from puzzle.engines.turns import LOOKS, Measurement, Served, measure_pair
 from puzzle.progress import Task
 from puzzle.search import answers, promise, tried
 from puzzle.search.answers import Answer
@@ -56,10 +56,14 @@ class Measured(Record):
         """Undecided, but by its estimates what was asked."""
         return self.verdict == "undecided" and all(one.is_likely for one in self.failed)
 
-    @property
-    def uncertainty(self) -> float:
-        """Of the widest interval; see `Promise.uncertainty`."""
-        return max((one.uncertainty for one in self.promises), default=0.0)
+    def uncertainty(self, starts: int) -> float:
+        """Of the widest interval, as it would be after so many starts; see `Promise.uncertainty`.
+
+        The search aims beyond it, and the next child is looked at as often as it takes.
+        """
+        shown = max((one.uncertainty for one in self.promises), default=0.0)
+        taken = min((one.measurement.starts for one in self.scenarios.values()), default=starts)
+        return shown * min(1.0, taken / starts) ** 0.5
 
     @property
     def can_be_corrected(self) -> bool:
@@ -91,8 +95,8 @@ def measure(
 
     `main` is served at the batch size that the search chose, the parent at the one where it is
     fastest. Where the architecture's measurements are `known`, nothing is served. A measurement
-    that `settles` which child goes on is looked at again also where the child is likely, but not
-    surely, more than was asked.
+    that `settles` whether this child goes on or another is tried is looked at again where the child
+    is likely, but not surely, more than was asked; and not where it is likely less.
     """
     answer = answers.read(job)
     if are_from_elsewhere(job):
@@ -226,7 +230,7 @@ def record(job: Job, source: str, measured: Measured) -> None:
             verdict=measured.verdict,
             gives_away=measured.gives_away,
             is_likely=measured.is_likely,
-            uncertainty=measured.uncertainty,
+            uncertainty=measured.uncertainty(LOOKS * cost.starts),
         ),
     )
 

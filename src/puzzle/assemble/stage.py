@@ -23,7 +23,7 @@ from puzzle.library import weights
 from puzzle.model import card, child
 from puzzle.model.architecture import Architecture
 from puzzle.run import Run
-from puzzle.search import answers, finalists
+from puzzle.search import answers, finalists, tried
 from puzzle.stage import Bytes, Effort, Job, Need, Work
 
 ENGINE_START_S, ENGINE_RESTART_S = 10.0, 3.0
@@ -68,13 +68,15 @@ def _execute(job: Job, folder: Path) -> None:
     state = ChildState(run, architecture)
     model_card = card.text(run.recipe.parent, run.parent, architecture)
     child.save(folder, config, architecture, state, run.parent.folder, model_card)
-    result = measured.measure(job, folder, known=measured.known(job), settles=True)
+    is_free = job.child.search.architecture is None and answers.read(job).final is None
+    tries = 1 + len(tried.Tries.of(job).children)
+    may_try_another = is_free and tries < job.child.search.attempts
+    result = measured.measure(job, folder, known=measured.known(job), settles=may_try_another)
     result.write(folder / measured.MEASURED)
     if result.known_before:
         run.progress.say("  this architecture was measured before and is not served again")
     for line in measured.describe(result):
         run.progress.say(f"  {line}")
-    is_free = job.child.search.architecture is None and answers.read(job).final is None
     if result.verdict == "met" and result.gives_away and is_free:
         run.progress.say("  more than 2 % beyond what was asked: `puzzle run` and `puzzle child`")
         run.progress.say("  go on and search for a child that keeps more quality")

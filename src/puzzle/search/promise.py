@@ -128,12 +128,15 @@ def give_away(promises: Sequence[Promise]) -> bool:
 
 
 def is_settled(promises: Sequence[Promise]) -> bool:
-    """Whether another look at a child would say nothing new of whether it goes on.
+    """Whether another look at a child would say little of whether it goes on.
 
-    All is met or missed; and whether quality was given away is known, or not likely.
+    All is met or missed; and whether quality was given away is known, or not likely. Or something
+    is undecided and by its estimate less than what was asked: it could hardly be met any more, and
+    another child is aimed better.
     """
-    if any(promise.verdict == "undecided" for promise in promises):
-        return False
+    undecided = [promise for promise in promises if promise.verdict == "undecided"]
+    if undecided:
+        return not all(promise.is_likely for promise in undecided)
     if give_away(promises):
         return True
     likely = [promise.by_estimate for promise in promises]

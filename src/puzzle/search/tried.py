@@ -57,7 +57,8 @@ class MeasuredChild(Record):
     verdict: Verdict
     gives_away: bool  # more than 2 % beyond every constraint
     is_likely: bool = False  # undecided, but its estimates are what was asked
-    uncertainty: float = 0.0  # from estimates to the ends of their intervals, as a share of them
+    # From estimates to the ends of intervals as wide as after all looks, as a share of them
+    uncertainty: float = 0.0
 
     @property
     def is_accepted(self) -> bool:
