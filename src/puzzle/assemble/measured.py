@@ -3,6 +3,7 @@
 `measured.json` is written by `assemble`; `evaluate` measures the finished child the same way.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Measured(Record):
         """
         shown = max((one.uncertainty for one in self.promises), default=0.0)
         taken = min((one.measurement.starts for one in self.scenarios.values()), default=starts)
-        return shown * min(1.0, taken / starts) ** 0.5
+        return shown * math.sqrt(min(1.0, taken / starts))
 
     @property
     def can_be_corrected(self) -> bool:
