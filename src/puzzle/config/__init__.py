@@ -300,7 +300,7 @@ class UptrainConfig(Section):
     seed: int = Field(default=0, ge=0)  # of the order of the data; 0 goes on where BLD stopped
     # muon: of the layers' matrices; what else learns, and adapters, do so by AdamW.
     optimizer: Literal["muon", "adamw"] = "muon"
-    # Default: 8e-3 for Muon (AdamW beside it has a quarter), 1e-3 for AdamW; less for parents wider
+    # Default: 4e-3 for Muon (AdamW beside it has a quarter), 1e-3 for AdamW; less for parents wider
     # than 256 (training/schedules.py).
     learning_rate: float | None = Field(default=None, gt=0)
     # wsd: constant, then linear to zero over `decay_share`.

@@ -5,7 +5,7 @@ import math
 import torch
 
 DEFAULT_WIDTH = 256  # of the embedded parent
-LIBRARY_RATE, ADAMW_RATE, MUON_RATE = 2e-3, 1e-3, 8e-3
+LIBRARY_RATE, ADAMW_RATE, MUON_RATE = 2e-3, 1e-3, 4e-3
 ADAMW_SHARE = 0.25  # of Muon's rate, for what AdamW steps beside it
 
 
