@@ -1,4 +1,7 @@
-"""Muon: what torch's does, whole or sharded, and how it is resumed."""
+"""Muon of whole matrices: what torch's does, and how it is resumed.
+
+Of sharded ones: tests/uptrain/test_launch.py.
+"""
 
 import pytest
 import torch

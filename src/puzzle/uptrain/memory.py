@@ -233,9 +233,7 @@ class Case:
 
     def _state(self, learning: float) -> float:
         """Bytes of float32 weights that learn, and of what the optimisers keep of them."""
-        if not trained_weights.has_muon(self.job.child.uptrain):
-            return 12.0 * learning
-        return 8.0 * learning + 4.0 * self.job.run.parent.shape.constant_parameters
+        return 12.0 * learning - 4.0 * self._stepped
 
     def _step(self) -> float:
         """Bytes beside the gradients while Muon makes matrices orthogonal.

@@ -2,9 +2,9 @@
 
 Muon for the matrices of layers and AdamW for the rest, on float32 weights, products in bf16,
 warm-up, then cosine or warm-up-stable-decay. Gradients of micro-batches add up to those of the
-batch. A step whose gradient is not finite is skipped and
-counted. Of several processes each takes every n-th sequence of every batch, and all losses are
-means over the full batch, so the curve is the same however many there are.
+batch. A step whose gradient is not finite is skipped and counted. Of several processes each takes
+every n-th sequence of every batch, and all losses are means over the full batch, so the curve is
+the same however many there are.
 
 Writes: `curve.jsonl`, a checkpoint of the last state, the weights with the best validation KL.
 
