@@ -435,6 +435,24 @@ def test_near_the_best_attainable_there_is_a_child_without_a_margin(finished_run
     assert ask(finished_run, throughput="1.2x", margin=0.2).margin == 0.2
 
 
+@pytest.mark.parametrize("noise", [0.2, 0.0])
+def test_the_first_child_is_aimed_beyond_what_a_noisy_machine_leaves_undecided(
+    finished_run, monkeypatch, noise
+):
+    real = table.read
+
+    def noisy(job, scenario="main"):
+        read = real(job, scenario)
+        header = read.header.model_copy(update={"measured": True})
+        return replace(read, header=header, noise=noise)
+
+    monkeypatch.setattr(table, "read", noisy)
+    answer = ask(finished_run, throughput="1.2x", margin=None)
+    beyond = max(noise * stage.INTERVAL_PER_NOISE, answer.margin - stage.LEAST_MARGIN)
+    assert answer.margin == pytest.approx(stage.LEAST_MARGIN + beyond)
+    assert (beyond == pytest.approx(0.022)) == (noise > 0)
+
+
 def test_what_is_attainable_is_said_in_the_unit_that_was_asked(finished_run):
     for asked, unit in (("1%", "%"), ("0.01x", "x"), ("1KiB", "KiB"), ("0.001MB", "MB")):
         with pytest.raises(Infeasible, match=rf"best attainable: [0-9.]+{unit}\)"):

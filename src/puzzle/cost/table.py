@@ -157,6 +157,7 @@ class CostTable:
     covariance: Covariance = field(default_factory=Covariance, compare=False)
     first_token: Percentiles = field(default_factory=Percentiles)  # over the prefill
     inter_token: Percentiles = field(default_factory=Percentiles)  # over the mean decode step
+    noise: float = 0.0  # standard deviation of the parent's steps over their mean
 
     @property
     def tokens(self) -> int:
@@ -255,6 +256,7 @@ def read(job: Job, scenario: str = "main") -> CostTable:
         Covariance.of(fit, str(path.with_name(FITS))),
         fit.first_token,
         fit.inter_token,
+        fit.noise,
     )
 
 

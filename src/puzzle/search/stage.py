@@ -58,6 +58,9 @@ from puzzle.training import launch
 # left undecided.
 LEAST_MARGIN = 0.01
 MOST_FOR_INTERVALS = 0.05  # of a margin, for what is measured with wide intervals
+# Half an interval after all looks, to the noise of the parent's steps in the cost stage: the median
+# of 19 measurements of five runs, .06 to .22 (docs/log.md).
+INTERVAL_PER_NOISE = 0.11
 PROGRAM_S = 5.0  # the programs of a search and its frontier, about
 REFINEMENT_SHARE = 0.75  # of the work of the scores that one refinement takes, about (docs/log.md)
 
@@ -338,7 +341,8 @@ def _search_one(
     if not answer.solutions:
         return answer
     of_model = models[name].uncertainty(answer.solutions[0].architecture)
-    of_intervals = min(tries.uncertainty, MOST_FOR_INTERVALS)
+    expected = INTERVAL_PER_NOISE * tables["main"].noise
+    of_intervals = min(tries.uncertainty if tries.children else expected, MOST_FOR_INTERVALS)
     return _first_feasible(searched, LEAST_MARGIN + max(of_model, of_intervals))
 
 
