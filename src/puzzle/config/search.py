@@ -84,7 +84,7 @@ class SearchConfig(Section):
     # In how many layers solutions differ: a share, or a number of layers from 1 on.
     diversity: Annotated[float, Field(gt=0)] = 0.2
     # Timed constraints are aimed at with this much to spare; default: what the uncertainty of the
-    # predictions asks for.
+    # predictions, or of what is measured, asks for.
     margin: float | None = Field(default=None, ge=0, lt=0.5)
     # Children that are assembled and served at most, until one meets the wish from just above.
     attempts: Positive = 4
