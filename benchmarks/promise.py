@@ -16,8 +16,8 @@ wishes      Five children, each searched, assembled, served and corrected as `pu
             5 %. The KL of both, before uptraining, on held-out sequences that scored no block.
 prediction  20 random architectures and 10 that a search takes from 1.25x to 3x: the speed-up that
             the table predicts against the one that is served. The spread between starts of the
-            engines is that of the yardstick. Then the table is measured anew, for the speeds of a
-            machine are not the same from one quarter of an hour to the next.
+            engines is that of the yardstick. Then the table is measured twice more, because the
+            state of the machine, and the table with it, changes from hour to hour.
 memory      A parent of 1.2 GB with random weights: the memory that the engine takes for six
             random children, predicted and served.
 """
@@ -345,21 +345,17 @@ def prediction(run: Run, size: Size) -> dict[str, Any]:
             cells = (f"{speedup:.3f}x", f"{spread:.1%}", f"{predicted:.3f}x", f"{error:+.1%}")
             common.print_row(name, *cells)
     errors = np.array([row["error"] for row in rows])
-    is_searched = np.array([row["name"].startswith("searched") for row in rows])
-    of_searched = errors[is_searched]
     by_group = [errors[[r["group"] == n for r in rows]].mean() for n in range(groups)]
+    of_run = errors_of_table(run.place_job(), named, rows)
     figures = {
         "rows": rows,
-        "median": float(np.median(np.abs(errors))),
-        "worst": float(np.abs(errors).max()),
-        "searched_mean": float(of_searched.mean()),
         "spread": float(np.mean([row["spread"] for row in rows])),
         "groups": float(np.std(by_group, ddof=1)) if groups > 1 else 0.0,
-        "tables": [errors_of_table(run.place_job(), named, rows)],
+        "tables": [of_run],
     }
     print(
-        f"error of the predicted speed-up: median {figures['median']:.1%} (goal 3 %), worst "
-        f"{figures['worst']:.1%} (goal 8 %), mean of the searched {figures['searched_mean']:+.1%} "
+        f"error of the predicted speed-up: median {of_run['median']:.1%} (goal 3 %), worst "
+        f"{of_run['worst']:.1%} (goal 8 %), mean of the searched {of_run['searched_mean']:+.1%} "
         f"(goal within 2 %); between starts of the engines {figures['spread']:.1%}, between the "
         f"means of groups that were served with one parent {figures['groups']:.1%}"
     )
@@ -375,13 +371,14 @@ def errors_of_table(
     job: Job, named: Sequence[tuple[str, Architecture]], rows: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
     """What the table of a place predicts of the speed-ups that were served."""
-    served = {row["name"]: row["served"] for row in rows}
-    errors = {name: predicted_speedup(job, a) / served[name] - 1 for name, a in named}
+    served, costs = {row["name"]: row["served"] for row in rows}, table.read(job)
+    parent_s = costs.predict(Architecture.of_parent(job.run.parent.shape)).total_s
+    errors = {name: parent_s / costs.predict(a).total_s / served[name] - 1 for name, a in named}
     searched_errors = [error for name, error in errors.items() if name.startswith("searched")]
     random_errors = [error for name, error in errors.items() if name.startswith("random")]
     sizes = np.abs(list(errors.values()))
     return {
-        "parent_s": table.read(job).predict(Architecture.of_parent(job.run.parent.shape)).total_s,
+        "parent_s": parent_s,
         "searched_mean": float(np.mean(searched_errors)),
         "random_mean": float(np.mean(random_errors)),
         "median": float(np.median(sizes)),

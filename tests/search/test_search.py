@@ -447,10 +447,11 @@ def test_the_first_child_is_aimed_beyond_what_a_noisy_machine_leaves_undecided(
         return replace(read, header=header, noise=noise)
 
     monkeypatch.setattr(table, "read", noisy)
-    answer = ask(finished_run, throughput="1.2x", margin=None)
-    beyond = max(noise * stage.INTERVAL_PER_NOISE, answer.margin - stage.LEAST_MARGIN)
-    assert answer.margin == pytest.approx(stage.LEAST_MARGIN + beyond)
-    assert (beyond == pytest.approx(0.022)) == (noise > 0)
+    beyond = ask(finished_run, throughput="1.2x", margin=None).margin - stage.LEAST_MARGIN
+    if noise:
+        assert beyond == pytest.approx(0.022)
+    else:  # by the uncertainty of what is predicted
+        assert 0.0 < beyond < 0.02
 
 
 def test_what_is_attainable_is_said_in_the_unit_that_was_asked(finished_run):

@@ -83,8 +83,8 @@ class SearchConfig(Section):
     solutions: Positive = 1
     # In how many layers solutions differ: a share, or a number of layers from 1 on.
     diversity: Annotated[float, Field(gt=0)] = 0.2
-    # Timed constraints are aimed at with this much to spare; default: what the uncertainty of the
-    # predictions, or of what is measured, asks for.
+    # Timed constraints are aimed at with this much to spare; default: as much as
+    # predictions, or measurements on a noisy machine, are uncertain.
     margin: float | None = Field(default=None, ge=0, lt=0.5)
     # Children that are assembled and served at most, until one meets the wish from just above.
     attempts: Positive = 4

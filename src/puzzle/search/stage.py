@@ -58,8 +58,8 @@ from puzzle.training import launch
 # left undecided.
 LEAST_MARGIN = 0.01
 MOST_FOR_INTERVALS = 0.05  # of a margin, for what is measured with wide intervals
-# Half an interval after all looks, to the noise of the parent's steps in the cost stage: the median
-# of 19 measurements of five runs, .06 to .22 (docs/log.md).
+# Half the width of a measured interval, as a share, over the noise of the parent's steps in the
+# cost stage: the median of 19 measurements, most of twelve starts, in five runs (docs/log.md).
 INTERVAL_PER_NOISE = 0.11
 PROGRAM_S = 5.0  # the programs of a search and its frontier, about
 REFINEMENT_SHARE = 0.75  # of the work of the scores that one refinement takes, about (docs/log.md)
