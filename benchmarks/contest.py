@@ -87,8 +87,12 @@ class Candidate(Record):
 
 
 def served_as(one: Candidate) -> tuple[object, ...]:
-    """What its speed depends on: not on the weights."""
-    return (*one.blocks, one.narrow)
+    """What its speed depends on: which halves of layers it has, not their order or weights.
+
+    So methods that remove as many layers are compared at one measured speed, not by its noise.
+    """
+    halves = [half for block in Architecture.from_names(one.blocks) for half in block.subblocks]
+    return (*sorted(half.name for half in halves), one.narrow)
 
 
 class Row(Record):
@@ -223,7 +227,7 @@ class Workshop:
             for index, one in enumerate(candidates)
         ]
 
-    def candidate(
+    def made(
         self,
         method: str,
         wish: float,
@@ -232,12 +236,12 @@ class Workshop:
         weights: Weights = "parent",
         narrow: baselines.Narrow | None = None,
     ) -> Candidate:
-        """A child, measured, unless the same one was measured before."""
+        """A child whose speed-up is not measured yet."""
         shape = self.run.parent.shape
         parameters = architecture.parameters(shape)
         if narrow is not None:  # every matrix has the hidden size on one side
             parameters = round(parameters * narrow.hidden / shape.hidden_size)
-        made = Candidate(
+        return Candidate(
             method=method,
             label=label,
             wish=wish,
@@ -250,11 +254,17 @@ class Workshop:
             * self.run.parent.dtype.itemsize,
             code=code_of(weights),
         )
+
+    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """With speed-ups: as measured before, or now, `TOGETHER` children beside one parent."""
         known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
-        same = [one for one in known if served_as(one) == served_as(made)]
-        if same:
-            return made.model_copy(update={"speedup": same[-1].speedup})
-        return self.measure([made])[0]
+        speeds = {served_as(one): one.speedup for one in known}
+        missing = {served_as(one): one for one in candidates if served_as(one) not in speeds}
+        chosen = list(missing.values())
+        for first in range(0, len(chosen), TOGETHER):
+            found = self.measure(chosen[first : first + TOGETHER])
+            speeds |= {served_as(one): one.speedup for one in found}
+        return [one.model_copy(update={"speedup": speeds[served_as(one)]}) for one in candidates]
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
         """Append to `candidates.jsonl` and print."""
@@ -322,7 +332,6 @@ METHODS = (*FINALISTS, ADDITIVE, *SEARCHED, *SHAPES, *DISCRETE)
 def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
     """The children on both sides of every wish."""
     lazily = DISCRETE[method]
-    known: dict[int, Candidate] = {}
     if method == "depth, EvoPress":  # a search for each number: only those that are needed
         made: dict[int, tuple[Architecture, str, baselines.Narrow | None]] = {}
         guesses = DISCRETE["depth, block influence"](shop)  # as many layers take about as long
@@ -345,20 +354,27 @@ def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
         parameters = architecture.parameters(shape) * narrow.hidden / shape.hidden_size
         return float((shop.parent.parameters(shape) / parameters) ** 0.7)
 
+    known: dict[int, Candidate] = {}
+
     def speed(knob: int) -> float:
         return known[knob].speedup.value if knob in known else guess(knob)
 
+    def sides(wish: float) -> list[int]:
+        found = baselines.around(speed, range(len(guesses)), wish)
+        return [knob for knob in found if knob is not None]
+
+    while True:  # until both sides of every wish are measured
+        missing = sorted({k for wish in shop.size.wishes for k in sides(wish)} - set(known))
+        if not missing:
+            break
+        chosen = []
+        for knob in missing:
+            architecture, label, narrow = option(knob)
+            weights = "parent" if narrow is None else "narrow"
+            chosen.append(shop.made(method, 0.0, architecture, label, weights, narrow))
+        known |= dict(zip(missing, shop.measured(chosen), strict=True))
     for wish in shop.size.wishes:
-        while True:  # until both sides are measured
-            sides = baselines.around(speed, range(len(guesses)), wish)
-            missing = [knob for knob in sides if knob is not None and knob not in known]
-            if not missing:
-                break
-            for knob in missing:
-                architecture, label, narrow = option(knob)
-                weights = "parent" if narrow is None else "narrow"
-                known[knob] = shop.candidate(method, wish, architecture, label, weights, narrow)
-        yield [known[k].model_copy(update={"wish": wish}) for k in sides if k is not None]
+        yield [known[knob].model_copy(update={"wish": wish}) for knob in sides(wish)]
 
 
 def aimed(
@@ -377,7 +393,7 @@ def aimed(
                 continue
             if architecture is None or len(tries) == MOST_TRIES:
                 break
-            tries.append(shop.candidate(method, wish, architecture, "", "library"))
+            tries += shop.measured([shop.made(method, wish, architecture, "", "library")])
             speed = tries[-1].speedup.value
             if wish <= speed <= TOO_MUCH * wish:
                 break
@@ -421,7 +437,7 @@ def default(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
             yield []
             continue
         architecture, choice = answers.read(job).best.architecture, finalists.read(job)
-        made = shop.candidate(method, wish, architecture, "", "library")
+        (made,) = shop.measured([shop.made(method, wish, architecture, "", "library")])
         trained = () if choice is None else tuple(one.parameters for one in choice.finalists)
         yield [made.model_copy(update={"finalists": trained})]
 
@@ -431,7 +447,7 @@ def shapes(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
     for wish in shop.size.wishes:
         for one in candidates_of(shop, DEFAULT, wish):
             architecture = Architecture.from_names(one.blocks)
-            yield [shop.candidate(method, wish, architecture, "", SHAPES[method])]
+            yield shop.measured([shop.made(method, wish, architecture, "", SHAPES[method])])
 
 
 def candidates_of(shop: Workshop, method: str, wish: float) -> list[Candidate]:

@@ -1,10 +1,10 @@
 """What replacements do to each other: does the search around a child find better ones?
 
-    python benchmarks/interactions.py [--run runs/interactions] [--parts prediction gains drops]
-                                      [--quick] [--json]
+    python benchmarks/interactions.py [--run runs/interactions] [--tokens N] [--quick] [--json]
+                                      [--parts prediction gains drops trained]
 
 The library, scores and costs are the demo's, made in the run directory if they are not there. Every
-KL is of a child assembled in memory, before uptraining.
+KL is of a child assembled in memory, before uptraining, but for the last part.
 
 prediction  Children of 1.25x to 4x, the best sums and sums that random scores have led astray: how
         far the sum of scores is from the KL of the assembled child, and how far the curve through
@@ -15,6 +15,9 @@ gains   For every speed-up, at equal predicted cost: the best sum of scores, and
 drops   Only whole layers are removed, 3, 4 and 6 of them (not the first, whose attention stock vLLM
         needs): how far the sum of scores, greedy removal, block influence and the search around the
         best sum are from the best of all choices, on the text that scored the blocks.
+trained The two children of `gains` after as many tokens of uptraining, three seeds, on validation
+        text: what each keeps of the parent's top-1 accuracy, and the difference, paired by
+        documents. Finished children are kept in the run directory and not trained again.
 """
 
 import argparse
@@ -28,12 +31,17 @@ from typing import Any
 
 import baselines
 import common
+import contest
 import numpy as np
+import standings
+from contest import Row, Workshop
 
 from puzzle import config, pipeline, settings
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
+from puzzle.engines.intervals import Interval
 from puzzle.errors import Infeasible
+from puzzle.evaluate.bootstrap import bootstrap
 from puzzle.library import LIBRARY
 from puzzle.model.architecture import Architecture, Block
 from puzzle.progress import Progress
@@ -46,9 +54,10 @@ from puzzle.search.constraints import KINDS
 from puzzle.search.space_program import Choices, Limit
 from puzzle.stage import Job
 
-PARTS = ("prediction", "gains", "drops")
+PARTS = ("prediction", "gains", "drops", "trained")
 PREDICTED = tuple(np.round(np.geomspace(1.25, 4.0, 20), 3))
 SPEEDUPS, DROPPED = (1.25, 1.5, 1.75, 2.17, 2.5, 3.0), (3, 4, 6)
+TRAINED, SEEDS = (2.17, 3.0), (1, 2, 3)
 
 
 def open_run(folder: Path, args: argparse.Namespace) -> Run:
@@ -81,23 +90,34 @@ def validation_kl(run: Run) -> AssembledKL:
     return AssembledKL(run, [Shard(str(index), tokens) for index, tokens in enumerate(parts)])
 
 
+def the_two(run: Run, speedup: float) -> tuple[float, list[str], around.Refined]:
+    """(the best sum, its blocks, what the search around it finds), with the same limit."""
+    job = job_of(
+        run, f"interactions-{speedup}".replace(".", "_"), throughput=f"{speedup}x", margin=0.0
+    )
+    choices = stage.read_choices(job)
+    _, best = stage.search(job, choices)
+    first = best.solutions[0]
+    return (
+        first.objective,
+        first.blocks,
+        around.refine(job, choices, best.limits, [first.blocks], []),
+    )
+
+
 def gains(run: Run, speedups: Sequence[float]) -> list[dict[str, Any]]:
     """The best sum against the child around it."""
     unseen, rows = validation_kl(run), []
     names = ("speed-up", "KL of the best sum", "around it", "", "validation", "around it", "")
     common.print_header(*names, "steps", "seconds")
     for speedup in speedups:
-        name = f"interactions-{speedup}".replace(".", "_")
-        job = job_of(run, name, throughput=f"{speedup}x", margin=0.0)
-        choices = stage.read_choices(job)
-        _, best = stage.search(job, choices)
-        first, began = best.solutions[0].blocks, time.perf_counter()
-        found = around.refine(job, choices, best.limits, [first], [])
+        began = time.perf_counter()
+        objective, first, found = the_two(run, speedup)
         seconds = time.perf_counter() - began
         before, after = (unseen.kl(Architecture.from_names(b)) for b in (first, found.blocks))
         row = {
             "speedup": speedup,
-            "sum": best.solutions[0].objective,
+            "sum": objective,
             "kl_before": found.first_kl,
             "kl_after": found.kl,
             "validation_before": before,
@@ -118,6 +138,76 @@ def gains(run: Run, speedups: Sequence[float]) -> list[dict[str, Any]]:
             f"{seconds:.0f}",
         )
     return rows
+
+
+def trained(
+    run: Run, speedups: Sequence[float], seeds: Sequence[int], tokens: int, sequences: int
+) -> list[dict[str, Any]]:
+    """What the children of `gains` keep after uptraining, and the difference of the two."""
+    size = contest.Size((), (), tokens, len(seeds), 0, baselines.Evolution(), sequences)
+    shop, rows = Workshop(run, size, run.folder), []
+    names = ("speed-up", "child", "predicted", "parameters", "seeds", "KL", "top-1 kept")
+    common.print_header(*names, "minutes")
+    for speedup in speedups:
+        _, first, found = the_two(run, speedup)
+        children = {
+            "the best sum": Architecture.from_names(first),
+            "around it": Architecture.from_names(found.blocks),
+        }
+        of_each: dict[str, list[Row]] = {}
+        for name, architecture in children.items():
+            made = shop.made(name, speedup, architecture, "", "library")
+            of_each[name] = [
+                standings.measure_row(shop, made, tokens, seed, "validation") for seed in seeds
+            ]
+            figures = {
+                "predicted": shop.predicted(architecture),
+                "parameters": made.parameters,
+                "kl": [row.model.mean("kl").value for row in of_each[name]],
+                "kept": _kept(of_each[name]).as_json(),
+            }
+            rows.append({"speedup": speedup, "child": name} | figures)
+            common.print_row(
+                f"{speedup}x",
+                name,
+                f"{figures['predicted']:.3f}x",
+                f"{made.parameters / 1e6:.2f}M",
+                len(seeds),
+                " ".join(f"{kl:.4f}" for kl in figures["kl"]),
+                _kept(of_each[name]).with_unit(".2%", ""),
+                f"{sum(row.minutes for row in of_each[name]):.1f}",
+            )
+        lead = _lead(of_each["around it"], of_each["the best sum"])
+        by_seed = [
+            _lead([one], [other]).value
+            for one, other in zip(of_each["around it"], of_each["the best sum"], strict=True)
+        ]
+        rows.append({"speedup": speedup, "lead": lead.as_json(), "by_seed": by_seed})
+        shown = ", ".join(f"{100 * value:+.2f}" for value in by_seed)
+        print(
+            f"{speedup}x: {100 * lead.value:+.2f} points of top-1 kept "
+            f"({100 * lead.low:+.2f} to {100 * lead.high:+.2f}, 95 %, paired by documents); "
+            f"by seed {shown}",
+            flush=True,
+        )
+    return rows
+
+
+def _right(rows: Sequence[Row]) -> np.ndarray:
+    """Tokens that are predicted in every document [D], the mean of the seeds."""
+    return np.mean([row.model.metrics["top1"] for row in rows], axis=0)
+
+
+def _kept(rows: Sequence[Row]) -> Interval:
+    """Share of the parent's top-1 accuracy."""
+    columns = (np.array(rows[0].parent.metrics["top1"]), _right(rows))
+    return bootstrap(columns, lambda sums: sums[1] / np.maximum(sums[0], 1e-12))
+
+
+def _lead(ours: Sequence[Row], theirs: Sequence[Row]) -> Interval:
+    """How much more of it one keeps than the other."""
+    columns = (np.array(ours[0].parent.metrics["top1"]), _right(ours), _right(theirs))
+    return bootstrap(columns, lambda sums: (sums[1] - sums[2]) / np.maximum(sums[0], 1e-12))
 
 
 def prediction(run: Run, speedups: Sequence[float]) -> dict[str, Any]:
@@ -237,6 +327,7 @@ def main() -> None:
     options = common.parser(__doc__, "a tiny parent, one of everything")
     options.add_argument("--run", type=Path, default=Path("runs/interactions"))
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--tokens", type=int, default=500_000, help="of uptraining in `trained`")
     args = common.start(options)
     speedups, counts = ((1.02,), (1,)) if args.quick else (SPEEDUPS, DROPPED)
     predicted = (1.01, 1.02) if args.quick else PREDICTED
@@ -249,6 +340,9 @@ def main() -> None:
             figures["gains"] = gains(run, speedups)
         if "drops" in args.parts:
             figures["drops"] = drops(run, counts)
+        if "trained" in args.parts:
+            some = ((1.02,), (1, 2), 2048, 4) if args.quick else (TRAINED, SEEDS, args.tokens, 128)
+            figures["trained"] = trained(run, *some)
     common.print_json(args, figures)
 
 
