@@ -8,8 +8,9 @@ do, and together with the scores at the parent they make a form with interaction
 (`interactions.py`). They propose further children within the same limits: those that the program,
 solved again with the differences, takes when 1, 2, 3, ... layers may change, the optimum of the
 form, which is proven, and the exchanges of two that promise most by the form. Of these the one with
-the least KL when it is assembled, on all of the text, is the next incumbent; and so on until none
-is better, `search.refinements` times with new differences.
+the least KL when it is assembled, on all of the text, is the next incumbent, and so on until none
+is better, `search.refinements` times with new differences. In the end, optima of differences with
+noise on them are tried, too, which change a few layers at once.
 
 To every KL comes what the parameters that a child lacks count as (`search.capacity`). Where they
 count, the best sum is a poor place to begin: it buys parameters of layers whose scores no longer
@@ -47,8 +48,9 @@ PART = 0.25  # of the text, on which exchanges are measured
 CHANGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # layers in which a step may differ
 EXCHANGES = 48  # of two layers, that are tried on a part of the text
 TRIED = 6  # of those, on all of it
+DRAWN, DRAWN_CHANGES, NOISE = 60, 4, 0.35  # optima of noisy differences, their layers, the noise
 LEAST_GAIN = 0.002  # of the KL, for which there is another step
-SOLVE_S, SOLVE_GAP = 10.0, 1e-3
+SOLVE_S, SOLVE_GAP, DRAWN_GAP = 10.0, 1e-3, 1e-2
 FORM_GAP = 1e-2  # of the KL
 
 
@@ -206,7 +208,16 @@ class _Walk:
         """Step by step to a child that no step makes better, with new differences so many times."""
         near, program, value = self.near, self.program, self.value
         best, steps, predicted = start, 0, None
-        for _ in range(self.measurement.job.child.search.refinements):
+        rng = np.random.default_rng(0)
+
+        def promising(found: list[list[str]]) -> list[list[str]]:
+            return sorted(found, key=lambda blocks: value(blocks, whole=False))[:TRIED]
+
+        def is_better(blocks: list[str]) -> bool:
+            return value(blocks) <= (1 - LEAST_GAIN) * value(best)
+
+        refinements = self.measurement.job.child.search.refinements
+        for number in range(1, refinements + 1):
             before, own = best, near.columns(best)
             exchanged = self.measurement.exchanged(best, near.layers)
             if near.missing is not None:
@@ -220,10 +231,12 @@ class _Walk:
                 predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
             while True:
                 around_it = _solved(replace(program, costs=exchanged), near, best)
-                pairs = _exchanges_of_two(program, form, near, best)
-                promising = sorted(pairs, key=lambda b: value(b, whole=False))[:TRIED]
-                following = min([*proposed, *around_it, *promising], key=value, default=best)
-                if value(following) > (1 - LEAST_GAIN) * value(best):
+                pairs = promising(_exchanges_of_two(program, form, near, best))
+                following = min([*proposed, *around_it, *pairs], key=value, default=best)
+                if not is_better(following) and (number == refinements or best == before):
+                    drawn = promising(_drawn(program, exchanged, near, best, rng))
+                    following = min(drawn, key=value, default=best)
+                if not is_better(following):
                     break
                 best, steps = following, steps + 1
             if best == before:
@@ -287,6 +300,29 @@ def _solved(program: Program, choices: Choices, incumbent: list[str]) -> list[li
             if blocks not in (incumbent, *found):
                 found.append(blocks)
     return found
+
+
+def _drawn(
+    program: Program,
+    exchanged: np.ndarray,
+    choices: Choices,
+    incumbent: list[str],
+    rng: np.random.Generator,
+) -> list[list[str]]:
+    """Optima that differ from the incumbent in a few layers, of differences with noise on them."""
+    own, count = choices.columns(incumbent), len(incumbent)
+    gains = exchanged - exchanged[own][program.groups]
+    found = {tuple(incumbent): incumbent}
+    for _ in range(DRAWN):
+        noisy = gains * rng.lognormal(0.0, NOISE, len(gains))
+        changes = int(rng.integers(2, DRAWN_CHANGES + 1))
+        at_least = Row(own, -np.ones(count), float(changes - count))
+        within = replace(program, costs=noisy, extra=(*program.extra, at_least))
+        optimum = mip.solve(within, gap=DRAWN_GAP, time_limit_s=SOLVE_S)
+        if optimum is not None:
+            blocks = choices.names(optimum.columns)
+            found[tuple(blocks)] = blocks
+    return list(found.values())[1:]
 
 
 def _exchanges_of_two(
