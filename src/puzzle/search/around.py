@@ -231,8 +231,9 @@ class _Walk:
                 predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
             while True:
                 around_it = _solved(replace(program, costs=exchanged), near, best)
-                pairs = promising(_exchanges_of_two(program, form, near, best))
-                following = min([*proposed, *around_it, *pairs], key=value, default=best)
+                pairs = _exchanges_of_two(program, form, near, best)
+                best_first = promising([*proposed, *around_it, *pairs])
+                following = min(best_first, key=value, default=best)
                 if not is_better(following) and (number == refinements or best == before):
                     drawn = promising(_drawn(program, exchanged, near, best, rng))
                     following = min(drawn, key=value, default=best)
