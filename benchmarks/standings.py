@@ -15,7 +15,17 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from contest import DEFAULT, DISCRETE, Candidate, Row, Workshop, candidates_of, code_of, prepare
+from contest import (
+    ADDITIVE,
+    DEFAULT,
+    DISCRETE,
+    Candidate,
+    Row,
+    Workshop,
+    candidates_of,
+    code_of,
+    prepare,
+)
 from numpy.typing import NDArray
 
 from puzzle import artifacts
@@ -364,12 +374,18 @@ def sentences(points: Sequence[Point]) -> list[str]:
 
 
 def _beside(points: Sequence[Point], trained: Sequence[Point], best: str, wish: float) -> list[str]:
-    """What the two keep before distillation, and what the library is worth."""
+    """What the two keep before distillation, and what our search and the library are worth."""
     made = {p.method: p for p in points if p.wish == wish and not p.tokens}
     told = []
     if DEFAULT in made and best in made:
         ours, others = _share(made[DEFAULT]), _share(made[best])
         told.append(f"Before distillation they keep {ours} and {others}.")
+    additive = next((p for p in trained if p.method == ADDITIVE), None)
+    if additive is not None:
+        told.append(
+            "The child with the best sum of scores, as published, from the same library and costs, "
+            f"keeps {_share(additive)}."
+        )
     bare = next((p for p in trained if p.method == "Puzzle's shape, no BLD"), None)
     if bare is not None:
         told.append(
