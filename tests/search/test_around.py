@@ -122,6 +122,23 @@ def test_no_single_exchange_within_the_limits_is_better_in_the_end(run):
     assert better == 0
 
 
+def test_around_the_parent_there_is_nothing_better_and_the_search_ends(run):
+    """A wish that the parent keeps: its KL is zero but for rounding, of either sign."""
+    job = run.job_of("parent", ChildConfig(search=SearchConfig(parameters="100%")))
+    choices, best = start(job)
+    parent = Architecture.of_parent(run.parent.shape).names
+    assert best.solutions[0].blocks == parent
+    for rounding in (-3e-6, 0.0, 3e-6):
+        measurement = around.Measurement(job)
+        measurement.known |= {(whole, *parent): rounding for whole in (True, False)}
+        walk = around._Walk.among(choices, measurement, best.limits, [])
+        assert walk.best_of([parent], parent) is parent, rounding
+        assert walk.best_of([], parent) is parent, rounding
+    found = around.refine(job, choices, best.limits, [parent], [])
+    assert (found.blocks, found.steps) == (parent, 0)
+    assert abs(found.kl) < 1e-4
+
+
 def test_parameters_that_count_make_the_child_larger_at_the_same_speed(run):
     """Oracle: the value of every exchange of one block, measured and counted one by one."""
     wish = {"throughput": "1.5x", "refinements": 3}

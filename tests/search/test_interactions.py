@@ -111,6 +111,17 @@ def test_scores_that_add_up_leave_a_sum():
     assert form.value(program.starts[:-1]) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("rounding", [-3e-6, 0.0, 3e-6])
+def test_around_the_parent_nothing_interacts(rounding):
+    """Its own KL is zero but for rounding, of either sign."""
+    program, _, _ = true_form(0, negative=False)
+    own = program.starts[:-1]
+    exchanged = rounding + program.costs - program.costs[own][program.groups]
+    form = Interactions.between(program, own, rounding, exchanged)
+    assert (form.shared == 0).all()
+    assert np.isfinite(form.private).all()
+
+
 def test_interactions_change_which_child_is_best():
     """Two layers; one large replacement is better than two small ones whose sum is less."""
     starts = starts_of([3, 3])

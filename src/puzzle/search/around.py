@@ -36,6 +36,7 @@ from puzzle.score import SCORE
 from puzzle.score.candidates import candidates
 from puzzle.search import interactions, mip
 from puzzle.search.interactions import Interactions
+from puzzle.search.mip import Optimum
 from puzzle.search.program import Program, Row
 from puzzle.search.space_program import Choices, Limit, build
 from puzzle.stage import Job
@@ -204,18 +205,21 @@ class _Walk:
         missing = self.near.missing_of(self.near.columns(blocks))
         return self.measurement.kl(blocks, whole=whole) + missing
 
+    def best_of(self, proposals: list[list[str]], best: list[str]) -> list[str]:
+        """The best of those that promise most on a part of the text; `best` where none is better.
+
+        At the parent the KL is zero but for rounding, which may be of either sign.
+        """
+        promising = sorted(proposals, key=lambda blocks: self.value(blocks, whole=False))[:TRIED]
+        following, value = min(promising, key=self.value, default=best), self.value(best)
+        is_better = value - self.value(following) > LEAST_GAIN * abs(value)
+        return following if is_better else best
+
     def improve(self, start: list[str]) -> _End:
         """Step by step to a child that no step makes better, with new differences so many times."""
         near, program, value = self.near, self.program, self.value
         best, steps, predicted = start, 0, None
         rng = np.random.default_rng(0)
-
-        def promising(found: list[list[str]]) -> list[list[str]]:
-            return sorted(found, key=lambda blocks: value(blocks, whole=False))[:TRIED]
-
-        def is_better(blocks: list[str]) -> bool:
-            return value(blocks) <= (1 - LEAST_GAIN) * value(best)
-
         refinements = self.measurement.job.child.search.refinements
         for number in range(1, refinements + 1):
             before, own = best, near.columns(best)
@@ -230,14 +234,13 @@ class _Walk:
                 proposed = [near.names(optimum.columns)]
                 predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
             while True:
-                around_it = _solved(replace(program, costs=exchanged), near, best)
+                around_it = replace(program, costs=exchanged)
+                solved = _solved(around_it, near, best)
                 pairs = _exchanges_of_two(program, form, near, best)
-                best_first = promising([*proposed, *around_it, *pairs])
-                following = min(best_first, key=value, default=best)
-                if not is_better(following) and (number == refinements or best == before):
-                    drawn = promising(_drawn(program, exchanged, near, best, rng))
-                    following = min(drawn, key=value, default=best)
-                if not is_better(following):
+                following = self.best_of([*proposed, *solved, *pairs], best)
+                if following == best and (number == refinements or best == before):
+                    following = self.best_of(_drawn(around_it, near, best, rng), best)
+                if following == best:
                     break
                 best, steps = following, steps + 1
             if best == before:
@@ -288,42 +291,44 @@ def _without(program: Program, choices: Choices, refused: Sequence[list[str]]) -
     return replace(program, extra=(*program.extra, *away))
 
 
+def _near(program: Program, own: np.ndarray, changes: int, gap: float) -> Optimum | None:
+    """The optimum among what differs from the columns `own` in so many groups at most."""
+    count = len(own)
+    unchanged = Row(own, -np.ones(count), float(changes - count))
+    within = replace(program, extra=(*program.extra, unchanged))
+    return mip.solve(within, gap=gap, time_limit_s=SOLVE_S)
+
+
 def _solved(program: Program, choices: Choices, incumbent: list[str]) -> list[list[str]]:
     """The best children that differ from the incumbent in at most 1, 2, 3, ... layers."""
     own, count = choices.columns(incumbent), len(incumbent)
-    found: list[list[str]] = []
-    for changes in (*(c for c in CHANGES if c < count), count):
-        at_least = Row(own, -np.ones(count), float(changes - count))
-        within = replace(program, extra=(*program.extra, at_least))
-        optimum = mip.solve(within, gap=SOLVE_GAP, time_limit_s=SOLVE_S)
-        if optimum is not None:
-            blocks = choices.names(optimum.columns)
-            if blocks not in (incumbent, *found):
-                found.append(blocks)
-    return found
+    changes = (*(number for number in CHANGES if number < count), count)
+    optima = [_near(program, own, number, SOLVE_GAP) for number in changes]
+    return _others(optima, choices, incumbent)
 
 
 def _drawn(
-    program: Program,
-    exchanged: np.ndarray,
-    choices: Choices,
-    incumbent: list[str],
-    rng: np.random.Generator,
+    program: Program, choices: Choices, incumbent: list[str], rng: np.random.Generator
 ) -> list[list[str]]:
-    """Optima that differ from the incumbent in a few layers, of differences with noise on them."""
-    own, count = choices.columns(incumbent), len(incumbent)
-    gains = exchanged - exchanged[own][program.groups]
-    found = {tuple(incumbent): incumbent}
+    """Optima that differ from it in a few layers, of the program's costs with noise on them."""
+    own = choices.columns(incumbent)
+    gains = program.costs - program.costs[own][program.groups]
+    optima = []
     for _ in range(DRAWN):
-        noisy = gains * rng.lognormal(0.0, NOISE, len(gains))
+        noisy = replace(program, costs=gains * rng.lognormal(0.0, NOISE, len(gains)))
         changes = int(rng.integers(2, DRAWN_CHANGES + 1))
-        at_least = Row(own, -np.ones(count), float(changes - count))
-        within = replace(program, costs=noisy, extra=(*program.extra, at_least))
-        optimum = mip.solve(within, gap=DRAWN_GAP, time_limit_s=SOLVE_S)
-        if optimum is not None:
-            blocks = choices.names(optimum.columns)
-            found[tuple(blocks)] = blocks
-    return list(found.values())[1:]
+        optima.append(_near(noisy, own, changes, DRAWN_GAP))
+    return _others(optima, choices, incumbent)
+
+
+def _others(
+    optima: Sequence[Optimum | None], choices: Choices, incumbent: list[str]
+) -> list[list[str]]:
+    """The children that were found, each once, without the incumbent."""
+    found = [choices.names(optimum.columns) for optimum in optima if optimum is not None]
+    return [
+        list(blocks) for blocks in dict.fromkeys(map(tuple, found)) if list(blocks) != incumbent
+    ]
 
 
 def _exchanges_of_two(

@@ -70,7 +70,7 @@ class Interactions:
         together = (at_child - at_parent) / 2  # (U - u) (v - u)
         products = -together[parents]  # (U - u) u
         shared = np.zeros(len(groups))
-        if products.sum() > LEAST_SHARED * kl:
+        if products.sum() > LEAST_SHARED * abs(kl):  # the parent's may round to below zero
             others = _others(products)  # U - u
             shared = together / others[groups]
         shared[own] = 0.0
