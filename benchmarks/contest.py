@@ -255,15 +255,21 @@ class Workshop:
             code=code_of(weights),
         )
 
-    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """With speed-ups: as measured before, or now, `TOGETHER` children beside one parent."""
-        known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
-        speeds = {served_as(one): one.speedup for one in known}
-        missing = {served_as(one): one for one in candidates if served_as(one) not in speeds}
-        chosen = list(missing.values())
+    def speeds(
+        self, candidates: Sequence[Candidate]
+    ) -> Iterator[dict[tuple[object, ...], Interval]]:
+        """Speed-ups by what they depend on, measured now, `TOGETHER` children beside one parent."""
+        chosen = list({served_as(one): one for one in candidates}.values())
         for first in range(0, len(chosen), TOGETHER):
             found = self.measure(chosen[first : first + TOGETHER])
-            speeds |= {served_as(one): one.speedup for one in found}
+            yield {served_as(one): one.speedup for one in found}
+
+    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """With speed-ups: as measured before, or now."""
+        known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
+        speeds = {served_as(one): one.speedup for one in known}
+        for found in self.speeds([one for one in candidates if served_as(one) not in speeds]):
+            speeds |= found
         return [one.model_copy(update={"speedup": speeds[served_as(one)]}) for one in candidates]
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
@@ -402,7 +408,7 @@ def aimed(
         yield [min(met or tries, key=lambda one: abs(one.speedup.value - wish))] if tries else []
 
 
-def chosen_by(shop: Workshop, baseline: str) -> Callable[[float], Architecture | None]:
+def chosen_by(shop: Workshop, way: str) -> Callable[[float], Architecture | None]:
     """What a way of choosing from the library takes, with the same costs and no margin.
 
     Of Puzzle it is the search that `puzzle child` does, without what it aims beyond the wish so as
@@ -416,15 +422,15 @@ def chosen_by(shop: Workshop, baseline: str) -> Callable[[float], Architecture |
             _, best = stage.search(job, choices)
         except Infeasible:
             return None
-        if baseline == ADDITIVE:
+        if way == ADDITIVE:
             return best.solutions[0].architecture
-        if baseline == DEFAULT:
+        if way == DEFAULT:
             start = best.solutions[0].blocks
             found = around.refine(job, choices, best.limits, [start], [])
             return Architecture.from_names(found.blocks)
         shape, costs = shop.run.parent.shape, best.tables["main"]
         others = baseline_choices(best.program, choices, shape, costs)
-        blocks = next(one.blocks for one in others if one.name == baseline)
+        blocks = next(one.blocks for one in others if one.name == way)
         return None if blocks is None else Architecture.from_names(blocks)
 
     return choose
@@ -500,12 +506,8 @@ def serve_part(shop: Workshop, methods: Sequence[str]) -> None:
         for wish in shop.size.wishes
         for one in candidates_of(shop, method, wish)
     ]
-    models = {served_as(one): one for one in known}
     common.print_header("method", "wish", "child", "speed-up", "parameters")
-    chosen = list(models.values())
-    for first in range(0, len(chosen), TOGETHER):
-        measured = shop.measure(chosen[first : first + TOGETHER])
-        speeds = {served_as(one): one.speedup for one in measured}
+    for speeds in shop.speeds(known):
         shop.keep(
             [
                 one.model_copy(update={"speedup": speeds[served_as(one)]})

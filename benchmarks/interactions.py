@@ -15,7 +15,7 @@ gains   For every speed-up, at equal predicted cost: the best sum of scores, and
 drops   Only whole layers are removed, 3, 4 and 6 of them (not the first, whose attention stock vLLM
         needs): how far the sum of scores, greedy removal, block influence and the search around the
         best sum are from the best of all choices, on the text that scored the blocks.
-trained The two children of `gains` after as many tokens of uptraining, three seeds, on validation
+trained The two children of `gains` after equal tokens of uptraining, three seeds, on validation
         text: what each keeps of the parent's top-1 accuracy, and the difference, paired by
         documents. Finished children are kept in the run directory and not trained again.
 """
@@ -35,13 +35,13 @@ import contest
 import numpy as np
 import standings
 from contest import Row, Workshop
+from standings import Vector
 
 from puzzle import config, pipeline, settings
 from puzzle.config import ChildConfig, SearchConfig
 from puzzle.cost import COST, table
 from puzzle.engines.intervals import Interval
 from puzzle.errors import Infeasible
-from puzzle.evaluate.bootstrap import bootstrap
 from puzzle.library import LIBRARY
 from puzzle.model.architecture import Architecture, Block
 from puzzle.progress import Progress
@@ -92,17 +92,13 @@ def validation_kl(run: Run) -> AssembledKL:
 
 def the_two(run: Run, speedup: float) -> tuple[float, list[str], around.Refined]:
     """(the best sum, its blocks, what the search around it finds), with the same limit."""
-    job = job_of(
-        run, f"interactions-{speedup}".replace(".", "_"), throughput=f"{speedup}x", margin=0.0
-    )
+    name = f"interactions-{speedup}".replace(".", "_")
+    job = job_of(run, name, throughput=f"{speedup}x", margin=0.0)
     choices = stage.read_choices(job)
     _, best = stage.search(job, choices)
     first = best.solutions[0]
-    return (
-        first.objective,
-        first.blocks,
-        around.refine(job, choices, best.limits, [first.blocks], []),
-    )
+    found = around.refine(job, choices, best.limits, [first.blocks], [])
+    return first.objective, first.blocks, found
 
 
 def gains(run: Run, speedups: Sequence[float]) -> list[dict[str, Any]]:
@@ -154,34 +150,39 @@ def trained(
             "the best sum": Architecture.from_names(first),
             "around it": Architecture.from_names(found.blocks),
         }
-        of_each: dict[str, list[Row]] = {}
+        rows_of: dict[str, list[Row]] = {}
         for name, architecture in children.items():
             made = shop.made(name, speedup, architecture, "", "library")
-            of_each[name] = [
-                standings.measure_row(shop, made, tokens, seed, "validation") for seed in seeds
-            ]
-            figures = {
-                "predicted": shop.predicted(architecture),
-                "parameters": made.parameters,
-                "kl": [row.model.mean("kl").value for row in of_each[name]],
-                "kept": _kept(of_each[name]).as_json(),
-            }
-            rows.append({"speedup": speedup, "child": name} | figures)
+            of_seeds = [standings.measure_row(shop, made, tokens, n, "validation") for n in seeds]
+            parents_right = np.array(of_seeds[0].parent.metrics["top1"])
+            rows_of[name] = of_seeds
+            kept = standings.kept(parents_right, standings.right_of(of_seeds))
+            predicted = shop.predicted(architecture)
+            kls = [row.model.mean("kl").value for row in of_seeds]
+            rows.append(
+                {
+                    "speedup": speedup,
+                    "child": name,
+                    "predicted": predicted,
+                    "parameters": made.parameters,
+                    "kl": kls,
+                    "kept": kept.as_json(),
+                }
+            )
             common.print_row(
                 f"{speedup}x",
                 name,
-                f"{figures['predicted']:.3f}x",
+                f"{predicted:.3f}x",
                 f"{made.parameters / 1e6:.2f}M",
                 len(seeds),
-                " ".join(f"{kl:.4f}" for kl in figures["kl"]),
-                _kept(of_each[name]).with_unit(".2%", ""),
-                f"{sum(row.minutes for row in of_each[name]):.1f}",
+                " ".join(f"{kl:.4f}" for kl in kls),
+                kept.with_unit(".2%", ""),
+                f"{sum(row.minutes for row in of_seeds):.1f}",
             )
-        lead = _lead(of_each["around it"], of_each["the best sum"])
-        by_seed = [
-            _lead([one], [other]).value
-            for one, other in zip(of_each["around it"], of_each["the best sum"], strict=True)
-        ]
+        ours, theirs = rows_of["around it"], rows_of["the best sum"]
+        lead = _lead(parents_right, ours, theirs)
+        pairs = zip(ours, theirs, strict=True)
+        by_seed = [_lead(parents_right, [one], [other]).value for one, other in pairs]
         rows.append({"speedup": speedup, "lead": lead.as_json(), "by_seed": by_seed})
         shown = ", ".join(f"{100 * value:+.2f}" for value in by_seed)
         print(
@@ -193,21 +194,9 @@ def trained(
     return rows
 
 
-def _right(rows: Sequence[Row]) -> np.ndarray:
-    """Tokens that are predicted in every document [D], the mean of the seeds."""
-    return np.mean([row.model.metrics["top1"] for row in rows], axis=0)
-
-
-def _kept(rows: Sequence[Row]) -> Interval:
-    """Share of the parent's top-1 accuracy."""
-    columns = (np.array(rows[0].parent.metrics["top1"]), _right(rows))
-    return bootstrap(columns, lambda sums: sums[1] / np.maximum(sums[0], 1e-12))
-
-
-def _lead(ours: Sequence[Row], theirs: Sequence[Row]) -> Interval:
-    """How much more of it one keeps than the other."""
-    columns = (np.array(ours[0].parent.metrics["top1"]), _right(ours), _right(theirs))
-    return bootstrap(columns, lambda sums: (sums[1] - sums[2]) / np.maximum(sums[0], 1e-12))
+def _lead(parents_right: Vector, ours: Sequence[Row], theirs: Sequence[Row]) -> Interval:
+    """How much more of the parent's top-1 accuracy one child keeps, on the mean of its seeds."""
+    return standings.lead(parents_right, standings.right_of(ours), standings.right_of(theirs))
 
 
 def prediction(run: Run, speedups: Sequence[float]) -> dict[str, Any]:

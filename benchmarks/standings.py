@@ -219,8 +219,23 @@ class Point:
 
     def lead_over(self, other: "Point") -> Interval:
         """How much more of the parent's top-1 accuracy it keeps, paired by documents."""
-        columns = (self.parents_right, self.right, other.right)
-        return bootstrap(columns, lambda sums: (sums[1] - sums[2]) / np.maximum(sums[0], 1e-12))
+        return lead(self.parents_right, self.right, other.right)
+
+
+def right_of(rows: Sequence[Row]) -> Vector:
+    """Tokens of every document [D] that are predicted, the mean of the rows' seeds."""
+    return np.asarray(np.mean([row.model.metrics["top1"] for row in rows], axis=0))
+
+
+def kept(parents_right: Vector, right: Vector) -> Interval:
+    """Share of the parent's top-1 accuracy."""
+    return bootstrap((parents_right, right), lambda s: s[1] / np.maximum(s[0], 1e-12))
+
+
+def lead(parents_right: Vector, right: Vector, others_right: Vector) -> Interval:
+    """How much more of the parent's top-1 accuracy is kept than by another, paired by documents."""
+    columns = (parents_right, right, others_right)
+    return bootstrap(columns, lambda sums: (sums[1] - sums[2]) / np.maximum(sums[0], 1e-12))
 
 
 def rows_for(
@@ -267,14 +282,14 @@ def point(
     parents_right = np.array(parent.metrics["top1"])
     right = (1 - sum(weights)) * parents_right
     for weight, each in zip(weights, of_each, strict=True):
-        right += weight * np.mean([row.model.metrics["top1"] for row in each], axis=0)
+        right += weight * right_of(each)
     return Point(
         method=method,
         wish=wish,
         split=split,
         tokens=round(sum(w * r.tokens for w, r in zip(weights, first, strict=True))),
         speeds=speeds,
-        top1=bootstrap((parents_right, right), lambda s: s[1] / np.maximum(s[0], 1e-12)),
+        top1=kept(parents_right, right),
         kl=mean("kl", 0.0),
         lm_loss=mean("lm_loss", parent.mean("lm_loss").value),
         labels=[one.label for one in found],
@@ -384,7 +399,8 @@ def _beside(points: Sequence[Point], trained: Sequence[Point], best: str, wish: 
     if additive is not None:
         told.append(
             "The child with the best sum of scores, as published, from the same library and costs, "
-            f"keeps {_share(additive)}."
+            f"served at {additive.speeds[0]:.2f}x, keeps {_share(additive)}; "
+            "benchmarks/results/interactions.txt compares the two at equal predicted speed."
         )
     bare = next((p for p in trained if p.method == "Puzzle's shape, no BLD"), None)
     if bare is not None:
@@ -397,14 +413,20 @@ def _beside(points: Sequence[Point], trained: Sequence[Point], best: str, wish: 
 
 def _conditions(trained: Sequence[Point]) -> str:
     """On which text, with how many seeds and tokens."""
-    seeds = min(point.seeds for point in trained)
+    seeds = sorted({point.seeds for point in trained})
     tokens = [point.tokens / 1e6 for point in trained]
+    number = f"{seeds[0]} seed" if seeds == [1] else f"{_range(seeds)} seeds"
     return (
-        f"({trained[0].split.capitalize()} text, {seeds} seed{'s' * (seeds > 1)}, "
+        f"({trained[0].split.capitalize()} text, {number}, "
         f"{min(tokens):.1f}M to {max(tokens):.1f}M tokens of distillation: as many FLOPs for all, "
-        "the training of Puzzle's library included. A method that cannot reach a speed-up is left "
-        "out.)"
+        "the training of Puzzle's library included. Intervals are of the text, not of the speeds. "
+        "A method that cannot reach a speed-up is left out.)"
     )
+
+
+def _range(values: Sequence[int]) -> str:
+    """Of sorted numbers: `2`, or `1 to 3`."""
+    return " to ".join(map(str, dict.fromkeys((values[0], values[-1]))))
 
 
 def _share(one: Point) -> str:
