@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import datetime
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from puzzle.search import answers, around, finalists, stage
 from puzzle.search.frontier import baseline_choices
 from puzzle.stage import Job
 
-WISHES, TRAINED = (1.25, 1.5, 2.17, 3.0), (1.5, 2.17)
+WISHES, TRAINED = (1.25, 1.5, 2.17, 3.0), (1.5, 2.17, 3.0)
 CODE = (  # decides a row
     "training/losses.py",
     "training/muon.py",
@@ -47,19 +49,22 @@ CODE = (  # decides a row
     "data/sources.py",
     "data/sequences.py",
 )
-LIBRARY_CODE = (  # decides which child, and its first weights
+LIBRARY_CODE = (  # decides a child's first weights, too
     "library/bld.py",
     "library/training.py",
     "library/initialization.py",
+)
+SEARCH_CODE = (  # decides which child a search ends at: not what a row of that child says
     "score/exact.py",
     "score/assembled.py",
     "search/mip.py",
+    "search/interactions.py",
     "search/around.py",
 )
 COST_S = 300.0  # methods are compared, not the luck of a table of a minute
 TOGETHER = 5  # children that are served beside one parent
 AIMS, MOST_TRIES, ASK_MORE = 10, 3, 1.02  # of a way of choosing, at one wish
-TOO_MUCH = 1.05  # a child that was aimed at a wish is searched again where it is faster than this
+NEAR = (0.99, 1.05)  # of the wish: a child that is served outside of it is searched again
 Weights = str  # library, parent, cut or random: where a child's weights come from
 
 
@@ -75,7 +80,7 @@ class Candidate(Record):
     speedup: Interval
     parameters: int
     kv_bytes_per_token: int
-    code: str
+    code: str  # that decides which child it is: `made_by`
     # Parameters of each finalist, which was uptrained on a part of the tokens
     finalists: tuple[int, ...] = ()
 
@@ -86,13 +91,40 @@ class Candidate(Record):
         return artifacts.fingerprint([self.blocks, self.weights, narrow])
 
 
-def served_as(one: Candidate) -> tuple[object, ...]:
+def served_as(one: Candidate) -> str:
     """What its speed depends on: which halves of layers it has, not their order or weights.
 
     So methods that remove as many layers are compared at one measured speed, not by its noise.
     """
     halves = [half for block in Architecture.from_names(one.blocks) for half in block.subblocks]
-    return (*sorted(half.name for half in halves), one.narrow)
+    narrow = None if one.narrow is None else vars(one.narrow)
+    return artifacts.fingerprint([sorted(half.name for half in halves), narrow])
+
+
+class Served(Record):
+    """One line of `speeds.jsonl`: the speed-up of all children that are served as this one."""
+
+    served_as: str
+    speedup: Interval
+    day: str  # of the measurement, as 2026-11-27
+
+
+def today() -> str:
+    """The date, as 2026-11-27."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+class Budget(Record):
+    """One line of `budgets.jsonl`: what every method may spend at a wish, once and for all.
+
+    It is what the first child of Puzzle's for the wish cost: its library, and `tokens` of
+    distillation. Another child, which a later search finds, gets other tokens, and no row of the
+    other methods becomes out of date.
+    """
+
+    wish: float
+    tokens: int
+    flops: float
 
 
 class Row(Record):
@@ -122,10 +154,17 @@ class Size:
 
 
 def code_of(weights: Weights) -> str:
-    """Digest of the modules that decide a row, and of the baselines."""
-    root = Path(puzzle.__file__).parent
-    names = [*CODE, *(LIBRARY_CODE if weights == "library" else ())]
-    digest = hashlib.sha256()
+    """Digest of the modules that decide a row of given blocks and weights, and of the baselines."""
+    return _digest([*CODE, *(LIBRARY_CODE if weights == "library" else ())])
+
+
+def made_by(method: str) -> str:
+    """Digest of the modules that decide which child a method makes, and of the baselines."""
+    return _digest(["score/assembled.py"] if method in DISCRETE else [*LIBRARY_CODE, *SEARCH_CODE])
+
+
+def _digest(names: Sequence[str]) -> str:
+    root, digest = Path(puzzle.__file__).parent, hashlib.sha256()
     for path in [*(root / name for name in names), Path(baselines.__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -252,34 +291,40 @@ class Workshop:
             parameters=parameters,
             kv_bytes_per_token=architecture.kv_elements_per_token(shape)
             * self.run.parent.dtype.itemsize,
-            code=code_of(weights),
+            code=made_by(method),
         )
 
-    def speeds(
-        self, candidates: Sequence[Candidate]
-    ) -> Iterator[dict[tuple[object, ...], Interval]]:
-        """Speed-ups by what they depend on, measured now, `TOGETHER` children beside one parent."""
-        chosen = list({served_as(one): one for one in candidates}.values())
-        for first in range(0, len(chosen), TOGETHER):
-            found = self.measure(chosen[first : first + TOGETHER])
-            yield {served_as(one): one.speedup for one in found}
+    def measured(self, candidates: Sequence[Candidate], day: str | None = None) -> list[Candidate]:
+        """With speed-ups: as measured before (on that day), or now, `TOGETHER` beside one parent.
 
-    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """With speed-ups: as measured before, or now."""
-        known = artifacts.read_records(self.folder / "candidates.jsonl", Candidate)
-        speeds = {served_as(one): one.speedup for one in known}
-        for found in self.speeds([one for one in candidates if served_as(one) not in speeds]):
-            speeds |= found
+        They are kept group by group in `speeds.jsonl`, so an interrupted measurement goes on.
+        """
+        path = self.folder / "speeds.jsonl"
+        records = artifacts.read_records(path, Served)
+        speeds = {one.served_as: one.speedup for one in records if day in (None, one.day)}
+        missing = {served_as(one): one for one in candidates if served_as(one) not in speeds}
+        chosen = list(missing.values())
+        for first in range(0, len(chosen), TOGETHER):
+            for one in self.measure(chosen[first : first + TOGETHER]):
+                speeds[served_as(one)] = one.speedup
+                served = Served(served_as=served_as(one), speedup=one.speedup, day=today())
+                artifacts.append_record(path, served)
         return [one.model_copy(update={"speedup": speeds[served_as(one)]}) for one in candidates]
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
         """Append to `candidates.jsonl` and print."""
         for one in candidates:
             artifacts.append_record(self.folder / "candidates.jsonl", one)
-            speed = one.speedup.with_unit(".2f", "x")
-            common.print_row(one.method, f"{one.wish}x", one.label, speed, f"{one.parameters:,}")
+            self.show(one)
+
+    @staticmethod
+    def show(one: Candidate) -> None:
+        """As a line of the table of speeds."""
+        speed = one.speedup.with_unit(".2f", "x")
+        common.print_row(one.method, f"{one.wish}x", one.label, speed, f"{one.parameters:,}")
 
 
+Choose = Callable[[float], Architecture | None]  # of a way of choosing, by speed-up
 Knobs = Callable[[Workshop], list[tuple[Architecture, str, baselines.Narrow | None]]]
 
 
@@ -383,32 +428,62 @@ def discrete(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
         yield [known[knob].model_copy(update={"wish": wish}) for knob in sides(wish)]
 
 
-def aimed(
-    shop: Workshop, method: str, choose: Callable[[float], Architecture | None]
-) -> Iterator[list[Candidate]]:
-    """A child just above every wish; where it is missed or far beyond, the aim is corrected.
+@dataclass
+class _Aim:
+    """A way of choosing at a wish: what it is asked for, and what came of it."""
 
-    A way of choosing that ends outside the limits, as a greedy one may, is asked for a little more.
-    """
-    for wish in shop.size.wishes:
-        aim, tries = wish, []
-        for _ in range(AIMS):
-            architecture = choose(aim)
-            if architecture is None and not tries:
-                aim *= ASK_MORE
-                continue
-            if architecture is None or len(tries) == MOST_TRIES:
-                break
-            tries += shop.measured([shop.made(method, wish, architecture, "", "library")])
-            speed = tries[-1].speedup.value
-            if wish <= speed <= TOO_MUCH * wish:
-                break
-            aim *= 1.01 * wish / speed
-        met = [one for one in tries if one.speedup.value >= wish]
-        yield [min(met or tries, key=lambda one: abs(one.speedup.value - wish))] if tries else []
+    method: str
+    wish: float
+    choose: Choose
+    aim: float
+    tries: list[Candidate] = field(default_factory=list)
+    settled: bool = False
+
+    def ask(self, shop: Workshop) -> Candidate | None:
+        """A child to serve; None where there is none.
+
+        A way of choosing that ends outside the limits, as a greedy one may, is asked for more.
+        """
+        for _ in range(1 if self.tries else AIMS):
+            architecture = self.choose(self.aim)
+            if architecture is not None:
+                return shop.made(self.method, self.wish, architecture, "", "library")
+            self.aim *= ASK_MORE
+        self.settled = True
+        return None
+
+    def see(self, served: Candidate) -> None:
+        """Correct the aim where the wish is missed, or the child far beyond it."""
+        self.tries.append(served)
+        speed = served.speedup.value
+        is_near = NEAR[0] <= speed / self.wish <= NEAR[1]
+        self.settled = is_near or len(self.tries) == MOST_TRIES
+        self.aim *= 1.01 * self.wish / speed
+
+    def best(self) -> list[Candidate]:
+        """The child nearest to the wish, of those that meet it where any does."""
+        met = [one for one in self.tries if one.speedup.value >= self.wish]
+        return sorted(met or self.tries, key=lambda one: abs(one.speedup.value - self.wish))[:1]
 
 
-def chosen_by(shop: Workshop, way: str) -> Callable[[float], Architecture | None]:
+def aimed(shop: Workshop, methods: Sequence[str]) -> Iterator[list[Candidate]]:
+    """A child just above every wish of every way of choosing; a round is served together."""
+    aims = [
+        _Aim(method, wish, choose, 1.01 * wish)
+        for method in methods
+        for choose in [chosen_by(shop, SEARCHED.get(method, method))]
+        for wish in shop.size.wishes
+    ]
+    for _ in range(MOST_TRIES):
+        asked = [(aim, aim.ask(shop)) for aim in aims if not aim.settled]
+        children = [(aim, made) for aim, made in asked if made is not None]
+        served = shop.measured([made for _, made in children])
+        for (aim, _), one in zip(children, served, strict=True):
+            aim.see(one)
+    yield from (aim.best() for aim in aims)
+
+
+def chosen_by(shop: Workshop, way: str) -> Choose:
     """What a way of choosing from the library takes, with the same costs and no margin.
 
     Of Puzzle it is the search that `puzzle child` does, without what it aims beyond the wish so as
@@ -467,34 +542,47 @@ def shapes(shop: Workshop, method: str) -> Iterator[list[Candidate]]:
 
 
 def candidates_of(shop: Workshop, method: str, wish: float) -> list[Candidate]:
-    """What a method has made for a wish: the last of every model, by rising speed."""
+    """What a method has made for a wish, by rising speed.
+
+    The last record of every model, of what the newest code has made; a method whose knob is not
+    discrete has one child.
+    """
     records = artifacts.read_records(shop.folder / "candidates.jsonl", Candidate)
     mine = [one for one in records if (one.method, one.wish) == (method, wish)]
+    mine = [one for one in mine if one.code == mine[-1].code][0 if method in DISCRETE else -1 :]
     return sorted({one.key: one for one in mine}.values(), key=lambda one: one.speedup.value)
 
 
+def made_now(shop: Workshop, method: str, wish: float) -> list[Candidate]:
+    """What is there already, unless other code has made it."""
+    found = candidates_of(shop, method, wish)
+    return [one for one in found if one.code == made_by(method)]
+
+
 def speed_part(shop: Workshop, methods: Sequence[str]) -> None:
-    """Measure what is not measured yet."""
+    """Make and measure what is not there yet."""
     common.print_header("method", "wish", "child", "speed-up", "parameters")
+    missing = []
     for method in methods:
-        known = [wish for wish in shop.size.wishes if candidates_of(shop, method, wish)]
-        if len(known) == len(shop.size.wishes):  # nothing to do
-            for wish in known:
-                for one in candidates_of(shop, method, wish):
-                    speed = one.speedup.with_unit(".2f", "x")
-                    common.print_row(method, f"{wish}x", one.label, speed, f"{one.parameters:,}")
-            continue
-        prepare(shop.run)
-        if method in FINALISTS:
-            found = with_finalists(shop, method)
-        elif method in SHAPES:
-            found = shapes(shop, method)
-        elif method in (DEFAULT, ADDITIVE, *SEARCHED):
-            found = aimed(shop, method, chosen_by(shop, SEARCHED.get(method, method)))
+        known = [made_now(shop, method, wish) for wish in shop.size.wishes]
+        if all(known):
+            for one in itertools.chain(*known):
+                shop.show(one)
         else:
-            found = discrete(shop, method)
-        for group in found:
-            shop.keep(group)
+            missing.append(method)
+    if missing:
+        prepare(shop.run)
+    searched = [one for one in missing if one in (DEFAULT, ADDITIVE, *SEARCHED)]
+    found = [aimed(shop, searched)] if searched else []
+    for method in missing:
+        if method in FINALISTS:
+            found.append(with_finalists(shop, method))
+        elif method in SHAPES:
+            found.append(shapes(shop, method))
+        elif method in DISCRETE:
+            found.append(discrete(shop, method))
+    for group in itertools.chain(*found):
+        shop.keep(group)
 
 
 def serve_part(shop: Workshop, methods: Sequence[str]) -> None:
@@ -507,11 +595,4 @@ def serve_part(shop: Workshop, methods: Sequence[str]) -> None:
         for one in candidates_of(shop, method, wish)
     ]
     common.print_header("method", "wish", "child", "speed-up", "parameters")
-    for speeds in shop.speeds(known):
-        shop.keep(
-            [
-                one.model_copy(update={"speedup": speeds[served_as(one)]})
-                for one in known
-                if served_as(one) in speeds
-            ]
-        )
+    shop.keep(shop.measured(known, today()))

@@ -18,9 +18,11 @@ quality   KL, LM loss and top-1 of every child on validation text, as it is made
           FLOPs: Puzzle's children have paid for their library, what needs none trains for longer.
 
 Most methods have a discrete knob: the children on both sides of a wish are served and trained, and
-the figure at the wish is interpolated in the logarithm of the speed-up. What a method cannot reach
-is printed as "at most". Finished rows are kept in benchmarks/results/head_to_head/ and not run
-again; a row that other code has made is marked, and run again. `--parts table` only prints.
+the figure at the wish is interpolated in the logarithm of the speed-up. A child that is searched is
+served a little beside its wish: its figure is interpolated likewise, between the parent (1x, all is
+kept) and the child. What a method cannot reach is printed as "at most". Finished rows are kept in
+benchmarks/results/head_to_head/ and not run again; a row that other code has made is marked, and
+run again. `--parts table` only prints.
 `--final` reads test text, once, at the end; `--readme` writes the picture and the sentences.
 
 Unstructured and 2:4 sparsity have no speed-up on this engine, so they have no row.

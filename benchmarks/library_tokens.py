@@ -85,7 +85,7 @@ def found_child(run: Run, wish: str) -> Candidate:
         speedup=Interval(value=0.0, low=0.0, high=0.0),  # only predicted here
         parameters=architecture.parameters(shape),
         kv_bytes_per_token=architecture.kv_elements_per_token(shape) * run.parent.dtype.itemsize,
-        code=contest.code_of("library"),
+        code=contest.made_by(contest.DEFAULT),
     )
 
 

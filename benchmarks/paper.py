@@ -94,6 +94,11 @@ class Row(Record):
     code: str
 
 
+def _code() -> str:
+    """Digest of what decides a row: which child it is, and its weights."""
+    return f"{contest.made_by(contest.DEFAULT)}-{contest.code_of('library')}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Where rows are kept, and what is made."""
@@ -104,7 +109,7 @@ class Table:
     def rows(self) -> list[Row]:
         """Those of the code of now."""
         found = artifacts.read_records(self.root / "rows.jsonl", Row)
-        return [row for row in found if row.code == contest.code_of("library")]
+        return [row for row in found if row.code == _code()]
 
     def of(self, seed: int, key: Key, wish: float) -> Row | None:
         """One row, if it is there."""
@@ -188,7 +193,7 @@ def fill(table: Table, seed: int, wanted: list[tuple[Key, float]]) -> None:
                 blocks=None if architecture is None else architecture.names,
                 model=None if quality is None else quality[0],
                 parent=None if quality is None else quality[1],
-                code=contest.code_of("library"),
+                code=_code(),
             )
             artifacts.append_record(table.root / "rows.jsonl", row)
             kl = "nothing fits" if row.model is None else f"KL {row.model.mean('kl').value:.4f}"

@@ -19,11 +19,13 @@ from contest import (
     ADDITIVE,
     DEFAULT,
     DISCRETE,
+    Budget,
     Candidate,
     Row,
     Workshop,
     candidates_of,
     code_of,
+    made_by,
     prepare,
 )
 from numpy.typing import NDArray
@@ -77,10 +79,21 @@ def token_flops(run: Run, parameters: int, narrower: float = 1.0) -> float:
     return 6.0 * parameters + 2.0 * parent + stepped
 
 
+def budget_at(shop: Workshop, wish: float) -> float:
+    """FLOPs that every method may spend at a wish, on a library and on distillation."""
+    path = shop.folder / "budgets.jsonl"
+    for known in artifacts.read_records(path, Budget):
+        if (known.wish, known.tokens) == (wish, shop.size.tokens):
+            return known.flops
+    run, (first, *_) = shop.run, candidates_of(shop, DEFAULT, wish)
+    flops = library_flops(run) + shop.size.tokens * token_flops(run, first.parameters)
+    artifacts.append_record(path, Budget(wish=wish, tokens=shop.size.tokens, flops=flops))
+    return flops
+
+
 def tokens_for(shop: Workshop, candidate: Candidate) -> int:
     """Tokens of distillation by which a candidate costs as much as Puzzle's child for its wish."""
-    run, (reference, *_) = shop.run, candidates_of(shop, DEFAULT, candidate.wish)
-    budget = library_flops(run) + shop.size.tokens * token_flops(run, reference.parameters)
+    run, budget = shop.run, budget_at(shop, candidate.wish)
     if candidate.weights == "library":
         budget -= library_flops(run)
     part = finalists.SHARE * shop.size.tokens
@@ -104,7 +117,8 @@ def quality_of(shop: Workshop, model: PuzzleForCausalLM, split: str) -> tuple[Un
 def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, split: str) -> Row:
     """Distil, unless that is done, and evaluate."""
     run, began = shop.run, time.perf_counter()
-    folder = run.folder / "trained" / f"{candidate.key}-{candidate.code}-{tokens}-{seed}"
+    code = code_of(candidate.weights)
+    folder = run.folder / "trained" / f"{candidate.key}-{code}-{tokens}-{seed}"
     made, _, state = shop.state(candidate)
     device, attention = run.device.torch_device, run.placement.attention
     model = child.build(made, state, torch.float32, device, attention)
@@ -140,7 +154,7 @@ def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, sp
         model=found,
         parent=parent,
         minutes=(time.perf_counter() - began) / 60,
-        code=candidate.code,
+        code=code,
     )
 
 
@@ -176,8 +190,7 @@ def quality_part(shop: Workshop, methods: Sequence[str], split: str) -> None:
         if key in {(r.key, r.tokens, r.seed, r.split, r.code) for r in known}:
             continue
         prepare(shop.run)
-        now = one.model_copy(update={"code": key[-1]})
-        row = measure_row(shop, now, tokens, seed, split)
+        row = measure_row(shop, one, tokens, seed, split)
         artifacts.append_record(path, row)
         kept = row.model.retention(row.parent)
         print(
@@ -263,11 +276,9 @@ def point(
         of_each.append(rows_for(shop, rows, one, tokens, split))
     if not all(of_each):
         return None
-    weights = [1.0] * len(found)
-    if method in DISCRETE:
-        low, high = (0.0 if len(found) == 1 else math.log(speeds[0])), math.log(speeds[-1])
-        share = (math.log(wish) - low) / (high - low) if high > low else 1.0
-        weights = [share] if len(found) == 1 else [1 - share, share]
+    low, high = (0.0 if len(found) == 1 else math.log(speeds[0])), math.log(speeds[-1])
+    share = (math.log(wish) - low) / (high - low) if high > low else 1.0
+    weights = [share] if len(found) == 1 else [1 - share, share]
     first = [each[0] for each in of_each]
     seeds = min(len(each) for each in of_each)
 
@@ -297,7 +308,10 @@ def point(
         kv_bytes_per_token=[one.kv_bytes_per_token for one in found],
         seeds=seeds,
         minutes=sum(row.minutes for row in first),
-        stale=any(row.code != code_of(one.weights) for row, one in zip(first, found, strict=True)),
+        stale=any(
+            (row.code, one.code) != (code_of(one.weights), made_by(method))
+            for row, one in zip(first, found, strict=True)
+        ),
         right=right,
         parents_right=parents_right,
     )
@@ -359,56 +373,50 @@ def update_readme(points: Sequence[Point], root: Path) -> str:
 
 
 def sentences(points: Sequence[Point]) -> list[str]:
-    """Where Puzzle wins, by how much, and where it does not."""
-    told = []
+    """Where Puzzle wins, by how much, and where it does not: a table, and a sentence for a wish."""
+    rows, verdicts, shown = [], [], []
     for wish in sorted({point.wish for point in points if point.tokens}):
-        at = sorted((p for p in points if p.wish == wish and p.tokens), key=lambda p: -p.top1.value)
-        ours = next((p for p in at if p.method == DEFAULT), None)
-        others = [p for p in at if not p.method.startswith(DEFAULT)]
+        at = {p.method: p for p in points if p.wish == wish and p.tokens}
+        ours = at.get(DEFAULT)
+        others = [p for p in at.values() if not p.method.startswith(DEFAULT)]
         if ours is None or not others:
             continue
-        best, lead = others[0], ours.lead_over(others[0])
-        word = "keeps" if lead.value >= 0 else "keeps only"
-        rivals = f"{best.method} keeps {_share(best)}"
-        if len(others) > 1:
-            rivals = (
-                f"the best of {len(others)} other methods ({best.method}) keeps {_share(best)}, "
-                f"the worst ({others[-1].method}) {_share(others[-1])}"
-            )
-        told.append(
-            f"At {wish}x the parent's measured throughput, distilled with equal training FLOPs, "
-            f"Puzzle's child, served at {ours.speeds[0]:.2f}x, {word} {_share(ours)} of the "
-            f"parent's top-1 accuracy; {rivals}. The difference to the best, paired by "
-            f"documents, is {100 * lead.value:+.1f} points ({100 * lead.low:+.1f} to "
-            f"{100 * lead.high:+.1f})."
+        best = max(others, key=lambda p: p.top1.value)
+        published = at.get(ADDITIVE)
+        cells = (
+            f"{wish:g}x",
+            _share(ours),
+            f"{_share(best)}: {best.method}",
+            f"{_share(published)}" if published else "not run",
+            f"{len(others)}",
         )
-        told += _beside(points, at, best.method, wish)
-    if told:
-        told.append(_conditions([point for point in points if point.tokens]))
-    return told
+        rows.append(f"| {' | '.join(cells)} |")
+        verdicts.append(_verdict(ours, best))
+        shown += at.values()
+    if not rows:
+        return []
+    head = (
+        "parent's measured throughput",
+        "Puzzle keeps",
+        "best other method",
+        "best sum of scores, as published",
+        "others",
+    )
+    table = [f"| {' | '.join(head)} |", f"| {' | '.join(['---', *['---:'] * 4])} |", *rows]
+    return [*table, "", " ".join(verdicts), _conditions(shown)]
 
 
-def _beside(points: Sequence[Point], trained: Sequence[Point], best: str, wish: float) -> list[str]:
-    """What the two keep before distillation, and what our search and the library are worth."""
-    made = {p.method: p for p in points if p.wish == wish and not p.tokens}
-    told = []
-    if DEFAULT in made and best in made:
-        ours, others = _share(made[DEFAULT]), _share(made[best])
-        told.append(f"Before distillation they keep {ours} and {others}.")
-    additive = next((p for p in trained if p.method == ADDITIVE), None)
-    if additive is not None:
-        told.append(
-            "The child with the best sum of scores, as published, from the same library and costs, "
-            f"served at {additive.speeds[0]:.2f}x, keeps {_share(additive)}; "
-            "benchmarks/results/interactions.txt compares the two at equal predicted speed."
-        )
-    bare = next((p for p in trained if p.method == "Puzzle's shape, no BLD"), None)
-    if bare is not None:
-        told.append(
-            "The same shape cut from the parent, distilled for longer instead of having a "
-            f"library, keeps {_share(bare)}."
-        )
-    return told
+def _verdict(ours: Point, best: Point) -> str:
+    """Who keeps more at a wish, with the interval of the difference."""
+    lead = ours.lead_over(best)
+    points = f"{100 * lead.value:+.1f} points, {100 * lead.low:+.1f} to {100 * lead.high:+.1f}"
+    if lead.low > 0:
+        told = f"Puzzle keeps more than all others ({points} to {best.method})"
+    elif lead.high < 0:
+        told = f"Puzzle keeps less than {best.method} ({points})"
+    else:
+        told = f"Puzzle and {best.method} cannot be told apart ({points})"
+    return f"At {ours.wish:g}x {told}."
 
 
 def _conditions(trained: Sequence[Point]) -> str:
@@ -417,10 +425,10 @@ def _conditions(trained: Sequence[Point]) -> str:
     tokens = [point.tokens / 1e6 for point in trained]
     number = f"{seeds[0]} seed" if seeds == [1] else f"{_range(seeds)} seeds"
     return (
-        f"({trained[0].split.capitalize()} text, {number}, "
-        f"{min(tokens):.1f}M to {max(tokens):.1f}M tokens of distillation: as many FLOPs for all, "
-        "the training of Puzzle's library included. Intervals are of the text, not of the speeds. "
-        "A method that cannot reach a speed-up is left out.)"
+        f"(Top-1 accuracy kept on {trained[0].split} text, with 95 % intervals of the text and not "
+        f"of the speeds; differences are paired by documents; {number}; {min(tokens):.1f}M to "
+        f"{max(tokens):.1f}M tokens of distillation: as many FLOPs for all at a speed-up, the "
+        "training of Puzzle's library included. A method that cannot reach a speed-up is left out.)"
     )
 
 
