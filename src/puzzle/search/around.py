@@ -68,6 +68,7 @@ class AssembledScore(Record):
 class Predicted:
     """The child at the optimum of a form with interactions."""
 
+    blocks: list[str]
     value: float  # KL and what missing parameters count as, as it predicts
     bound: float  # it predicts nothing below within the limits: proven
     assembled: float  # the same of the assembled child
@@ -231,8 +232,9 @@ class _Walk:
             optimum = interactions.solve(program, form, gap=FORM_GAP, time_limit_s=SOLVE_S)
             proposed = []
             if optimum is not None:
-                proposed = [near.names(optimum.columns)]
-                predicted = Predicted(optimum.objective, optimum.bound, value(proposed[0]))
+                blocks = near.names(optimum.columns)
+                proposed, kl = [blocks], value(blocks)
+                predicted = Predicted(blocks, optimum.objective, optimum.bound, kl)
             while True:
                 around_it = replace(program, costs=exchanged)
                 solved = _solved(around_it, near, best)
