@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from puzzle import config, settings
 from puzzle.cost.scenarios import served_scenarios
-from puzzle.device import EFFICIENCY, Device
+from puzzle.device import EFFICIENCY, Device, keep_freed_memory
 from puzzle.engines import machine
 from puzzle.engines.intervals import Start
 from puzzle.engines.turns import serve_in_turn
@@ -49,10 +49,12 @@ def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
 def start(options: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the options and print what is measured on, and whether it is a quick run.
 
-    A quick run computes on one thread, in the processes that it starts as well: more of them make
-    tiny products slower, many times so on a busy machine.
+    Freed memory is kept, as the command line does. A quick run computes on one thread, in the
+    processes that it starts as well: more of them make tiny products slower, many times so on a
+    busy machine.
     """
     args = options.parse_args()
+    keep_freed_memory()
     if args.quick:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -298,9 +298,7 @@ def point(
         method=method,
         wish=wish,
         split=split,
-        tokens=round(
-            sum(w * r.tokens for w, r in zip(weights, first, strict=True)) / sum(weights)
-        ),
+        tokens=round(sum(w * r.tokens for w, r in zip(weights, first, strict=True)) / sum(weights)),
         speeds=speeds,
         top1=kept(parents_right, right),
         kl=mean("kl", 0.0),

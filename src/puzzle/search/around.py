@@ -112,6 +112,15 @@ class Measurement:
             self._remember(whole, blocks, found)
         return self.known[(whole, *blocks)]
 
+    def measure(self, children: Sequence[list[str]], *, whole: bool) -> None:
+        """Of those that are not remembered yet, with a bar."""
+        unknown = [blocks for blocks in children if (whole, *blocks) not in self.known]
+        progress = self.job.run.progress
+        with progress.task("assembling children", len(unknown), "children") as task:
+            for blocks in unknown:
+                self.kl(blocks, whole=whole)
+                task.advance()
+
     def exchanged(self, blocks: Sequence[str], layers: Sequence[Sequence[Block]]) -> np.ndarray:
         """Of the child with one block exchanged, on a part of the text [C]: for every block."""
 
@@ -211,6 +220,7 @@ class _Walk:
 
         At the parent the KL is zero but for rounding, which may be of either sign.
         """
+        self.measurement.measure(proposals, whole=False)
         promising = sorted(proposals, key=lambda blocks: self.value(blocks, whole=False))[:TRIED]
         following, value = min(promising, key=self.value, default=best), self.value(best)
         is_better = value - self.value(following) > LEAST_GAIN * abs(value)
@@ -241,13 +251,29 @@ class _Walk:
                 pairs = _exchanges_of_two(program, form, near, best)
                 following = self.best_of([*proposed, *solved, *pairs], best)
                 if following == best and (number == refinements or best == before):
-                    following = self.best_of(_drawn(around_it, near, best, rng), best)
+                    following = self.best_of(self._drawn(around_it, best, rng), best)
                 if following == best:
                     break
                 best, steps = following, steps + 1
             if best == before:
                 break
         return _End(best, steps, predicted)
+
+    def _drawn(
+        self, program: Program, incumbent: list[str], rng: np.random.Generator
+    ) -> list[list[str]]:
+        """Optima that differ from it in a few layers, of the program's costs with noise on them."""
+        own = self.near.columns(incumbent)
+        gains = program.costs - program.costs[own][program.groups]
+        optima = []
+        progress = self.measurement.job.run.progress
+        with progress.task("searching near the child", DRAWN, "programs") as task:
+            for _ in range(DRAWN):
+                noisy = replace(program, costs=gains * rng.lognormal(0.0, NOISE, len(gains)))
+                changes = int(rng.integers(2, DRAWN_CHANGES + 1))
+                optima.append(_near(noisy, own, changes, DRAWN_GAP))
+                task.advance()
+        return _others(optima, self.near, incumbent)
 
 
 def _best_of_halves(
@@ -306,20 +332,6 @@ def _solved(program: Program, choices: Choices, incumbent: list[str]) -> list[li
     own, count = choices.columns(incumbent), len(incumbent)
     changes = (*(number for number in CHANGES if number < count), count)
     optima = [_near(program, own, number, SOLVE_GAP) for number in changes]
-    return _others(optima, choices, incumbent)
-
-
-def _drawn(
-    program: Program, choices: Choices, incumbent: list[str], rng: np.random.Generator
-) -> list[list[str]]:
-    """Optima that differ from it in a few layers, of the program's costs with noise on them."""
-    own = choices.columns(incumbent)
-    gains = program.costs - program.costs[own][program.groups]
-    optima = []
-    for _ in range(DRAWN):
-        noisy = replace(program, costs=gains * rng.lognormal(0.0, NOISE, len(gains)))
-        changes = int(rng.integers(2, DRAWN_CHANGES + 1))
-        optima.append(_near(noisy, own, changes, DRAWN_GAP))
     return _others(optima, choices, incumbent)
 
 
