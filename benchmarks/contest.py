@@ -138,6 +138,7 @@ class Row(Record):
     parent: UnitSums
     minutes: float
     code: str
+    machine: str  # that it was trained on; speed-ups of another one are others
 
 
 @dataclass(frozen=True)

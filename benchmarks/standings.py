@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from puzzle import artifacts
 from puzzle.config import ChildConfig, UptrainConfig
+from puzzle.engines import machine
 from puzzle.engines.intervals import Interval
 from puzzle.evaluate.bootstrap import UnitSums, bootstrap
 from puzzle.evaluate.quality import Text, unit_sums
@@ -155,6 +156,7 @@ def measure_row(shop: Workshop, candidate: Candidate, tokens: int, seed: int, sp
         parent=parent,
         minutes=(time.perf_counter() - began) / 60,
         code=code,
+        machine=machine()[0],
     )
 
 
@@ -222,6 +224,7 @@ class Point:
     seeds: int
     minutes: float
     stale: bool  # made by other code than that of now
+    machines: list[str]  # that rows were measured on
     right: Vector  # tokens of every document [D] that it predicts
     parents_right: Vector  # [D], the same of the parent
 
@@ -312,6 +315,7 @@ def point(
             (row.code, one.code) != (code_of(one.weights), made_by(method))
             for row, one in zip(first, found, strict=True)
         ),
+        machines=sorted({row.machine for each in of_each for row in each}),
         right=right,
         parents_right=parents_right,
     )
@@ -348,6 +352,8 @@ def table_part(shop: Workshop, methods: Sequence[str], split: str) -> list[Point
                     one.seeds,
                     f"{one.minutes:.0f}",
                 )
+    machines = sorted({machine for one in points for machine in one.machines})
+    print(f"\nrows of {'; '.join(machines)}")
     return points
 
 
@@ -386,7 +392,7 @@ def sentences(points: Sequence[Point]) -> list[str]:
         cells = (
             f"{wish:g}x",
             _share(ours),
-            f"{_share(best)}: {best.method}",
+            f"{_share(best)}: {_called(best.method)}",
             f"{_share(published)}" if published else "not run",
             f"{len(others)}",
         )
@@ -411,12 +417,18 @@ def _verdict(ours: Point, best: Point) -> str:
     lead = ours.lead_over(best)
     points = f"{100 * lead.value:+.1f} points, {100 * lead.low:+.1f} to {100 * lead.high:+.1f}"
     if lead.low > 0:
-        told = f"Puzzle keeps more than all others ({points} to {best.method})"
+        told = f"Puzzle keeps more than all others ({points} to {_called(best.method)})"
     elif lead.high < 0:
-        told = f"Puzzle keeps less than {best.method} ({points})"
+        told = f"Puzzle keeps less than {_called(best.method)} ({points})"
     else:
-        told = f"Puzzle and {best.method} cannot be told apart ({points})"
+        told = f"Puzzle and {_called(best.method)} cannot be told apart ({points})"
     return f"At {ours.wish:g}x {told}."
+
+
+def _called(method: str) -> str:
+    """`depth, EvoPress` inside a sentence."""
+    kind, comma, name = method.partition(", ")
+    return f"{name} ({kind})" if comma and kind == "depth" else method
 
 
 def _conditions(trained: Sequence[Point]) -> str:
@@ -428,7 +440,8 @@ def _conditions(trained: Sequence[Point]) -> str:
         f"(Top-1 accuracy kept on {trained[0].split} text, with 95 % intervals of the text and not "
         f"of the speeds; differences are paired by documents; {number}; {min(tokens):.1f}M to "
         f"{max(tokens):.1f}M tokens of distillation: as many FLOPs for all at a speed-up, the "
-        "training of Puzzle's library included. A method that cannot reach a speed-up is left out.)"
+        "training of Puzzle's library included. A method that cannot reach a speed-up is left out. "
+        "How the best sum does at equal predicted speed: benchmarks/results/interactions.txt.)"
     )
 
 
