@@ -2,7 +2,8 @@
 
     python benchmarks/head_to_head.py [--run runs/head-to-head] [--parts speed serve quality table]
                                       [--only METHOD ...] [--wishes X ...] [--tokens N]
-                                      [--seeds N] [--final] [--readme] [--quick] [--json]
+                                      [--seeds N] [--rows FOLDER] [--final] [--readme]
+                                      [--quick] [--json]
 
 speed     What every method makes of the parent for each wish (benchmarks/baselines.py), served
           beside the parent in turn: half an hour for a wish, on a quiet machine. Children with the
@@ -21,8 +22,8 @@ Most methods have a discrete knob: the children on both sides of a wish are serv
 the figure at the wish is interpolated in the logarithm of the speed-up. A child that is searched is
 served a little beside its wish: its figure is interpolated likewise, between the parent (1x, all is
 kept) and the child. What a method cannot reach is printed as "at most". Finished rows are kept in
-benchmarks/results/head_to_head/ and not run again; a row that other code has made is marked, and
-run again. `--parts table` only prints.
+the folder `--rows`, one for a machine, whose speed-ups and children are its own, and are not run
+again; a row that other code has made is marked, and run again. `--parts table` only prints.
 `--final` reads test text, once, at the end; `--readme` writes the picture and the sentences.
 
 Unstructured and 2:4 sparsity have no speed-up on this engine, so they have no row.
@@ -42,7 +43,7 @@ from puzzle.stage import Job
 
 PARTS = ("speed", "serve", "quality", "table")
 STARTS = 4  # of the engines, for a speed: 3 to 6 % to either side on 2 busy cores
-RESULTS = Path(__file__).parent / "results" / "head_to_head"
+RESULTS = Path(__file__).parent / "results" / "head_to_head"  # of a machine with AMX
 
 
 def print_budget(shop: Workshop) -> None:
@@ -66,6 +67,7 @@ def main() -> None:
     options.add_argument("--wishes", nargs="+", type=float, default=list(contest.WISHES))
     options.add_argument("--tokens", type=int, default=500_000, help="of a Puzzle child")
     options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--rows", type=Path, default=RESULTS, help="where they are kept")
     options.add_argument("--final", action="store_true", help="read test text: once, at the end")
     options.add_argument("--readme", action="store_true", help="write README's part, too")
     args = common.start(options)
@@ -78,7 +80,7 @@ def main() -> None:
         size = contest.Size((1.02,), (1.02,), 2048, 1, 2, quick, 4)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run" if args.quick else args.run
-        rows = Path(temporary) / "rows" if args.quick else RESULTS
+        rows = Path(temporary) / "rows" if args.quick else args.rows
         rows.mkdir(parents=True, exist_ok=True)
         shop = Workshop(contest.open_run(folder, args), size, rows)
         methods = [method for method in METHODS if method in args.only]
