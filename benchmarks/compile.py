@@ -16,7 +16,7 @@ import common
 import torch
 
 from puzzle.config import UptrainConfig
-from puzzle.device import Device, keep_freed_memory
+from puzzle.device import Device
 from puzzle.model.architecture import Architecture
 from puzzle.model.modeling_puzzle import PuzzleForCausalLM
 from puzzle.model.parent import describe
@@ -74,7 +74,6 @@ def main() -> None:
         print("| --- |\nno C++ compiler is here: nothing to compare")
         common.print_json(args, {"compiler": None})
         return
-    keep_freed_memory()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # as where nothing was compiled yet
     layers, steps, turns = (2, 2, 1) if args.quick else (12, STEPS, TURNS)
     pair, device = make_pair(layers)

@@ -17,7 +17,6 @@ import common
 
 from puzzle import artifacts, pipeline
 from puzzle.commands import planning
-from puzzle.device import keep_freed_memory
 from puzzle.pipeline import STAGES
 from puzzle.progress import Progress
 from puzzle.run import Run
@@ -81,7 +80,6 @@ def main() -> None:
     parser = common.parser(__doc__, quick="a tiny parent and few tokens")
     parser.add_argument("--run", type=Path, nargs="+", help="finished runs with one child each")
     args = common.start(parser)
-    keep_freed_memory()
     common.print_header("run", "stage", "planned, s", "took, s", "planned / took")
     found = []
     with tempfile.TemporaryDirectory() as temporary:
