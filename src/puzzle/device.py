@@ -117,6 +117,11 @@ class Device:
         """`cpu` or `cuda`."""
         return self.torch_device.type
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether its hardware multiplies in bfloat16; an older CPU does it in software."""
+        return _bfloat16(self.torch_device)
+
     def autocast(self) -> torch.autocast:
         """The context in which models compute."""
         return torch.autocast(self.type, torch.bfloat16, enabled=self.bfloat16)

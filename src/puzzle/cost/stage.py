@@ -99,6 +99,14 @@ def _execute(job: Job, folder: Path) -> None:
         say("  vLLM is not installed or not in deploy: speeds are measured on the torch engine")
     if not job.engine.measured:
         say("  no hardware is measured: every speed is modelled from a device sheet")
+    dtypes = {scenario.dtype for scenario in served_scenarios(job).values()}
+    device = job.run.device
+    slow = device.type == "cpu" and not device.has_bfloat16
+    if job.engine.measured and "bfloat16" in dtypes and slow:
+        say(
+            "  this CPU has no bfloat16 products: serving in float32 may be faster "
+            "(cost.scenario.dtype: float32)"
+        )
     path = _given_table(job)
     if path is None:
         _measure(job, folder)
