@@ -435,11 +435,12 @@ def _conditions(trained: Sequence[Point]) -> str:
     """On which text, with how many seeds and tokens."""
     seeds = sorted({point.seeds for point in trained})
     tokens = sorted(f"{point.tokens / 1e6:.1f}M" for point in trained)
+    machines = sorted({machine for point in trained for machine in point.machines})
     number = f"{seeds[0]} seed" if seeds == [1] else f"{_range(seeds)} seeds"
     return (
         f"(Top-1 accuracy kept on {trained[0].split} text, with 95 % intervals of the text and not "
         f"of the speeds; differences are paired by documents; {number}; {_range(tokens)} tokens of "
-        "distillation: as many FLOPs for all at a speed-up, the "
+        f"distillation (on {'; '.join(machines)}): as many FLOPs for all at a speed-up, the "
         "training of Puzzle's library included. A method that cannot reach a speed-up is left out. "
         "How the best sum does at equal predicted speed: benchmarks/results/interactions.txt.)"
     )
