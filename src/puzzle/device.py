@@ -110,7 +110,8 @@ class Device:
             raise UserError(
                 f"device {name!r}: {reason(error)}; use device=auto or device=cpu"
             ) from None
-        return cls(device, _bfloat16(device) if precision == "auto" else precision == "bfloat16")
+        is_half = multiplies_in_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+        return cls(device, is_half)
 
     @property
     def type(self) -> str:
@@ -120,7 +121,7 @@ class Device:
     @property
     def has_bfloat16(self) -> bool:
         """Whether its hardware multiplies in bfloat16; an older CPU does it in software."""
-        return _bfloat16(self.torch_device)
+        return multiplies_in_bfloat16(self.torch_device)
 
     def autocast(self) -> torch.autocast:
         """The context in which models compute."""
@@ -207,7 +208,8 @@ class Device:
         return EFFICIENCY * 2 * size**3 / best_s
 
 
-def _bfloat16(device: torch.device) -> bool:
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether its hardware does; an older CPU does it in software."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -12,6 +12,7 @@ from puzzle.config import ChildConfig, SearchConfig
 from puzzle.model import child
 from puzzle.model.architecture import Architecture, parse_block
 from puzzle.run import Run
+from puzzle.score import assembled
 from puzzle.score.assembled import AssembledKL
 from puzzle.score.stage import all_shards
 from puzzle.search import SEARCH, answers, around, stage
@@ -92,6 +93,43 @@ def test_assembled_kls_and_exchanges_are_those_of_really_assembled_children(run,
         assert exchanged[index][blocks[index]] == pytest.approx(
             measured.kl(Architecture.from_names(blocks)), rel=1e-4
         )
+
+
+def test_children_that_share_first_layers_run_them_once(run, monkeypatch):
+    choices, best = start(run.child_job("main"))
+    blocks = best.solutions[0].blocks
+    measured = AssembledKL(run, all_shards(run)[:1])
+    children = [blocks]
+    for index, layer in enumerate(choices.layers):
+        children += [[*blocks[:index], b.name, *blocks[index + 1 :]] for b in layer[-2:]]
+    architectures = [Architecture.from_names(child) for child in children]
+    alone = [measured.kl(architecture) for architecture in architectures]
+    real, layers = assembled._ChildLayers.layer, []
+    monkeypatch.setattr(
+        assembled._ChildLayers, "layer", lambda self, i: (layers.append(i), real(self, i))[1]
+    )
+    found = dict(measured.kls(architectures))
+    assert [found[index] for index in range(len(children))] == alone
+    prefixes = {tuple(child[: index + 1]) for child in children for index in range(len(child))}
+    assert len(layers) == len(prefixes) < 0.7 * sum(map(len, children))
+
+
+def test_no_child_begins_after_layers_whose_states_are_not_kept():
+    """Random children: each begins where the one before has kept what they share, not later."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        children = [list(row) for row in rng.choice(["a", "b", "c"], (rng.integers(1, 9), 5))]
+        order = assembled._sharing_order(children)
+        assert sorted(child for child, _ in order) == list(range(len(children)))
+        states, begin, runs = {0: ()}, 0, 0
+        for number, kept in order:
+            assert states[begin] == tuple(children[number][:begin])
+            runs += 5 - begin
+            reached = {d: tuple(children[number][:d]) for d in range(begin + 1, 6)}
+            states = {d: reached.get(d, states.get(d)) for d in kept}
+            begin = max(kept)
+        prefixes = {tuple(child[: d + 1]) for child in children for d in range(5)}
+        assert runs == len(prefixes)
 
 
 def test_the_child_keeps_its_limits_and_is_never_worse_than_the_best_sum(run):

@@ -155,6 +155,34 @@ def test_token_metrics_equal_plain_torch(sides, chunk, monkeypatch):
         torch.testing.assert_close(metrics[5], 1 - F.cosine_similarity(candidate, parent, dim=-1))
 
 
+@pytest.mark.parametrize("soft_cap", [None, 4.0])
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_kl_to_a_parent_is_that_of_the_token_metrics(sides, chunk, soft_cap, monkeypatch):
+    """Also of a child that is the parent, where it is nothing but rounding."""
+    monkeypatch.setattr(losses, "tokens_per_chunk", lambda vocabulary: chunk)
+    monkeypatch.setattr(losses, "HEAD_ROWS", 7)
+    child, head, parent = (s.float() for s in sides[:3])
+    candidates = [child, 2 * child, parent]
+    metrics = losses.token_metrics(parent, head, candidates, head, sides[4], soft_cap)
+    found = losses.KLToParent(parent, head, soft_cap).sums(candidates)
+    assert found.dtype == torch.float64 and found[2].abs() < 1e-4
+    torch.testing.assert_close(found, metrics[:, 0].double().sum(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_kl_to_a_parent_rounds_as_logits_do():
+    """What is multiplied by itself and what is not must agree, or the parent's KL is not zero."""
+    torch.manual_seed(0)
+    parent, head = 0.3 * torch.randn(64, 512), torch.randn(1024, 512)
+    child = parent + 0.03 * torch.randn(64, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.KLToParent(parent, head).sums([child, parent])
+        expected = losses.token_metrics(parent, head, [child], head, torch.zeros(64).long())
+    assert found[1].abs() / 64 < 1e-5
+    torch.testing.assert_close(found[0], expected[0, 0].double().sum(), rtol=1e-4, atol=1e-4)
+    halves = parent.bfloat16(), head.bfloat16()
+    assert losses.KLToParent(*halves).sums([halves[0]]).abs() / 64 < 1e-5
+
+
 def test_logits_stay_float32_under_autocast():
     """The inputs of the product may be rounded, its result may not: no ties where bfloat16 would
     make them.

@@ -1,6 +1,7 @@
 """The KL of whole children on the text that was scored, and of children with one block exchanged.
 
-Nothing is written: the blocks of the library stand in for the parent's one layer after another. An
+Nothing is written: the blocks of the library stand in for the parent's one layer after another.
+Several children run in an order in which they share the states after their first layers. An
 exchange reuses the child's states before the exchanged block, as exact scores reuse the parent's
 (`exact.py`), and runs the child's own layers after it.
 
@@ -9,6 +10,8 @@ Shape legend: B sequences, S positions, D hidden, C candidates.
 
 import contextlib
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +24,7 @@ from puzzle.run import Run
 from puzzle.score import memory
 from puzzle.score.exact import Shard, Suffix, parent_states
 from puzzle.score.modules import LayerBlocks, LibraryBlocks
-from puzzle.training.losses import METRICS
+from puzzle.training.losses import KLToParent
 
 Layer = Callable[..., torch.Tensor]  # of a child: (x_BSD, **context) -> [B, S, D]
 
@@ -34,6 +37,7 @@ class _Text:
     embedded_BSD: torch.Tensor
     final_BSD: torch.Tensor  # the parent's, after the last norm
     context: LayerContext  # of a batch of one: fits any number
+    to_parent: KLToParent
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,10 @@ class AssembledKL:
                 embedded_BSD, _ = self.parent.embed(shard.tokens_BS)
                 final_BSD = self.parent.norm(states[-1].to(device, non_blocking=True))
                 tokens_BS = shard.tokens_BS.to(device)
-                self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context))
+                to_parent = KLToParent(
+                    final_BSD[:, :-1].flatten(0, 1), self.parent.head_VD, self.parent.soft_cap
+                )
+                self.texts.append(_Text(tokens_BS, embedded_BSD, final_BSD, context, to_parent))
 
     def on_first(self, count: int) -> "AssembledKL":
         """The same on so many shards; the library is held once."""
@@ -92,20 +99,36 @@ class AssembledKL:
         """That are predicted."""
         return sum(text.tokens_BS[:, 1:].numel() for text in self.texts)
 
-    @torch.no_grad()
     def kl(self, architecture: Architecture) -> float:
         """KL(parent || child) in nats per token."""
-        layers, total = self._layers(architecture), 0.0
-        states = [text.embedded_BSD for text in self.texts]
-        with self.run.device.autocast():
-            for index in range(len(layers)):
-                with layers.layer(index) as run_layer:
-                    pairs = zip(self.texts, states, strict=True)
-                    states = [run_layer(x_BSD, **text.context) for text, x_BSD in pairs]
-            for text, x_BSD in zip(self.texts, states, strict=True):
-                final_TD = self.parent.norm(x_BSD)[:, :-1].flatten(0, 1)
-                total += float(self._kl_sums(self._suffix(layers, text), [final_TD])[0])
-        return total / self.tokens
+        ((_, kl),) = self.kls([architecture])
+        return kl
+
+    @torch.no_grad()
+    def kls(self, architectures: Sequence[Architecture]) -> Iterator[tuple[int, float]]:
+        """KL(parent || child) in nats per token of several children: (which one, KL).
+
+        They come in an order in which children follow one another that share their first layers.
+        """
+        order = _sharing_order([architecture.names for architecture in architectures])
+        states = {0: [text.embedded_BSD for text in self.texts]}  # after so many layers
+        begin = 0
+        for child, kept in order:
+            layers = self._layers(architectures[child])
+            now = states[begin]
+            with self.run.device.autocast():
+                for index in range(begin, len(layers)):
+                    with layers.layer(index) as run_layer:
+                        pairs = zip(self.texts, now, strict=True)
+                        now = [run_layer(x_BSD, **text.context) for text, x_BSD in pairs]
+                    if index + 1 in kept:
+                        states[index + 1] = now
+                finals = [self.parent.norm(x_BSD)[:, :-1].flatten(0, 1) for x_BSD in now]
+                pairs = zip(self.texts, finals, strict=True)
+                total = sum(float(text.to_parent.sums([final])) for text, final in pairs)
+            states = {depth: states[depth] for depth in kept}
+            begin = max(kept)
+            yield child, total / self.tokens
 
     def exchanged(
         self,
@@ -153,16 +176,11 @@ class AssembledKL:
 
         suffix = self._suffix(layers, text)
         finals = list(suffix.finals({index: outputs()}, self.run.recipe.score.tokens_per_pass))
-        kl_C = self._kl_sums(suffix, [final for _, final in finals])
+        kl_C = text.to_parent.sums([final for _, final in finals])
         yield from zip([name for name, _ in finals], kl_C.tolist(), strict=True)
 
     def _suffix(self, layers: _ChildLayers, text: _Text) -> Suffix:
         return Suffix(layers, self.parent, text.context, text.final_BSD, text.tokens_BS)
-
-    @staticmethod
-    def _kl_sums(suffix: Suffix, finals: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Sums over tokens [C] of the KL of several inputs [T, D] of the head."""
-        return suffix.metrics(finals)[:, METRICS.index("kl")].sum(dim=(1, 2)).cpu()
 
     def _layers(self, architecture: Architecture) -> _ChildLayers:
         parent_blocks = self.run.parent.shape.parent_blocks
@@ -175,3 +193,26 @@ class AssembledKL:
         if all(block in self.run.space.layers[index].blocks for block in blocks):
             return self.library.layer(index, blocks, parent_layer)
         return LayerBlocks.load(self.run, index, parent_layer, blocks)
+
+
+def _sharing_order(children: Sequence[Sequence[str]]) -> list[tuple[int, set[int]]]:
+    """Children by the names of their blocks, so that neighbours share their first layers.
+
+    Returns (which child, after how many layers states must be kept, so that each of those that
+    follow begins where it leaves the one before). What most children have in a layer comes last
+    there: then few states are kept at a time. 0 is always kept.
+    """
+    counts = [Counter(layer) for layer in zip(*children, strict=True)]
+
+    def key(child: int) -> list[tuple[int, str]]:
+        return [(count[name], name) for count, name in zip(counts, children[child], strict=True)]
+
+    order = sorted(range(len(children)), key=key)
+    shared = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(counts))
+        for pair in itertools.pairwise([children[child] for child in order])
+    ]
+    kept: list[set[int]] = [{0}]
+    for depth in reversed(shared):  # a child that comes later begins at the least on the way to it
+        kept.append({0, depth} | {min(depth, later) for later in kept[-1]})
+    return list(zip(order, reversed(kept), strict=True))

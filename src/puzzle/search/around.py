@@ -114,11 +114,15 @@ class Measurement:
 
     def measure(self, children: Sequence[list[str]], *, whole: bool) -> None:
         """Of those that are not remembered yet, with a bar."""
-        unknown = [blocks for blocks in children if (whole, *blocks) not in self.known]
+        unknown = [list(one) for one in dict.fromkeys(map(tuple, children))]
+        unknown = [blocks for blocks in unknown if (whole, *blocks) not in self.known]
+        if not unknown:
+            return
         progress = self.job.run.progress
         with progress.task("assembling children", len(unknown), "children") as task:
-            for blocks in unknown:
-                self.kl(blocks, whole=whole)
+            architectures = [Architecture.from_names(blocks) for blocks in unknown]
+            for child, kl in self._on[whole].kls(architectures):
+                self._remember(whole, unknown[child], kl)
                 task.advance()
 
     def exchanged(self, blocks: Sequence[str], layers: Sequence[Sequence[Block]]) -> np.ndarray:
@@ -222,6 +226,7 @@ class _Walk:
         """
         self.measurement.measure(proposals, whole=False)
         promising = sorted(proposals, key=lambda blocks: self.value(blocks, whole=False))[:TRIED]
+        self.measurement.measure([*promising, best], whole=True)
         following, value = min(promising, key=self.value, default=best), self.value(best)
         is_better = value - self.value(following) > LEAST_GAIN * abs(value)
         return following if is_better else best

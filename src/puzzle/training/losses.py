@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from puzzle.device import multiplies_in_bfloat16
+
+HEAD_ROWS = 8192  # of the head that are in float32 at once, where it is not
 MOST_ENERGY = 100.0  # of a channel, in medians of all channels
 
 
@@ -338,6 +341,60 @@ def token_metrics(
     return torch.cat([torch.cat(chunks, dim=-1), cosine_CT[:, None]], dim=1)
 
 
+class KLToParent:
+    """KL(parent || child) of any number of children on the same tokens, without other metrics.
+
+    KL = sum_v p_v log p_v - h . sum_v p_v w_v + log sum_v exp z_v for every token, where p is what
+    the parent predicts, w_v are the head's rows, h is a child's input of the head and z its logits.
+    Both sums over p are computed once; of a child only the last one needs a product with the head.
+    Under a soft cap logits are not linear in h, and `token_metrics` does it.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, parent_TD: torch.Tensor, head_VD: torch.Tensor, soft_cap: float | None = None
+    ) -> None:
+        """Ready for children with the parent's head; arguments as those of `token_metrics`."""
+        self.parent_TD, self.head_VD, self.soft_cap = parent_TD, head_VD, soft_cap
+        if soft_cap is not None:
+            return
+        head_VD, step = _product_head(head_VD), tokens_per_chunk(head_VD)
+        self.mean_TD = torch.zeros(parent_TD.shape, device=parent_TD.device)  # sum_v p_v w_v
+        self.negentropy = 0.0  # sum_v p_v log p_v, over all tokens
+        for first in range(0, len(parent_TD), step):
+            rows = slice(first, first + step)
+            log_p_TV = F.log_softmax(_logits(parent_TD[rows], head_VD), dim=-1)
+            p_TV = log_p_TV.exp()
+            self.negentropy += float(log_p_TV.mul_(p_TV).sum(dtype=torch.float64))
+            with torch.autocast(parent_TD.device.type, enabled=False):
+                for low in range(0, len(head_VD), HEAD_ROWS):
+                    part_VD = _as_multiplied(head_VD[low : low + HEAD_ROWS], head_VD)
+                    self.mean_TD[rows].addmm_(p_TV[:, low : low + HEAD_ROWS], part_VD)
+
+    @torch.no_grad()
+    def sums(self, child_CTD: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of every child's inputs of the head: nats, summed over tokens, float64 [C] on the host.
+
+        They may be negative by as much as rounding where a child predicts what the parent does.
+        """
+        if self.soft_cap is not None:
+            head_VD, targets_T = self.head_VD, torch.zeros(len(self.parent_TD), dtype=torch.int64)
+            targets_T = targets_T.to(self.parent_TD.device)
+            metrics_CMT = token_metrics(
+                self.parent_TD, head_VD, child_CTD, head_VD, targets_T, self.soft_cap
+            )
+            return metrics_CMT[:, METRICS.index("kl")].double().sum(-1).cpu()
+        head_VD, step = _product_head(self.head_VD), tokens_per_chunk(self.head_VD)
+        return torch.stack([self._sum(child_TD, head_VD, step) for child_TD in child_CTD]).cpu()
+
+    def _sum(self, child_TD: torch.Tensor, head_VD: torch.Tensor, step: int) -> torch.Tensor:
+        rounded_TD = _as_multiplied(child_TD, head_VD)
+        total = self.negentropy - (rounded_TD.double() * self.mean_TD).sum()
+        for part_TD in child_TD.split(step):
+            total += _logits(part_TD, head_VD).logsumexp(-1).sum(dtype=torch.float64)
+        return total
+
+
 def _metrics(
     parent_TV: torch.Tensor, p_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor
 ) -> torch.Tensor:
@@ -360,6 +417,14 @@ def _product_head(head_VD: torch.Tensor) -> torch.Tensor:
     if device == "cuda" and torch.is_autocast_enabled(device):
         return head_VD.to(torch.get_autocast_dtype(device))
     return head_VD if device == "cuda" and head_VD.dtype.itemsize == 2 else head_VD.float()
+
+
+def _as_multiplied(x: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+    """In float32, rounded as `_logits` rounds what it multiplies with such a head."""
+    device, dtype = x.device.type, head_VD.dtype
+    if device == "cpu" and torch.is_autocast_enabled(device) and multiplies_in_bfloat16(x.device):
+        dtype = torch.bfloat16
+    return x.to(dtype).float()
 
 
 def _logits(
