@@ -46,7 +46,7 @@ def activations(run: Run) -> Activations:
     hidden = torch.zeros(run.parent.shape.hidden_size)
 
     def importance(x_BSN: torch.Tensor) -> torch.Tensor:
-        return x_BSN.float().abs().mean(dim=1).norm(dim=0)
+        return x_BSN.float().abs().mean(dim=1).norm(dim=0).cpu()
 
     def see_down(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         ffn.append(importance(args[0]))
@@ -60,7 +60,7 @@ def activations(run: Run) -> Activations:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             hooks.append(norm.register_forward_hook(see_norm))
     tokens_BS = torch.cat([shard.tokens_BS for shard in text_shards(run)])
-    x_BSD, context = model.embed(tokens_BS)
+    x_BSD, context = model.embed(tokens_BS.to(run.device.torch_device))
     states = [x_BSD]
     for layer in model.layers:
         x_BSD = layer(x_BSD, **context)
@@ -271,7 +271,7 @@ def cut_from_parent(run: Run, architecture: Architecture) -> State:
     parent = run.parent.weights()
     state = {name: parent[name] for name in parent if not name.startswith("model.layers.")}
     tokens_BS = run.corpus["train"].batch(0, settings.calibration_sequences)
-    x_BSD, context = model.embed(tokens_BS)
+    x_BSD, context = model.embed(tokens_BS.to(run.device.torch_device))
     for index, (module, block) in enumerate(zip(model.layers, architecture, strict=True)):
         is_least_squares = settings.initialization == "least_squares"
         calibration = calibrate(module, [x_BSD], context, is_least_squares)

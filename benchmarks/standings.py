@@ -225,7 +225,8 @@ class Point:
     minutes: float
     stale: bool  # made by other code than that of now
     machines: list[str]  # that rows were measured on
-    right: Vector  # tokens of every document [D] that it predicts
+    paired_by: str  # documents; sequences where the text has too few of them
+    right: Vector  # tokens of every document, or sequence, [D] that it predicts
     parents_right: Vector  # [D], the same of the parent
 
     def as_json(self) -> dict[str, Any]:
@@ -316,6 +317,7 @@ def point(
             for row, one in zip(first, found, strict=True)
         ),
         machines=sorted({row.machine for each in of_each for row in each}),
+        paired_by="sequences" if len(parents_right) == shop.size.sequences else "documents",
         right=right,
         parents_right=parents_right,
     )
@@ -439,7 +441,8 @@ def _conditions(trained: Sequence[Point]) -> str:
     number = f"{seeds[0]} seed" if seeds == [1] else f"{_range(seeds)} seeds"
     return (
         f"(Top-1 accuracy kept on {trained[0].split} text, with 95 % intervals of the text and not "
-        f"of the speeds; differences are paired by documents; {number}; {_range(tokens)} tokens of "
+        f"of the speeds; differences are paired by {trained[0].paired_by}; {number}; "
+        f"{_range(tokens)} tokens of "
         f"distillation (on {'; '.join(machines)}): as many FLOPs for all at a speed-up, the "
         "training of Puzzle's library included. A method that cannot reach a speed-up is left out. "
         "How the best sum does at equal predicted speed: benchmarks/results/interactions.txt.)"
