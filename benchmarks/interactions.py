@@ -1,7 +1,7 @@
 """What replacements do to each other: does the search around a child find better ones?
 
     python benchmarks/interactions.py [--run runs/interactions] [--tokens N] [--quick] [--json]
-                                      [--parts prediction gains drops trained]
+                                      [--parts prediction gains drops trained blind]
 
 The library, scores and costs are the demo's, made in the run directory if they are not there. Every
 KL is of a child assembled in memory, before uptraining, but for the last part.
@@ -18,10 +18,15 @@ drops   Only whole layers are removed, 3, 4 and 6 of them (not the first, whose 
 trained The two children of `gains` after equal tokens of uptraining, three seeds, on validation
         text: what each keeps of the parent's top-1 accuracy, and the difference, paired by
         documents. Finished children are kept in the run directory and not trained again.
+blind   What a random local search with the KL of assembled children finds in `--seconds` from
+        the best sum, and from the child of `gains`: blocks of one to four layers exchanged at
+        random within the speed-up by the cost table, taken where the KL falls on all of the text.
+        On a CPU that needs hours to say something; it is not among the parts that run by default.
 """
 
 import argparse
 import itertools
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -54,10 +59,10 @@ from puzzle.search.constraints import KINDS
 from puzzle.search.space_program import Choices, Limit
 from puzzle.stage import Job
 
-PARTS = ("prediction", "gains", "drops", "trained")
+PARTS = ("prediction", "gains", "drops", "trained", "blind")
 PREDICTED = tuple(np.round(np.geomspace(1.25, 4.0, 20), 3))
 SPEEDUPS, DROPPED = (1.25, 1.5, 1.75, 2.17, 2.5, 3.0), (3, 4, 6)
-TRAINED, SEEDS = (2.17, 3.0), (1, 2, 3)
+TRAINED, SEEDS, BLIND = (2.17, 3.0), (1, 2, 3), (1.5, 2.17, 3.0)
 
 
 def open_run(folder: Path, args: argparse.Namespace) -> Run:
@@ -199,6 +204,68 @@ def _lead(parents_right: Vector, ours: Sequence[Row], theirs: Sequence[Row]) -> 
     return standings.lead(parents_right, standings.right_of(ours), standings.right_of(theirs))
 
 
+def blind(run: Run, speedups: Sequence[float], seconds: float) -> list[dict[str, Any]]:
+    """A random local search from the best sum, and from the child that we find."""
+    rows = []
+    common.print_header("speed-up", "from", "KL there", "found", "", "tried on a part", "on all")
+    for speedup in speedups:
+        _, first, found = the_two(run, speedup)
+        for name, start in (("the best sum", first), ("around it", found.blocks)):
+            walk = _Blind(run, speedup)
+            kl, *tried = walk.climb(start, time.monotonic() + seconds)
+            before = found.first_kl if start is first else found.kl
+            rows.append({"speedup": speedup, "from": name, "kl_before": before, "kl": kl})
+            change = f"{kl / before - 1:+.1%}"
+            common.print_row(f"{speedup}x", name, f"{before:.4f}", f"{kl:.4f}", change, *tried)
+    return rows
+
+
+class _Blind:
+    """Random exchanges of blocks that keep a speed-up by the cost table."""
+
+    def __init__(self, run: Run, speedup: float) -> None:
+        self.speedup, self.rng = speedup, random.Random(0)
+        self.whole = AssembledKL(run, baselines.text_shards(run))
+        self.part = self.whole.on_first(1)
+        self.costs = table.read(run.place_job())
+        self.parent_s = self.costs.predict(Architecture.of_parent(run.parent.shape)).total_s
+        self.layers = [[block.name for block in layer.blocks] for layer in run.space.layers]
+
+    def climb(self, start: Sequence[str], until: float) -> tuple[float, int, int]:
+        """(the least KL that was found, children tried on a part of the text, on all of it)."""
+        now, seen, tried = list(start), {tuple(start)}, 0
+        kl, kl_of_part = self._kl(self.whole, now), self._kl(self.part, now)
+        while time.monotonic() < until:
+            other = self._exchanged(now)
+            if tuple(other) in seen or self._speedup(other) < self.speedup:
+                continue
+            seen.add(tuple(other))
+            of_part = self._kl(self.part, other)
+            if of_part > 1.01 * kl_of_part:  # no better on all of it, most likely
+                continue
+            tried, of_all = tried + 1, self._kl(self.whole, other)
+            if of_all < kl:
+                now, kl, kl_of_part = other, of_all, of_part
+        return kl, len(seen) - 1, tried
+
+    def _exchanged(self, blocks: list[str]) -> list[str]:
+        """With others in one to four layers; mostly only one half of a block changes."""
+        other = list(blocks)
+        for layer in self.rng.sample(range(len(blocks)), self.rng.choice((1, 2, 2, 2, 3, 3, 4))):
+            own = blocks[layer].split("+")
+            choices = [name for name in self.layers[layer] if name != blocks[layer]]
+            near = [name for name in choices if any(map(str.__eq__, name.split("+"), own))]
+            other[layer] = self.rng.choice(near if near and self.rng.random() < 0.6 else choices)
+        return other
+
+    def _speedup(self, blocks: list[str]) -> float:
+        return self.parent_s / self.costs.predict(Architecture.from_names(blocks)).total_s
+
+    @staticmethod
+    def _kl(measured: AssembledKL, blocks: Sequence[str]) -> float:
+        return measured.kl(Architecture.from_names(blocks))
+
+
 def prediction(run: Run, speedups: Sequence[float]) -> dict[str, Any]:
     """Relative errors of the sum and of the curve, below 2x and from 2x on."""
     validate.assemble_some(run)
@@ -315,8 +382,9 @@ def main() -> None:
     """The command line."""
     options = common.parser(__doc__, "a tiny parent, one of everything")
     options.add_argument("--run", type=Path, default=Path("runs/interactions"))
-    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
     options.add_argument("--tokens", type=int, default=500_000, help="of uptraining in `trained`")
+    options.add_argument("--seconds", type=float, default=200, help="of each search in `blind`")
     args = common.start(options)
     speedups, counts = ((1.02,), (1,)) if args.quick else (SPEEDUPS, DROPPED)
     predicted = (1.01, 1.02) if args.quick else PREDICTED
@@ -332,6 +400,9 @@ def main() -> None:
         if "trained" in args.parts:
             some = ((1.02,), (1, 2), 2048, 4) if args.quick else (TRAINED, SEEDS, args.tokens, 128)
             figures["trained"] = trained(run, *some)
+        if "blind" in args.parts or args.quick:
+            some = ((1.02,), 2.0) if args.quick else (BLIND, args.seconds)
+            figures["blind"] = blind(run, *some)
     common.print_json(args, figures)
 
 
