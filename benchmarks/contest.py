@@ -375,7 +375,8 @@ DISCRETE: dict[str, Knobs] = {
     "attention removal": removal("attention"),
 }
 SEARCHED = {"Puzzle, greedy": "greedy", "Puzzle, max-parameters": "most parameters"}
-SHAPES = {"Puzzle's shape, no BLD": "cut", "Puzzle's shape, random weights": "random"}
+NO_BLD = "Puzzle's shape, no BLD"
+SHAPES = {NO_BLD: "cut", "Puzzle's shape, random weights": "random"}
 DEFAULT, ADDITIVE = "Puzzle", "Puzzle, additive (as published)"
 FORM = "Puzzle, optimum of the form"
 FINALISTS = {"Puzzle, 2 finalists": 2}  # as `puzzle child` makes it: search.finalists

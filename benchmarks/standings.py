@@ -19,6 +19,7 @@ from contest import (
     ADDITIVE,
     DEFAULT,
     DISCRETE,
+    NO_BLD,
     Budget,
     Candidate,
     Row,
@@ -382,7 +383,7 @@ def update_readme(points: Sequence[Point], root: Path) -> str:
 
 def sentences(points: Sequence[Point]) -> list[str]:
     """Where Puzzle wins, by how much, and where it does not: a table, and a sentence for a wish."""
-    rows, verdicts, shown = [], [], []
+    rows, verdicts, shown, shapes = [], [], [], []
     for wish in sorted({point.wish for point in points if point.tokens}):
         at = {p.method: p for p in points if p.wish == wish and p.tokens}
         ours = at.get(DEFAULT)
@@ -400,6 +401,8 @@ def sentences(points: Sequence[Point]) -> list[str]:
         )
         rows.append(f"| {' | '.join(cells)} |")
         verdicts.append(_verdict(ours, best))
+        if (shape := at.get(NO_BLD)) is not None:
+            shapes.append(f"{shape.top1.value:.1%} at {wish:g}x")
         shown += at.values()
     if not rows:
         return []
@@ -411,6 +414,11 @@ def sentences(points: Sequence[Point]) -> list[str]:
         "others",
     )
     table = [f"| {' | '.join(head)} |", f"| {' | '.join(['---', *['---:'] * 4])} |", *rows]
+    if shapes:
+        verdicts.append(
+            "The shape that Puzzle finds, cut from the parent without BLD and distilled for longer "
+            f"with what its library has cost, keeps {', '.join(shapes)}."
+        )
     return [*table, "", " ".join(verdicts), _conditions(shown)]
 
 
