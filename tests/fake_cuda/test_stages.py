@@ -33,7 +33,7 @@ WAITS = {
     # one a batch, of three models; by position two rows are as many tokens as the batch
     "evaluate": {"evaluate/quality.py group_sums": 3 * (1 + 2)},
 }
-PER_CHILD = "score/assembled.py _kl_sums"  # one of a child and shard; how many depends on a search
+PER_CHILD = "training/losses.py sums"  # one of a child and shard; how many depends on a search
 
 
 def by_function(counts: dict[str, int]) -> dict[str, int]:

@@ -360,12 +360,13 @@ class KLToParent:
             return
         head_VD, step = _product_head(head_VD), tokens_per_chunk(head_VD)
         self.mean_TD = torch.zeros(parent_TD.shape, device=parent_TD.device)  # sum_v p_v w_v
-        self.negentropy = 0.0  # sum_v p_v log p_v, over all tokens
+        # sum_v p_v log p_v, over all tokens
+        self.negentropy = torch.zeros((), dtype=torch.float64, device=parent_TD.device)
         for first in range(0, len(parent_TD), step):
             rows = slice(first, first + step)
             log_p_TV = F.log_softmax(_logits(parent_TD[rows], head_VD), dim=-1)
             p_TV = log_p_TV.exp()
-            self.negentropy += float(log_p_TV.mul_(p_TV).sum(dtype=torch.float64))
+            self.negentropy += log_p_TV.mul_(p_TV).sum(dtype=torch.float64)
             with torch.autocast(parent_TD.device.type, enabled=False):
                 for low in range(0, len(head_VD), HEAD_ROWS):
                     part_VD = _as_multiplied(head_VD[low : low + HEAD_ROWS], head_VD)
