@@ -251,7 +251,8 @@ class _Blind:
     def _exchanged(self, blocks: list[str]) -> list[str]:
         """With others in one to four layers; mostly only one half of a block changes."""
         other = list(blocks)
-        for layer in self.rng.sample(range(len(blocks)), self.rng.choice((1, 2, 2, 2, 3, 3, 4))):
+        changes = min(self.rng.choice((1, 2, 2, 2, 3, 3, 4)), len(blocks))
+        for layer in self.rng.sample(range(len(blocks)), changes):
             own = blocks[layer].split("+")
             choices = [name for name in self.layers[layer] if name != blocks[layer]]
             near = [name for name in choices if any(map(str.__eq__, name.split("+"), own))]
