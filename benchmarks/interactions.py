@@ -4,7 +4,7 @@
                                       [--parts prediction gains drops trained blind]
 
 The library, scores and costs are the demo's, made in the run directory if they are not there. Every
-KL is of a child assembled in memory, before uptraining, but for the last part.
+KL is of a child assembled in memory, before uptraining, but for `trained`.
 
 prediction  Children of 1.25x to 4x, the best sums and sums that random scores have led astray: how
         far the sum of scores is from the KL of the assembled child, and how far the curve through
@@ -206,13 +206,12 @@ def _lead(parents_right: Vector, ours: Sequence[Row], theirs: Sequence[Row]) -> 
 
 def blind(run: Run, speedups: Sequence[float], seconds: float) -> list[dict[str, Any]]:
     """A random local search from the best sum, and from the child that we find."""
-    rows = []
+    rows, whole = [], AssembledKL(run, baselines.text_shards(run))
     common.print_header("speed-up", "from", "KL there", "found", "", "tried on a part", "on all")
     for speedup in speedups:
         _, first, found = the_two(run, speedup)
         for name, start in (("the best sum", first), ("around it", found.blocks)):
-            walk = _Blind(run, speedup)
-            kl, *tried = walk.climb(start, time.monotonic() + seconds)
+            kl, *tried = _Blind(run, whole, speedup).climb(start, time.monotonic() + seconds)
             before = found.first_kl if start is first else found.kl
             rows.append({"speedup": speedup, "from": name, "kl_before": before, "kl": kl})
             change = f"{kl / before - 1:+.1%}"
@@ -223,10 +222,9 @@ def blind(run: Run, speedups: Sequence[float], seconds: float) -> list[dict[str,
 class _Blind:
     """Random exchanges of blocks that keep a speed-up by the cost table."""
 
-    def __init__(self, run: Run, speedup: float) -> None:
+    def __init__(self, run: Run, whole: AssembledKL, speedup: float) -> None:
         self.speedup, self.rng = speedup, random.Random(0)
-        self.whole = AssembledKL(run, baselines.text_shards(run))
-        self.part = self.whole.on_first(1)
+        self.whole, self.part = whole, whole.on_first(1)
         self.costs = table.read(run.place_job())
         self.parent_s = self.costs.predict(Architecture.of_parent(run.parent.shape)).total_s
         self.layers = [[block.name for block in layer.blocks] for layer in run.space.layers]
@@ -383,25 +381,26 @@ def main() -> None:
     """The command line."""
     options = common.parser(__doc__, "a tiny parent, one of everything")
     options.add_argument("--run", type=Path, default=Path("runs/interactions"))
-    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
+    options.add_argument("--parts", nargs="+", choices=PARTS)
     options.add_argument("--tokens", type=int, default=500_000, help="of uptraining in `trained`")
     options.add_argument("--seconds", type=float, default=200, help="of each search in `blind`")
     args = common.start(options)
+    parts = args.parts or (PARTS if args.quick else PARTS[:-1])
     speedups, counts = ((1.02,), (1,)) if args.quick else (SPEEDUPS, DROPPED)
     predicted = (1.01, 1.02) if args.quick else PREDICTED
     with tempfile.TemporaryDirectory() as temporary:
         run = open_run(Path(temporary) / "run" if args.quick else args.run, args)
         figures: dict[str, Any] = {}
-        if "prediction" in args.parts:
+        if "prediction" in parts:
             figures["prediction"] = prediction(run, predicted)
-        if "gains" in args.parts:
+        if "gains" in parts:
             figures["gains"] = gains(run, speedups)
-        if "drops" in args.parts:
+        if "drops" in parts:
             figures["drops"] = drops(run, counts)
-        if "trained" in args.parts:
+        if "trained" in parts:
             some = ((1.02,), (1, 2), 2048, 4) if args.quick else (TRAINED, SEEDS, args.tokens, 128)
             figures["trained"] = trained(run, *some)
-        if "blind" in args.parts or args.quick:
+        if "blind" in parts:
             some = ((1.02,), 2.0) if args.quick else (BLIND, args.seconds)
             figures["blind"] = blind(run, *some)
     common.print_json(args, figures)
